@@ -1,0 +1,1 @@
+"""Numerical kernels: a torch reference for every op, and faster backends beside it."""

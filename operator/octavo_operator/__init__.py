@@ -1,0 +1,1 @@
+"""The Kubernetes operator: InferenceService in, healthy and right-sized engine pods out."""

@@ -1,0 +1,65 @@
+"""One typed object that configures an engine replica."""
+
+from __future__ import annotations
+
+import msgspec
+
+from octavo_engine.errors import ConfigError
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine replica; defaults suit a laptop CPU and a data-centre GPU alike.
+
+    Zero means "decide from the model and the machine" for the sizes that allow it.
+    """
+
+    model: str  # a path, or a storage URI: file:// pypi:// hf:// https:// pvc://
+    served_model_names: tuple[str, ...] = ()
+    revision: str | None = None
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    quantization: str = "auto"  # auto | none | int8 | int4 | fp8
+    kv_cache_dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | int8 | fp8
+    task: str = "auto"  # auto | generate | embed
+    max_model_len: int = 0
+    block_size: int = 16
+    num_kv_blocks: int = 0
+    kv_cache_memory_bytes: int = 0
+    kv_cache_memory_fraction: float = 0.90  # of what is left after weights (GPU); of free memory capped (CPU)
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 0
+    max_num_partial_prefills: int = 4
+    enable_prefix_caching: bool = True
+    max_queued_requests: int = 1_024
+    max_queued_tokens: int = 1_000_000
+    num_threads: int = 0
+    seed: int = 0
+    step_timeout_s: float = 30.0  # a step longer than this makes the replica unhealthy
+
+    def validate(self) -> None:
+        """Raise `ConfigError` naming the first setting that cannot work."""
+        if not self.model:
+            raise ConfigError("model: must name a path or a storage URI, got an empty string")
+        if self.block_size < 1 or self.block_size > 1_024:
+            raise ConfigError(f"block_size: must be between 1 and 1024, got {self.block_size}")
+        if not 0.0 < self.kv_cache_memory_fraction <= 1.0:
+            raise ConfigError(
+                f"kv_cache_memory_fraction: must be above 0 and at most 1, got {self.kv_cache_memory_fraction}"
+            )
+        positive = ("max_num_seqs", "max_num_partial_prefills", "max_queued_requests", "max_queued_tokens")
+        for field in positive:
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        for field in ("max_model_len", "num_kv_blocks", "kv_cache_memory_bytes", "max_num_batched_tokens"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"{field}: must not be negative, got {getattr(self, field)}")
+        choices = {
+            "device": ("auto", "cpu", "cuda"),
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
+            "quantization": ("auto", "none", "int8", "int4", "fp8"),
+            "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
+            "task": ("auto", "generate", "embed"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"{field}: must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")

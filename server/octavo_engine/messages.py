@@ -1,0 +1,169 @@
+"""Plain messages between the API process and the engine process (msgpack over ZeroMQ).
+
+The API process tokenizes and detokenizes; the engine sees token ids only. One `AddRequest` is one sequence:
+`n > 1` becomes n requests that share the prompt's blocks through the prefix cache.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from octavo_engine.sampling_params import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+# ---------------------------------------------------------------- API process -> engine
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
+    """One sequence to run. `priority`: lower runs earlier. `deadline_s`: seconds from arrival, or None."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    tenant: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    arrival_time: float = 0.0  # time.time() at the API edge
+
+
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Stop these sequences and free their blocks; ids not known any more are ignored."""
+
+    request_ids: list[str]
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
+    """One text to pool into a vector; batched with others on the same engine."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    tenant: str = ""
+    arrival_time: float = 0.0
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, kw_only=True, tag="reset_prefix_cache"):
+    """Forget every cached block that no running sequence holds."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """Leave the step loop and exit 0."""
+
+
+Command = AddRequest | AbortRequest | EmbedRequest | ResetPrefixCache | Shutdown
+
+
+# ---------------------------------------------------------------- engine -> API process
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities at one position: the chosen (or prompt) token and the top alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = []
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one sequence since its last output; the last one carries `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    queue_time_s: float = 0.0
+    embedding: list[float] | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine, sent after each step that did work and at least once a second.
+
+    Counters only grow. `kv_blocks_used` counts blocks that live sequences hold; blocks that are merely cached are free.
+    """
+
+    step: int = 0
+    time: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0  # prompt tokens still to be computed by waiting sequences
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    prefix_queries: int = 0  # tokens
+    prefix_hits: int = 0  # tokens
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    requests_finished: dict[str, int] = {}  # by FinishReason value
+    step_time_s: float = 0.0
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """What one engine step produced."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Start-up progress: `phase` is one of resolve, weights, kv_cache, warmup; `fraction` in [0, 1]."""
+
+    phase: str
+    fraction: float
+    detail: str = ""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API process must know of the loaded model."""
+
+    name: str
+    path: str
+    architecture: str
+    task: str  # generate | embed
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    eos_token_ids: list[int]
+    dtype: str
+    quantization: str
+    device: str
+    backend: str
+    num_parameters: int
+    weight_bytes: int
+    kv_block_size: int
+    kv_blocks_total: int
+    kv_bytes_per_token: int
+    phase_seconds: dict[str, float] = {}
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine is warm and takes requests."""
+
+    model: ModelInfo
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The engine could not start or its loop died; `message` is fit for a user."""
+
+    message: str
+    kind: str = "EngineDeadError"
+
+
+Event = LoadProgress | Ready | StepOutput | Failed

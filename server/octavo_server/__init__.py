@@ -1,0 +1,1 @@
+"""The engine's network faces: OpenAI HTTP, Open Inference Protocol v2, metrics and health."""
