@@ -1,0 +1,54 @@
+"""The seam between scheduling (which tokens of which sequence) and computing (what the model says of them)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from octavo_engine.messages import ModelInfo
+
+
+@dataclass(slots=True)
+class SequenceSlice:
+    """The part of one sequence that a step computes.
+
+    `token_ids` are the new tokens, at positions `start .. start + len(token_ids) - 1`; everything before `start` is
+    already in the KV cache at the blocks of `block_table` (block i holds positions i*block_size .. ). The table
+    already covers the new tokens. `num_logits` asks for the logits of the last that many new positions (0: none,
+    1: to sample the next token, len(token_ids): prompt log-probabilities or speculation).
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    num_logits: int = 1
+
+
+class ModelRunner(Protocol):
+    """A loaded model with its paged KV cache, on one device."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded; `kv_blocks_total` is 0 until `allocate_kv_cache`."""
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate the block pool's memory once; raises `ConfigError` when it does not fit."""
+
+    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+        """Write the slices' keys and values into the cache and return logits.
+
+        Returns `[sum(num_logits), vocab_size]` float32 on the runner's device, rows in slice order. A mixed batch of
+        prefills (any chunk, any start) and decodes is one call.
+        """
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Pool whole prompts into vectors `[len(prompts), hidden_size]` float32, normalised as the model asks."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks source -> destination (copy-on-write)."""
+
+    def warm_up(self) -> None:
+        """Run the first steps, so that no request pays for lazy initialisation."""
