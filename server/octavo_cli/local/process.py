@@ -1,0 +1,147 @@
+"""One engine replica as a child process: spawn, probe, read its start-up progress, drain, kill."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+PROBE_TIMEOUT_S = 2.0
+LOG_TAIL_BYTES = 4_096
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a replica; `{host}` and `{port}` in argv are filled in per start."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    ready_path: str
+    live_path: str
+    log_path: Path
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One answer of a readiness probe; `detail` is the engine's own word on its start-up."""
+
+    ready: bool
+    live: bool
+    detail: str = ""
+
+
+class ReplicaProcess:
+    """A running replica; `address` is where it listens. Created by `spawn`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, launch: Launch, port: int) -> None:
+        self._process = process
+        self._launch = launch
+        self.port = port
+        self.address = f"http://127.0.0.1:{port}"
+
+    @classmethod
+    async def spawn(cls, launch: Launch) -> ReplicaProcess:
+        """Start the child on a free port; it dies with this process, whatever happens to it."""
+        port = free_port()
+        argv = [word.replace("{port}", str(port)).replace("{host}", "127.0.0.1") for word in launch.argv]
+        launch.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with launch.log_path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *own_interpreter(argv),
+                env={**os.environ, **launch.env},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then drains
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        return cls(process, launch, port)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.returncode
+
+    async def probe(self, http: aiohttp.ClientSession) -> Probe:
+        """Ask readiness first; liveness only matters when the replica is not ready."""
+        ready, detail = await self._get(http, self._launch.ready_path)
+        if ready:
+            return Probe(ready=True, live=True)
+        live, _ = await self._get(http, self._launch.live_path)
+        return Probe(ready=False, live=live, detail=detail)
+
+    async def _get(self, http: aiohttp.ClientSession, path: str) -> tuple[bool, str]:
+        try:
+            async with http.get(self.address + path, timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)) as response:
+                body = await response.text()
+                return response.status == 200, body[:1_000]
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False, ""
+
+    def terminate(self) -> None:
+        """SIGTERM: the replica stops taking work, finishes what it has and exits."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL the replica and whatever it started."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if number is signal.SIGKILL:
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def log_tail(self) -> list[str]:
+        """The last lines of the replica's log, for an error message."""
+        return tail(self._launch.log_path)
+
+
+def tail(path: Path) -> list[str]:
+    """The last non-empty lines within the last 4 KiB of a file; empty if there is none."""
+    try:
+        with path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(log.tell() - LOG_TAIL_BYTES, 0))
+            text = log.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def own_interpreter(argv: Sequence[str]) -> list[str]:
+    """The argv with the command `octavo` run by this very interpreter, whatever PATH says."""
+    if argv and argv[0] == "octavo":
+        return [sys.executable, "-m", "octavo_cli.main", *argv[1:]]
+    return list(argv)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
