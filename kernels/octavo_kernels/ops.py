@@ -1,0 +1,29 @@
+"""The one list of ops. Signatures, shapes and meaning are those of the reference functions; the backend that runs a
+call is chosen by device and by what each backend supports (see `octavo_kernels.registry`)."""
+
+from __future__ import annotations
+
+from octavo_kernels.reference import activation, attention, kv_cache, norm
+from octavo_kernels.reference import linear as _linear
+from octavo_kernels.registry import Op
+
+# Normalisation
+rms_norm = Op(norm.rms_norm)
+add_rms_norm = Op(norm.add_rms_norm)
+layer_norm = Op(norm.layer_norm)
+
+# Attention over the paged KV cache
+rope_and_store_kv = Op(kv_cache.rope_and_store_kv)
+paged_attention = Op(attention.paged_attention)
+varlen_attention = Op(attention.varlen_attention)
+copy_blocks = Op(kv_cache.copy_blocks)
+
+# Gated activations
+silu_and_mul = Op(activation.silu_and_mul)
+gelu_and_mul = Op(activation.gelu_and_mul)
+clamped_swiglu_and_mul = Op(activation.clamped_swiglu_and_mul)
+
+# Matrix products
+pack_weight = Op(_linear.pack_weight)
+linear = Op(_linear.linear)
+embedding = Op(_linear.embedding)
