@@ -56,7 +56,7 @@ format: $(VENV)/.installed-dev ## Format the code and sort its imports
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev ## Measure the engine on this machine against peers
-	@$(BIN)/python benchmarks/cpu_engine.py
+	@$(BIN)/python benchmarks/cpu_peers.py
 
 crds: $(VENV)/.installed-dev ## Generate crds/ from the typed API
 	@$(BIN)/python -m octavo_operator.api.crd
