@@ -38,6 +38,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,6 +66,16 @@ class BackendStatus:
     name: str
     available: bool
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRow:
+    """One line of `octavo doctor`: `state` is ok, warn or fail; `hint` says what to do about the latter two."""
+
+    name: str
+    state: str
+    detail: str
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +191,25 @@ def describe_backend(name: str, detail: str) -> None:
 def status(device: str) -> list[BackendStatus]:
     """The backends a device would use, in order, loading them if need be."""
     return [load_backend(name) for name in dict.fromkeys((*backend_order(device), REFERENCE))]
+
+
+def describe_backends() -> list[BackendRow]:
+    """Every backend this machine's devices would use and why another is not used, in order of preference."""
+    devices = [device for device in BACKENDS_BY_DEVICE if device != "cuda" or torch.cuda.is_available()]
+    return [_row(device, found) for device in devices for found in status(device)]
+
+
+def _row(device: str, found: BackendStatus) -> BackendRow:
+    name = f"{found.name} ({device})"
+    if found.available:
+        return BackendRow(name, "ok", found.detail)
+    return BackendRow(name, "warn", found.detail, _HINTS.get(found.name, "") + "models still run, on slower kernels")
+
+
+_HINTS = {
+    "cpu": "reinstall Octavo where CMake and a C++ compiler are present; ",
+    "triton": "pip install 'octavo[gpu]'; ",
+}
 
 
 def choices() -> list[OpChoice]:

@@ -119,9 +119,9 @@ def _accelerator() -> Finding:
 
 
 def _kernels() -> list[Finding]:
-    from octavo_kernels import ops
+    from octavo_kernels import registry
 
-    return [Finding(f"kernels {row.name}", row.state, row.detail, row.hint) for row in ops.describe_backends()]
+    return [Finding(f"kernels {row.name}", row.state, row.detail, row.hint) for row in registry.describe_backends()]
 
 
 def _cache() -> Finding:
