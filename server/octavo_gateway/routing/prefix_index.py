@@ -1,0 +1,112 @@
+"""Which prompt prefixes each replica has probably cached: one bounded LRU of chained block hashes per endpoint."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import xxhash
+
+BLOCK_BYTES = 256
+"""Bytes of prompt text per hashed block: about 64 tokens, four KV blocks of 16."""
+
+MAX_BLOCKS = 256
+"""Longest prefix that is told apart; beyond 64 KiB of shared text the first blocks decide."""
+
+
+def chain_hashes(prompt: bytes | memoryview, seed: bytes, block_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:
+    """Hash each full block of `prompt` chained to the one before, starting from `seed`.
+
+    `seed` carries model, adapter and the tenant's salt, so equal text of two tenants never shares a hash.
+    Two prompts share exactly as many leading hashes as they share whole leading blocks.
+    """
+    view = memoryview(prompt)
+    state = xxhash.xxh3_64_intdigest(seed)
+    hashes: list[int] = []
+    for start in range(0, min(len(view) // block_bytes, MAX_BLOCKS) * block_bytes, block_bytes):
+        state = xxhash.xxh3_64_intdigest(view[start : start + block_bytes], seed=state)
+        hashes.append(state)
+    return tuple(hashes)
+
+
+class PrefixIndex:
+    """Endpoint id -> LRU of block hashes, bounded in total.
+
+    The budget is shared evenly by the endpoints known, so no endpoint's history can push out another's, and memory
+    stays flat however many prompts pass (about 100 bytes a block).
+    """
+
+    def __init__(self, max_blocks: int = 500_000) -> None:
+        if max_blocks < 1:
+            raise ValueError(f"max_blocks: must be at least 1, got {max_blocks}")
+        self.max_blocks = max_blocks
+        self._blocks: dict[str, OrderedDict[int, None]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(blocks) for blocks in self._blocks.values())
+
+    def matched(self, endpoint_id: str, prefix: Sequence[int]) -> int:
+        """How many leading blocks of `prefix` this endpoint probably has cached."""
+        blocks = self._blocks.get(endpoint_id)
+        if not blocks:
+            return 0
+        count = 0
+        for block in prefix:
+            if block not in blocks:
+                break
+            count += 1
+        return count
+
+    def record(self, endpoint_id: str, prefix: Sequence[int]) -> None:
+        """Remember that this endpoint now computes (and so caches) these blocks.
+
+        Blocks are touched last to first, so that eviction takes a chain from its tail and never orphans it.
+        """
+        if not prefix:
+            return
+        blocks = self._blocks.get(endpoint_id)
+        if blocks is None:
+            blocks = self._blocks[endpoint_id] = OrderedDict()
+            self._shrink_all()
+        for block in reversed(prefix):
+            blocks[block] = None
+            blocks.move_to_end(block)
+        self._shrink(blocks)
+
+    def correct(self, endpoint_id: str, prefix: Sequence[int], cached_fraction: float) -> None:
+        """Learn from the engine's own cached-token count: forget the blocks past what it really had.
+
+        Called with the blocks that were expected to be cached, before the answer proved otherwise.
+        """
+        blocks = self._blocks.get(endpoint_id)
+        if blocks is None:
+            return
+        for block in prefix[int(len(prefix) * cached_fraction) :]:
+            blocks.pop(block, None)
+
+    def forget(self, endpoint_id: str, blocks: Iterable[int] | None = None) -> None:
+        """Drop some blocks of an endpoint, or all of them when it is gone or has reset its cache."""
+        if blocks is None:
+            self._blocks.pop(endpoint_id, None)
+            return
+        known = self._blocks.get(endpoint_id)
+        if known is not None:
+            for block in blocks:
+                known.pop(block, None)
+
+    def retain(self, endpoint_ids: set[str]) -> None:
+        """Drop every endpoint that is not in the set."""
+        for gone in [i for i in self._blocks if i not in endpoint_ids]:
+            del self._blocks[gone]
+
+    def _limit(self) -> int:
+        return max(1, self.max_blocks // max(1, len(self._blocks)))
+
+    def _shrink(self, blocks: OrderedDict[int, None]) -> None:
+        limit = self._limit()
+        while len(blocks) > limit:
+            blocks.popitem(last=False)
+
+    def _shrink_all(self) -> None:
+        for blocks in self._blocks.values():
+            self._shrink(blocks)
