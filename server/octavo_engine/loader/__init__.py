@@ -1,0 +1,1 @@
+"""Reading checkpoints: GGUF and safetensors files, mapped into memory and checked before use."""
