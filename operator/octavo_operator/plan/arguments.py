@@ -1,0 +1,64 @@
+"""The command line of a replica: the runtime's command and arguments, then the flags of every field that is set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from octavo_operator.api.errors import FieldError
+from octavo_operator.api.serving_runtime import Container, FlagMapping
+from octavo_operator.plan.fields import OPTIONAL, Value
+
+HOST, PORT = "{host}", "{port}"
+
+
+def command_line(
+    container: Container, values: Mapping[str, Value], names: Mapping[str, str], extra: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[FieldError]]:
+    """The argv, and an error for every field that the runtime cannot express.
+
+    `names` fills $(MODEL_URI), $(MODEL_PATH), $(MODEL_NAME); $(HOST) and $(PORT) become `{host}` and `{port}`.
+    """
+    filled = {**names, "HOST": HOST, "PORT": PORT}
+    argv = [_fill(word, filled) for word in (*container.command, *container.args)]
+    flags = {mapping.field: mapping for mapping in container.flags}
+    errors: list[FieldError] = []
+    for path, value in values.items():
+        mapping = flags.get(path)
+        if mapping is None:
+            if path not in OPTIONAL:
+                errors.append(FieldError(f"spec.{path}", "the runtime has no such setting", _word(value)))
+            continue
+        words = _flag_words(mapping, value, filled)
+        if words is None:
+            known = ", ".join(mapping.values)
+            errors.append(FieldError(f"spec.{path}", f"the runtime knows only {known}", _word(value)))
+        else:
+            argv += words
+    return (*argv, *extra), errors
+
+
+def _flag_words(mapping: FlagMapping, value: Value, names: Mapping[str, str]) -> list[str] | None:
+    """The arguments of one field; None if the runtime has no word for the value."""
+    items = value if isinstance(value, tuple) else (_word(value),)
+    if mapping.values:
+        if any(item not in mapping.values for item in items):
+            return None
+        items = tuple(mapping.values[item] for item in items)
+    if mapping.flag is None:
+        return [word for item in items for word in item.split()]
+    template = [_fill(word, names) for word in mapping.flag.split()]
+    if "{*}" in template:
+        return [word for part in template for word in (items if part == "{*}" else (part,))]
+    return [part.replace("{}", item) for item in items for part in template]
+
+
+def _fill(word: str, names: Mapping[str, str]) -> str:
+    for name, text in names.items():
+        word = word.replace(f"$({name})", text)
+    return word
+
+
+def _word(value: Value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,60 @@
+"""Where a replica reads its model: what to pass to the engine, and which volume to mount."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo_operator.api.errors import FieldError
+from octavo_operator.api.inference_service import InferenceService
+from octavo_operator.api.serving_runtime import ServingRuntimeSpec
+from octavo_operator.plan.values import ClaimMount, Facts, Target
+
+CACHE_MOUNT = "/mnt/model-cache"
+PVC_MOUNT = "/mnt/models"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`uri` is what the engine is told; `waiting_for` says what must happen before it can be read."""
+
+    uri: str
+    claims: tuple[ClaimMount, ...] = ()
+    takes_revision: bool = True
+    waiting_for: str = ""
+
+
+def model_source(
+    service: InferenceService, runtime: ServingRuntimeSpec, facts: Facts
+) -> tuple[ModelSource, list[FieldError]]:
+    """The model's source for this runtime, and an error if the runtime cannot read it."""
+    model = service.spec.model
+    uri = model.storage_uri
+    if model.cache_ref is not None:
+        return _cached(model.cache_ref.name, facts), []
+    if uri.startswith("pvc://"):
+        claim, _, path = uri.removeprefix("pvc://").partition("/")
+        mount = f"{PVC_MOUNT}/{claim}"
+        return ModelSource(f"{mount}/{path}".rstrip("/"), (ClaimMount(claim, mount),), takes_revision=False), []
+    if uri.startswith("file://") and facts.target is Target.LOCAL:
+        return ModelSource(uri, takes_revision=False), []
+    if runtime.model_source == "HuggingFaceId":
+        if uri.startswith("hf://"):
+            return ModelSource(uri.removeprefix("hf://")), []
+        return ModelSource(uri), [_unreadable("hf:// and pvc:// addresses", uri)]
+    if runtime.model_source == "Path":
+        return ModelSource(uri), [_unreadable("pvc:// addresses", uri)]
+    return ModelSource(uri), []
+
+
+def _cached(name: str, facts: Facts) -> ModelSource:
+    claim = facts.model_claims.get(name)
+    if claim is None:
+        return ModelSource(CACHE_MOUNT, waiting_for=f"ModelCache {name} does not exist in this namespace")
+    waiting = "" if claim.ready else f"ModelCache {name}: {claim.message or 'the download is not complete'}"
+    path = f"{CACHE_MOUNT}/{claim.path}".rstrip("/")
+    return ModelSource(path, (ClaimMount(claim.claim, CACHE_MOUNT),), takes_revision=False, waiting_for=waiting)
+
+
+def _unreadable(readable: str, uri: str) -> FieldError:
+    message = f"this runtime reads {readable} only; for others make a ModelCache and name it in spec.model.cacheRef"
+    return FieldError("spec.model.storageUri", message, repr(uri))
