@@ -3,7 +3,7 @@ call is chosen by device and by what each backend supports (see `octavo_kernels.
 
 from __future__ import annotations
 
-from octavo_kernels.reference import activation, attention, kv_cache, norm
+from octavo_kernels.reference import activation, attention, cascade, kv_cache, norm, quantize
 from octavo_kernels.reference import linear as _linear
 from octavo_kernels.registry import Op
 
@@ -11,17 +11,22 @@ from octavo_kernels.registry import Op
 rms_norm = Op(norm.rms_norm)
 add_rms_norm = Op(norm.add_rms_norm)
 layer_norm = Op(norm.layer_norm)
+rms_norm_quantize = Op(quantize.rms_norm_quantize)
+add_rms_norm_quantize = Op(quantize.add_rms_norm_quantize)
 
 # Attention over the paged KV cache
 rope_and_store_kv = Op(kv_cache.rope_and_store_kv)
 paged_attention = Op(attention.paged_attention)
 varlen_attention = Op(attention.varlen_attention)
+cascade_attention = Op(cascade.cascade_attention)
 copy_blocks = Op(kv_cache.copy_blocks)
 
 # Gated activations
 silu_and_mul = Op(activation.silu_and_mul)
 gelu_and_mul = Op(activation.gelu_and_mul)
 clamped_swiglu_and_mul = Op(activation.clamped_swiglu_and_mul)
+silu_and_mul_quantize = Op(quantize.silu_and_mul_quantize)
+quantize_rows = Op(quantize.quantize_rows)
 
 # Matrix products
 pack_weight = Op(_linear.pack_weight)

@@ -1,0 +1,326 @@
+"""Launching flash attention: decodes split over their keys, prefills by query blocks, shared prefixes once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from octavo_kernels import ops
+from octavo_kernels.batch import AttentionBatch, PagedKVCache
+from octavo_kernels.triton import mode
+from octavo_kernels.triton.environment import (
+    FP8_MAX,
+    INT8,
+    INT8_MAX,
+    NO_QUANT,
+    multiprocessors,
+    quantization_of,
+    runs_here,
+)
+from octavo_kernels.triton.flash import flash_kernel, merge_kernel
+from octavo_kernels.triton.tuning import LaunchConfig, launch_config
+
+MAX_HEAD_DIM = 256
+MAX_SPLITS = 128
+MIN_TILES = 2  # a split of fewer key tiles costs more in merging than it gains
+WAVES = 2  # programs wanted for each multiprocessor
+SHORT_QUERY = 16  # up to this many new tokens a sequence is read like a decode (speculative verification)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What stays the same over the launches of one attention call."""
+
+    query: torch.Tensor
+    out: torch.Tensor
+    cache: PagedKVCache
+    block_tables: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    scale: float
+    sliding_window: int
+    soft_cap: float
+    sinks: torch.Tensor | None
+    paged: bool = True
+    causal: bool = True
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.cache.key.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The sequences and keys of one launch. first_token, num_tokens: the query tokens the sequences own."""
+
+    first_seq: int
+    num_seqs: int
+    first_token: int
+    num_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    min_key: int = 0
+
+    @property
+    def decode(self) -> bool:
+        return self.max_query_len == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Where split launches leave their results: [T, heads, splits, head_dim] and (max, sum)."""
+
+    values: torch.Tensor
+    stats: torch.Tensor
+    splits: int
+
+
+def _supports(
+    query: torch.Tensor,
+    cache: PagedKVCache,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> bool:
+    same_layout = cache.key.stride() == cache.value.stride() and cache.key.stride(-1) == 1
+    return runs_here(query) and query.shape[-1] <= MAX_HEAD_DIM and query.stride(-1) == 1 and same_layout
+
+
+@ops.paged_attention.register("triton", supports=_supports)
+def paged_attention(
+    query: torch.Tensor,
+    cache: PagedKVCache,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch for the decodes (and one that merges their splits), one for the sequences with several new tokens.
+
+    Bound by the bytes of the keys and values read for decodes, by 4 * head_dim operations for each visible pair and
+    head for prefills. A sequence of length 0 (padding of a captured graph) gets zeros.
+    """
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    problem = Problem(
+        query,
+        out,
+        cache,
+        batch.block_tables,
+        batch.query_start_loc,
+        batch.seq_lens,
+        scale,
+        sliding_window,
+        soft_cap,
+        sinks,
+    )
+    decodes = batch.num_decodes
+    if mode.batch_invariant():
+        _run(problem, Part(0, batch.num_seqs, 0, batch.num_tokens, batch.max_query_len, batch.max_seq_len))
+        return out
+    if decodes:
+        _run(problem, Part(0, decodes, 0, decodes, 1, batch.max_seq_len))
+    if batch.num_seqs > decodes:
+        rest = batch.num_tokens - decodes
+        _run(problem, Part(decodes, batch.num_seqs - decodes, decodes, rest, batch.max_query_len, batch.max_seq_len))
+    return out
+
+
+def _supports_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    causal: bool,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> bool:
+    same_layout = key.stride() == value.stride() and key.stride(-1) == 1 and query.stride(-1) == 1
+    return runs_here(query) and query.shape[-1] <= MAX_HEAD_DIM and same_layout and query.shape[0] > 0
+
+
+@ops.varlen_attention.register("triton", supports=_supports_varlen)
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    causal: bool,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch over packed sequences."""
+    tokens = query.shape[0]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    # Packed keys [T, heads, dim] seen as one block of T tokens, with the strides of the paged layout.
+    packed = PagedKVCache(key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0))
+    problem = Problem(
+        query, out, packed, cu_seqlens.view(1, -1), cu_seqlens, cu_seqlens, scale, sliding_window, soft_cap, sinks,
+        paged=False, causal=causal,
+    )  # fmt: skip
+    sequences = cu_seqlens.shape[0] - 1
+    _run(problem, Part(0, sequences, 0, tokens, tokens, tokens), allow_split=False)
+    return out
+
+
+def _supports_cascade(
+    query: torch.Tensor,
+    cache: PagedKVCache,
+    batch: AttentionBatch,
+    num_common_blocks: int,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> bool:
+    return _supports(query, cache, batch, scale) and num_common_blocks > 0 and not mode.batch_invariant()
+
+
+@ops.cascade_attention.register("triton", supports=_supports_cascade)
+def cascade_attention(
+    query: torch.Tensor,
+    cache: PagedKVCache,
+    batch: AttentionBatch,
+    num_common_blocks: int,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The shared blocks are read once for all tokens (as one long packed query), the rest for each sequence; the
+    parts are merged by their softmax statistics (Hydragen, arXiv 2402.05099; FlashInfer's cascade)."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    shared = num_common_blocks * cache.block_size
+    whole = torch.tensor([0, batch.num_tokens], dtype=torch.int32, device=query.device)
+    shared_len = torch.tensor([shared], dtype=torch.int32, device=query.device)
+    prefix = Problem(
+        query, out, cache, batch.block_tables[:1], whole, shared_len, scale, 0, soft_cap, None, causal=False
+    )
+    suffix = Problem(
+        query, out, cache, batch.block_tables, batch.query_start_loc, batch.seq_lens, scale, 0, soft_cap, None
+    )
+    tokens = batch.num_tokens
+    first = Part(0, 1, 0, tokens, max(2, tokens), shared)
+    second = Part(0, batch.num_seqs, 0, tokens, batch.max_query_len, batch.max_seq_len, min_key=shared)
+    splits = [_splits(prefix, first, _config(prefix, first)), _splits(suffix, second, _config(suffix, second))]
+    partials = _partials(query, sum(splits))
+    _launch(prefix, first, _config(prefix, first), partials, 0, splits[0])
+    _launch(suffix, second, _config(suffix, second), partials, splits[0], splits[1])
+    _merge(query, out, sinks, partials, 0, tokens)
+    return out
+
+
+def _run(problem: Problem, part: Part, allow_split: bool = True) -> None:
+    """Choose tiles and splits, launch, merge."""
+    config = _config(problem, part)
+    splits = _splits(problem, part, config) if allow_split and not mode.batch_invariant() else 1
+    if splits == 1:
+        _launch(problem, part, config, None, 0, 1)
+        return
+    partials = _partials(problem.query, splits)
+    _launch(problem, part, config, partials, 0, splits)
+    _merge(problem.query, problem.out, problem.sinks, partials, part.first_token, part.num_tokens)
+
+
+def _config(problem: Problem, part: Part) -> LaunchConfig:
+    device, head_dim, group = problem.query.device, problem.head_dim, problem.group
+    bits = problem.cache.key.element_size() * 8
+    rows = max(16, triton.next_power_of_2(group))
+    if mode.batch_invariant():  # one shape of tile for every query length, so that a row is always summed alike
+        return LaunchConfig(block_m=max(64, rows), block_n=32, num_warps=4, num_stages=2)
+    wide = head_dim > 128
+    key = f"d{head_dim}_g{group}_kv{bits}"
+    if part.max_query_len <= SHORT_QUERY:
+        rows = max(rows, min(128, triton.next_power_of_2(group * part.max_query_len)))
+        default = LaunchConfig(block_m=rows, block_n=32 if wide or bits == 32 else 64, num_warps=4, num_stages=3)
+        return launch_config("paged_attention_decode", key, device, default) if part.decode else default
+    if bits == 32:
+        default = LaunchConfig(block_m=max(32, rows), block_n=32, num_warps=4, num_stages=2)
+    else:
+        default = LaunchConfig(block_m=max(64 if wide else 128, rows), block_n=64, num_warps=8, num_stages=2)
+    return launch_config("paged_attention_prefill", key, device, default)
+
+
+def _query_blocks(problem: Problem, part: Part, config: LaunchConfig) -> int:
+    """Query blocks of a launch: exact for decodes, else an upper bound the host knows without asking the device."""
+    if part.decode:
+        return part.num_seqs
+    return part.num_tokens // _block_q(problem, config) + part.num_seqs
+
+
+def _block_q(problem: Problem, config: LaunchConfig) -> int:
+    return config.block_m // problem.group
+
+
+def _splits(problem: Problem, part: Part, config: LaunchConfig) -> int:
+    """Enough splits to fill the device, no more than there are keys for."""
+    if config.splits:
+        return config.splits
+    visible = min(part.max_seq_len, problem.sliding_window or part.max_seq_len) - part.min_key
+    tiles = triton.cdiv(max(1, visible), config.block_n)
+    programs = _query_blocks(problem, part, config) * problem.num_kv_heads
+    wanted = WAVES * multiprocessors(problem.query.device) // programs
+    return max(1, min(wanted, tiles // MIN_TILES, MAX_SPLITS))
+
+
+def _partials(query: torch.Tensor, splits: int) -> Partials:
+    tokens, heads, head_dim = query.shape
+    values = torch.empty((tokens, heads, splits, head_dim), dtype=torch.float32, device=query.device)
+    stats = torch.empty((tokens, heads, splits, 2), dtype=torch.float32, device=query.device)
+    return Partials(values, stats, splits)
+
+
+def _launch(
+    problem: Problem, part: Part, config: LaunchConfig, partials: Partials | None, split_offset: int, splits: int
+) -> None:
+    query, cache = problem.query, problem.cache
+    key, key_scale = cache.key, cache.key_scale
+    quant = quantization_of(key.dtype) if key_scale is not None else NO_QUANT.value
+    grid = (_query_blocks(problem, part, config), problem.num_kv_heads, splits)
+    flash_kernel[grid](
+        query, problem.out, key, cache.value, key_scale, cache.value_scale, problem.block_tables,
+        problem.query_start_loc, problem.seq_lens, problem.sinks,
+        partials.values if partials else None, partials.stats if partials else None,
+        problem.scale, problem.soft_cap, problem.sliding_window, part.first_seq, part.num_seqs, key.shape[0],
+        problem.block_tables.shape[1], part.min_key, partials.splits if partials else 1, split_offset,
+        query.stride(0), query.stride(1), problem.out.stride(0), problem.block_tables.stride(0),
+        key.stride(0), key.stride(1), key.stride(2),
+        key_scale.stride(0) if key_scale is not None else 0, key_scale.stride(1) if key_scale is not None else 0,
+        DECODE=part.decode and not mode.batch_invariant(), PAGED=problem.paged, CAUSAL=problem.causal,
+        WINDOW=problem.sliding_window > 0, SOFT_CAP=problem.soft_cap > 0,
+        SINKS=problem.sinks is not None, SPLIT=partials is not None, QUANT=quant,
+        QUANT_LIMIT=INT8_MAX.value if quant == INT8.value else FP8_MAX.value, GROUP=problem.group,
+        HEAD_DIM=problem.head_dim, BLOCK_SIZE=cache.block_size if problem.paged else 1, BLOCK_M=config.block_m,
+        BLOCK_Q=_block_q(problem, config), BLOCK_N=config.block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(problem.head_dim)), MIN_TILES=MIN_TILES,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _merge(
+    query: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None, partials: Partials, first: int, tokens: int
+) -> None:
+    head_dim = query.shape[2]
+    merge_kernel[(tokens, query.shape[1])](
+        partials.values, partials.stats, sinks, out, first, partials.splits, out.stride(0),
+        SINKS=sinks is not None, HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(partials.splits),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), num_warps=4,
+    )  # fmt: skip
