@@ -120,18 +120,26 @@ class Op(Generic[P, R]):
         return add
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        chosen = self._choose(*args, **kwargs)
+        used = (cast(Any, args[0]).device.type, chosen.backend)
+        if used not in self._used:
+            self._used.add(used)
+            _log.info("op %s on %s runs on backend %s", self.name, *used)
+        return cast(R, chosen.function(*args, **kwargs))
+
+    def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """The backend that would run this call; nothing is computed."""
+        return self._choose(*args, **kwargs).backend
+
+    def _choose(self, *args: P.args, **kwargs: P.kwargs) -> _Implementation:
         device = cast(Any, args[0]).device.type
         candidates = self._candidates.get(device)
         if candidates is None:
             candidates = self._candidates[device] = self._order(device)
         for candidate in candidates:
             if candidate.supports is None or candidate.supports(*args, **kwargs):
-                used = (device, candidate.backend)
-                if used not in self._used:
-                    self._used.add(used)
-                    _log.info("op %s on %s runs on backend %s", self.name, device, candidate.backend)
-                return cast(R, candidate.function(*args, **kwargs))
-        return self.reference(*args, **kwargs)
+                return candidate
+        return candidates[-1]
 
     def _order(self, device: str) -> tuple[_Implementation, ...]:
         names = [name for name in backend_order(device) if name != REFERENCE and load_backend(name).available]

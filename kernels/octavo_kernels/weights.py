@@ -37,6 +37,10 @@ class QuantizedWeight(ABC):
         """Short name for status and logs, such as `Q4_K` or `int4-g128`."""
 
     @abstractmethod
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same weight on a device; itself when it is there."""
+
+    @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense matrix [out_features, in_features] this weight stands for."""
 
@@ -70,6 +74,9 @@ class GGUFWeight(QuantizedWeight):
     @property
     def format(self) -> str:
         return self.ggml_type.name
+
+    def to(self, device: torch.device) -> GGUFWeight:
+        return GGUFWeight(self.data.to(device), self.ggml_type, self.in_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         from octavo_kernels.reference.gguf_blocks import dequantize_rows

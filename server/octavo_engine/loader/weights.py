@@ -1,0 +1,178 @@
+"""From a checkpoint's tensors to what layers hold: checked, fused, placed on the device and packed for its kernels."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+
+from octavo_engine.errors import ModelLoadError
+from octavo_engine.layers.linear import Linear
+from octavo_engine.loader.checkpoint import Checkpoint
+from octavo_kernels import ops
+from octavo_kernels.registry import REFERENCE
+from octavo_kernels.weights import GGUFWeight, QuantizedWeight, Weight
+
+WeightType = TypeVar("WeightType", torch.Tensor, Weight)
+
+_log = logging.getLogger(__name__)
+_UNUSED = ("rotary_emb.inv_freq", "rope_freqs", "rope_factors_", "masked_bias", "position_ids")
+
+
+class WeightLoader:
+    """Hands a model its weights by name and keeps account of them.
+
+    dtype: of activations and dense weights. on_tensor: called with the fraction of tensors read so far.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_tensor: Callable[[float], None] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.formats: Counter[str] = Counter()
+        self.num_parameters = 0
+        self.weight_bytes = 0
+        self._on_tensor = on_tensor
+        self._read: set[str] = set()
+
+    def vector(self, name: str, size: int, *, offset: float = 0.0) -> torch.Tensor:
+        """A norm's weight, kept in float32. [size]"""
+        add = 0.0 if self.checkpoint.norms_hold_one else offset
+        return self._account(self._dense(name, (size,)).to(self.device, torch.float32, copy=True) + add)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A small dense tensor (bias, sinks) in the activations' type."""
+        return self._account(self._dense(name, shape).to(self.device, self.dtype, copy=True))
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Weight:
+        """An embedding table, left in the form of the file: rows are looked up, never multiplied."""
+        weight = self._matrix(name, shape)
+        return weight.to(self.device) if isinstance(weight, QuantizedWeight) else weight.to(self.device, self.dtype)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Weight:
+        """A projection that stands alone, ready for `ops.linear`."""
+        return self.pack(self._matrix(name, shape))
+
+    def linear(self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
+        """Projections of one input fused into one. outputs: prefix -> out_features, in the order of the result."""
+        parts = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
+        biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
+        fused = tuple(self.pack(part) for part in _concatenate(parts))
+        return Linear(fused, torch.cat(biases) if biases else None)
+
+    def pack(self, weight: Weight) -> Weight:
+        """Place a weight on the device in the form its kernels want.
+
+        A quantized form no backend multiplies is made dense once, here: dequantizing at every step costs more.
+        """
+        if not isinstance(weight, QuantizedWeight):
+            return self._account(ops.pack_weight(weight.to(self.device, self.dtype)))
+        packed = ops.pack_weight(weight.to(self.device))
+        if isinstance(packed, QuantizedWeight):
+            probe = torch.empty((1, packed.shape[1]), dtype=self.dtype, device=self.device)
+            if ops.linear.backend_for(probe, packed) == REFERENCE:
+                self._say_dequantized(weight.format)
+                packed = ops.pack_weight(weight.to(self.device).dequantize(self.dtype))
+        return self._account(packed, weight.format)
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Raise `ModelLoadError` if the checkpoint holds tensors the model never asked for."""
+        left = sorted(
+            name
+            for name in self.checkpoint.names - self._read
+            if not any(mark in name for mark in (*_UNUSED, *ignored))
+        )
+        if left:
+            shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+            raise ModelLoadError(
+                f"{self.checkpoint.path}: {len(left)} tensors have no place in this architecture ({shown}); "
+                "the checkpoint is of another variant than its configuration says"
+            )
+
+    def describe_formats(self) -> str:
+        """How the projections are stored, most frequent first: `Q4_1, Q8_0 as bfloat16`, or `none`."""
+        return ", ".join(name for name, _ in self.formats.most_common()) or "none"
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Weight:
+        weight = self._get(name)
+        if tuple(weight.shape) != shape:
+            raise self._wrong_shape(name, tuple(weight.shape), shape)
+        return weight
+
+    def _dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        weight = self._get(name)
+        if isinstance(weight, QuantizedWeight):
+            raise ModelLoadError(f"{self.checkpoint.path}: {name} is stored as {weight.format}; expected plain numbers")
+        if tuple(weight.shape) != shape:
+            raise self._wrong_shape(name, tuple(weight.shape), shape)
+        if not weight.dtype.is_floating_point:
+            raise ModelLoadError(f"{self.checkpoint.path}: {name} has type {weight.dtype}; expected floating point")
+        return weight
+
+    def _get(self, name: str) -> Weight:
+        weight = self.checkpoint.get(name)
+        self._read.add(name)
+        if self._on_tensor:
+            self._on_tensor(len(self._read) / max(1, len(self.checkpoint.names)))
+        return weight
+
+    def _wrong_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelLoadError:
+        return ModelLoadError(
+            f"{self.checkpoint.path}: {name} has shape {list(found)}, the configuration asks for {list(expected)}"
+        )
+
+    def _say_dequantized(self, stored: str) -> None:
+        if f"{stored} as {_name(self.dtype)}" not in self.formats:
+            _log.warning(
+                "no kernel on %s multiplies %s weights: they are kept as %s, in more memory than the file",
+                self.device.type,
+                stored,
+                _name(self.dtype),
+            )
+
+    def _account(self, weight: WeightType, stored: str | None = None) -> WeightType:
+        """Count a weight that stays in memory. stored: the quantized format it was read in."""
+        rows, columns = (*weight.shape, 1)[:2]
+        self.num_parameters += rows * columns
+        self.weight_bytes += weight.nbytes
+        if stored is not None:
+            kept = weight.format if isinstance(weight, QuantizedWeight) else _name(self.dtype)
+            self.formats[stored if kept == stored else f"{stored} as {kept}"] += 1
+        return weight
+
+
+def _concatenate(parts: list[Weight]) -> list[Weight]:
+    """Neighbours of one storage format as one matrix, rows one after the other."""
+    joined: list[Weight] = []
+    for key, group in itertools.groupby(parts, key=_fusable):
+        run = list(group)
+        joined += [_join(run)] if key is not None and len(run) > 1 else run
+    return joined
+
+
+def _fusable(weight: Weight) -> object:
+    if isinstance(weight, GGUFWeight):
+        return weight.ggml_type
+    return None if isinstance(weight, QuantizedWeight) else weight.dtype
+
+
+def _join(run: list[Weight]) -> Weight:
+    first = run[0]
+    if isinstance(first, GGUFWeight):
+        data = torch.cat([part.data for part in run if isinstance(part, GGUFWeight)])
+        return GGUFWeight(data, first.ggml_type, first.in_features)
+    return torch.cat([part for part in run if isinstance(part, torch.Tensor)])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Model architectures: one file for each family, saying only what is particular to it."""

@@ -1,0 +1,195 @@
+"""The decoder most families share: norm, attention, norm, MLP, a residual around both.
+
+A family subclasses `Decoder` and overrides what is particular to it: `configure` (which settings its files hold),
+`make_mlp`, `make_attention`, or the layer itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from octavo_engine.layers.attention import Attention
+from octavo_engine.layers.embedding import Embedding, LMHead
+from octavo_engine.layers.mlp import GatedMLP
+from octavo_engine.layers.norm import RMSNorm
+from octavo_engine.layers.rope import cos_sin_table
+from octavo_engine.loader.weights import WeightLoader
+from octavo_engine.models.config import LayerConfig, ModelConfig
+from octavo_engine.models.raw_config import RawConfig
+from octavo_engine.models.rope_config import RopeConfig
+from octavo_kernels.batch import AttentionBatch, PagedKVCache
+from octavo_kernels.step import DecoderLayerPlan, DecoderPlan
+
+Residual = torch.Tensor | None
+MLP = GatedMLP
+
+
+class Layer(Protocol):
+    """One layer: takes its input and the residual stream beside it, returns both."""
+
+    def __call__(
+        self, x: torch.Tensor, residual: Residual, batch: AttentionBatch, cache: PagedKVCache | None
+    ) -> tuple[torch.Tensor, Residual]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Pre-norm layer; the residual sum is folded into the norm that follows it."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: MLP
+
+    def __call__(
+        self, x: torch.Tensor, residual: Residual, batch: AttentionBatch, cache: PagedKVCache | None
+    ) -> tuple[torch.Tensor, Residual]:
+        x, residual = self.input_norm.add(x, residual)
+        x = self.attention(x, batch, cache)
+        x, residual = self.post_attention_norm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(ABC):
+    """A causal language model. Weights are loaded by the constructor and never change."""
+
+    def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
+        self.config = config
+        self._ropes: dict[RopeConfig, torch.Tensor] = {}
+        self._max_positions = max_positions
+        scale = float(torch.tensor(config.embedding_scale, dtype=weights.dtype))
+        shape = (config.vocab_size, config.hidden_size)
+        table = weights.rows("model.embed_tokens.weight", shape)
+        self.embedding = Embedding(table, weights.dtype, scale)
+        self.layers = tuple(self.make_layer(weights, index) for index in range(config.num_layers))
+        self.final_norm = self.make_norm(weights, "model.norm")
+        tied = config.tie_word_embeddings
+        head = weights.pack(table) if tied else weights.matrix("lm_head.weight", shape)
+        self.lm_head = LMHead(head, config.final_soft_cap)
+
+    @classmethod
+    @abstractmethod
+    def configure(cls, raw: RawConfig, architecture: str) -> ModelConfig:
+        """The model's settings from its configuration file."""
+
+    def forward(
+        self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
+    ) -> torch.Tensor:
+        """[T] int64 -> final hidden states [T, hidden_size]; caches: one for each layer."""
+        x, residual = self.embedding(token_ids), None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, batch, cache)
+        return self.final_norm.add(x, residual)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[L, hidden_size] -> [L, vocab_size] float32."""
+        return self.lm_head(hidden)
+
+    def plan(self) -> DecoderPlan | None:
+        """The whole step as plain structs for a backend to compile, or None where the layers are particular."""
+        layers = tuple(
+            _layer_plan(layer, config) for layer, config in zip(self.layers, self.config.layers, strict=True)
+        )
+        plain = [layer for layer in layers if layer is not None]
+        config = self.config
+        if len(plain) != len(layers) or config.final_soft_cap or len(self._ropes) > 1:
+            return None
+        cos_sin = next(iter(self._ropes.values()), self.final_norm.weight.new_zeros((0, 0), dtype=torch.float32))
+        return DecoderPlan(
+            dtype=self.embedding.dtype,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.norm_eps,
+            attention_scale=config.attention_scale,
+            activation=config.activation,
+            cos_sin=cos_sin,
+            embedding=self.embedding.weight,
+            embedding_scale=self.embedding.scale,
+            layers=tuple(plain),
+            final_norm=self.final_norm.weight,
+            lm_head=self.lm_head.weight,
+        )
+
+    def make_layer(self, weights: WeightLoader, index: int) -> Layer:
+        prefix, config = f"model.layers.{index}", self.config.layers[index]
+        return DecoderLayer(
+            self.make_norm(weights, f"{prefix}.input_layernorm"),
+            self.make_attention(weights, f"{prefix}.self_attn", config),
+            self.make_norm(weights, f"{prefix}.post_attention_layernorm"),
+            self.make_mlp(weights, f"{prefix}.mlp", config),
+        )
+
+    def make_attention(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> Attention:
+        config = self.config
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        outputs = {f"{prefix}.q_proj": q_size, f"{prefix}.k_proj": kv_size, f"{prefix}.v_proj": kv_size}
+        return Attention(
+            weights.linear(outputs, config.hidden_size, bias=config.qkv_bias),
+            weights.linear({f"{prefix}.o_proj": config.hidden_size}, q_size, bias=config.output_bias),
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.attention_scale,
+            self.rope_table(layer.rope, weights.device),
+            self.head_norm(weights, f"{prefix}.q_norm") if config.qk_norm else None,
+            self.head_norm(weights, f"{prefix}.k_norm") if config.qk_norm else None,
+            norm_eps=config.norm_eps,
+            sliding_window=layer.sliding_window,
+            soft_cap=config.attention_soft_cap,
+        )
+
+    def make_mlp(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> MLP:
+        config = self.config
+        gate_up = {f"{prefix}.{name}_proj": config.intermediate_size for name in ("gate", "up")}
+        down = {f"{prefix}.down_proj": config.hidden_size}
+        return GatedMLP(
+            weights.linear(gate_up, config.hidden_size, bias=config.mlp_bias),
+            weights.linear(down, config.intermediate_size, bias=config.mlp_bias),
+            config.activation,
+        )
+
+    def make_norm(self, weights: WeightLoader, prefix: str) -> RMSNorm:
+        weight = weights.vector(f"{prefix}.weight", self.config.hidden_size, offset=self.config.norm_offset)
+        return RMSNorm(weight, self.config.norm_eps)
+
+    def head_norm(self, weights: WeightLoader, prefix: str) -> torch.Tensor:
+        return weights.vector(f"{prefix}.weight", self.config.head_dim, offset=self.config.norm_offset)
+
+    def rope_table(self, rope: RopeConfig | None, device: torch.device) -> torch.Tensor | None:
+        """Layers with equal settings share one table."""
+        if rope is None:
+            return None
+        if rope not in self._ropes:
+            self._ropes[rope] = cos_sin_table(rope, self._max_positions, device)
+        return self._ropes[rope]
+
+
+def _layer_plan(layer: Layer, config: LayerConfig) -> DecoderLayerPlan | None:
+    if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, GatedMLP):
+        return None
+    attention, mlp = layer.attention, layer.mlp
+    if attention.soft_cap or attention.sinks is not None or mlp.gate_up.bias is not None or mlp.down.bias is not None:
+        return None
+    return DecoderLayerPlan(
+        input_norm=layer.input_norm.weight,
+        qkv=attention.qkv.parts,
+        qkv_bias=attention.qkv.bias,
+        q_norm=attention.q_norm,
+        k_norm=attention.k_norm,
+        output=attention.output.weight,
+        output_bias=attention.output.bias,
+        post_attention_norm=layer.post_attention_norm.weight,
+        gate_up=mlp.gate_up.parts,
+        down=mlp.down.weight,
+        sliding_window=config.sliding_window,
+        use_rope=config.rope is not None,
+    )

@@ -1,0 +1,100 @@
+"""From the scheduler's slices to the flat tensors of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from octavo_engine.runner.interface import SequenceSlice
+from octavo_kernels.batch import AttentionBatch
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """token_ids: [T] int64; logits_indices: [L] int64 rows of the flat batch, in the order of the slices."""
+
+    token_ids: torch.Tensor
+    batch: AttentionBatch
+    logits_indices: torch.Tensor
+
+
+def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.device) -> StepInputs:
+    """Lay the slices out as one flat batch, sequences with one new token first (see `AttentionBatch`).
+
+    Raises `ValueError` for a slice that is empty, asks for more logits than it has tokens, or outgrows its blocks.
+    """
+    order = sorted(range(len(slices)), key=lambda i: len(slices[i].token_ids) != 1)
+    ordered = [slices[i] for i in order]
+    query_lens = np.array([len(s.token_ids) for s in ordered], dtype=np.int64)
+    starts = np.array([s.start for s in ordered], dtype=np.int64)
+    ends = np.cumsum(query_lens)
+    seq_lens = starts + query_lens
+    _check(ordered, seq_lens, block_size)
+    tables = _block_tables(ordered, seq_lens, block_size)
+    positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
+    owner = np.repeat(np.arange(len(ordered)), query_lens)
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    token_ids = np.concatenate([np.asarray(s.token_ids, dtype=np.int64) for s in ordered])
+    batch = AttentionBatch(
+        positions=_tensor(positions, device),
+        slot_mapping=_tensor(slots, device),
+        query_start_loc=_tensor(np.concatenate(([0], ends)).astype(np.int32), device),
+        seq_lens=_tensor(seq_lens.astype(np.int32), device),
+        block_tables=_tensor(tables, device),
+        num_decodes=int((query_lens == 1).sum()),
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+    )
+    return StepInputs(_tensor(token_ids, device), batch, _tensor(_logits_rows(slices, order, ends), device))
+
+
+def build_packed(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, AttentionBatch]:
+    """Whole prompts side by side, without a cache: (token_ids [T] int64, batch without slots and blocks)."""
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    token_ids = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+    batch = AttentionBatch(
+        positions=_tensor(positions, device),
+        slot_mapping=torch.empty(0, dtype=torch.int64, device=device),
+        query_start_loc=_tensor(np.concatenate(([0], ends)).astype(np.int32), device),
+        seq_lens=_tensor(lengths.astype(np.int32), device),
+        block_tables=torch.empty((len(prompts), 0), dtype=torch.int32, device=device),
+        num_decodes=0,
+        max_query_len=int(lengths.max()),
+        max_seq_len=int(lengths.max()),
+    )
+    return _tensor(token_ids, device), batch
+
+
+def _check(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> None:
+    for piece, length in zip(slices, seq_lens.tolist(), strict=True):
+        if not piece.token_ids or not 0 <= piece.num_logits <= len(piece.token_ids):
+            raise ValueError(f"a slice of {len(piece.token_ids)} tokens cannot give {piece.num_logits} logits")
+        if piece.start < 0 or length > len(piece.block_table) * block_size:
+            raise ValueError(f"a sequence of {length} tokens does not fit its {len(piece.block_table)} blocks")
+
+
+def _block_tables(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> Array:
+    used = -(-seq_lens // block_size)
+    tables = np.zeros((len(slices), int(used.max())), dtype=np.int32)
+    for row, piece, count in zip(tables, slices, used.tolist(), strict=True):
+        row[:count] = piece.block_table[:count]
+    return tables
+
+
+def _logits_rows(slices: Sequence[SequenceSlice], order: Sequence[int], ends: Array) -> Array:
+    end_of = dict(zip(order, ends.tolist(), strict=True))
+    rows = [np.arange(end_of[i] - piece.num_logits, end_of[i], dtype=np.int64) for i, piece in enumerate(slices)]
+    return np.concatenate(rows)
+
+
+def _tensor(array: Array, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -1,0 +1,120 @@
+"""The runner: a loaded model, its paged KV cache, and one call that computes a mixed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from octavo_engine.errors import ConfigError, InvalidRequestError
+from octavo_engine.messages import ModelInfo
+from octavo_engine.models.decoder import Decoder
+from octavo_engine.runner.batch_builder import build_packed, build_step
+from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.pooling import Pooling
+from octavo_kernels import ops, registry
+from octavo_kernels.batch import PagedKVCache
+from octavo_kernels.step import CompiledStep, compile_step
+
+_SCALED = (torch.int8, torch.float8_e4m3fn)
+_WARM_UP_LENGTHS = (1, 17)
+
+
+def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, with the scales of 8-bit forms."""
+    scale = 4 if dtype in _SCALED else 0
+    return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale)
+
+
+class TorchModelRunner:
+    """Runs a decoder through `octavo_kernels`; a backend that compiles whole steps takes over if it can."""
+
+    def __init__(self, model: Decoder, info: ModelInfo, kv_dtype: torch.dtype, pooling: Pooling) -> None:
+        self.model = model
+        self._info = info
+        self._device = torch.device(info.device)
+        self._kv_dtype = kv_dtype
+        self._pooling = pooling
+        self._caches: list[PagedKVCache] = []
+        self._step: CompiledStep | None = None
+        self._step_backend = ""
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        self._caches = []
+        needed = num_blocks * self._info.kv_block_size * self._info.kv_bytes_per_token
+        if num_blocks < 1:
+            raise ConfigError(f"num_kv_blocks: must be at least 1, got {num_blocks}")
+        try:
+            self._caches = [self._new_cache(num_blocks) for _ in range(self.model.config.num_layers)]
+        except RuntimeError as error:  # torch reports exhausted memory so
+            raise ConfigError(
+                f"num_kv_blocks: {num_blocks} blocks need {needed / 2**30:.1f} GiB on {self._device}, "
+                "which is not free; lower num_kv_blocks, max_model_len or kv_cache_memory_fraction"
+            ) from error
+        self._compile()
+        self._info = msgspec.structs.replace(self._info, kv_blocks_total=num_blocks)
+
+    @torch.inference_mode()
+    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+        if not slices:
+            return torch.empty((0, self._info.vocab_size), device=self._device)
+        inputs = build_step(slices, self._info.kv_block_size, self._device)
+        if self._step is not None:
+            return self._step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
+        hidden = self.model.forward(inputs.token_ids, inputs.batch, self._caches)
+        return self.model.logits(hidden[inputs.logits_indices])
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        if not prompts or not all(prompts):
+            raise InvalidRequestError("input: every text must have at least one token", "input")
+        token_ids, batch = build_packed(prompts, self._device)
+        hidden = self.model.forward(token_ids, batch, [None] * self.model.config.num_layers)
+        return self._pooling(hidden, batch.query_start_loc)
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        sources, destinations = torch.tensor(pairs, dtype=torch.int64, device=self._device).unbind(1)
+        for cache in self._caches:
+            ops.copy_blocks(cache, sources, destinations)
+
+    def warm_up(self) -> None:
+        block_size, total = self._info.kv_block_size, self._info.kv_blocks_total
+        for length in _WARM_UP_LENGTHS:
+            if self._info.task == "embed":
+                self.embed([[0] * length])
+            elif length <= min(block_size * total, self._info.max_model_len):
+                self.forward([SequenceSlice([0] * length, 0, range(-(-length // block_size)))])
+        self._info = msgspec.structs.replace(self._info, backend=self._describe_backend())
+
+    def record_phases(self, seconds: dict[str, float]) -> None:
+        """Keep how long each phase of start-up took."""
+        self._info = msgspec.structs.replace(self._info, phase_seconds=seconds)
+
+    def _new_cache(self, num_blocks: int) -> PagedKVCache:
+        config = self.model.config
+        shape = (num_blocks, config.num_kv_heads, self._info.kv_block_size, config.head_dim)
+        key, value = (torch.zeros(shape, dtype=self._kv_dtype, device=self._device) for _ in range(2))
+        if self._kv_dtype not in _SCALED:
+            return PagedKVCache(key, value)
+        scales = [torch.ones(shape[:3], dtype=torch.float32, device=self._device) for _ in range(2)]
+        return PagedKVCache(key, value, *scales)
+
+    def _compile(self) -> None:
+        plan = self.model.plan()
+        compiled = compile_step(plan) if plan is not None else None
+        self._step = compiled[1] if compiled else None
+        self._step_backend = compiled[0] if compiled else ""
+
+    def _describe_backend(self) -> str:
+        if self._step is not None:
+            return f"{self._step_backend} (whole step)"
+        used = {choice.backend for choice in registry.choices() if choice.device == self._device.type}
+        return ", ".join(sorted(used))
