@@ -1,0 +1,306 @@
+"""The gateway as one ASGI application: routes, health, metrics, the merged model list, and the data path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import ssl
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from importlib.metadata import version
+
+from octavo_gateway.access_log import log_exchange
+from octavo_gateway.asgi import TEXT, Receive, Scope, Send, header
+from octavo_gateway.dispatcher import Dispatcher, Turn
+from octavo_gateway.errors import (
+    GatewayDrainingError,
+    GatewayError,
+    MethodNotAllowedError,
+    RouteNotFoundError,
+    UnsupportedMediaTypeError,
+)
+from octavo_gateway.exchange import ClientGoneError, Exchange
+from octavo_gateway.inspection import APIS, Api, inspect_body
+from octavo_gateway.load import LoadBook
+from octavo_gateway.metrics import Metrics
+from octavo_gateway.outliers import OutlierDetector
+from octavo_gateway.proxy import Forward, Proxy, wants_json
+from octavo_gateway.registry import Registry, Strategy
+from octavo_gateway.reports import ReportPoller
+from octavo_gateway.routing import PrefixIndex, Router, RouteRequest
+from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.signals import GatewaySignals
+from octavo_gateway.upstream import UpstreamPool
+
+log = logging.getLogger("octavo.gateway")
+
+Clock = Callable[[], float]
+Page = Callable[[Exchange], Awaitable[None]]
+
+
+def create_app(settings: GatewaySettings, registry: Registry, *, clock: Clock = time.monotonic) -> Gateway:
+    """A gateway over the models of `registry`; the returned object is the ASGI application."""
+    return Gateway(settings, registry, clock)
+
+
+class Gateway:
+    """ASGI application. `start` and `close` run its background work; `GatewayServer` calls them."""
+
+    def __init__(self, settings: GatewaySettings, registry: Registry, clock: Clock) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.metrics = Metrics()
+        self.loads = LoadBook()
+        self.index = PrefixIndex(settings.prefix_index_blocks)
+        self.dispatcher = Dispatcher(
+            registry,
+            Router(self.index, random.Random()),  # noqa: S311
+            self.loads,
+            OutlierDetector(),
+            clock,
+        )
+        self.pool = UpstreamPool(
+            connect_timeout_s=settings.connect_timeout,
+            keep_alive_s=settings.upstream_keep_alive,
+            tls=_upstream_tls(settings),
+        )
+        self.leaving = False  # readiness says no
+        self.draining = False  # new requests are refused
+        self._clock = clock
+        self._exchanges: set[Exchange] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
+        self._poller: asyncio.Task[None] | None = None
+        self._pages: dict[str, Page] = {
+            "/health": self._ready,
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+            "/metrics": self._metrics_page,
+            "/version": self._version,
+            "/v1/models": self._list_models,
+            "/v2/health/live": self._live,
+            "/v2/health/ready": self._ready,
+        }
+        self.metrics.watch(registry, self.loads, self.dispatcher.signals)
+
+    # ---- for the process around it
+
+    def signals(self, model: str) -> GatewaySignals:
+        """Held and flying requests and rates of a model, for the autoscaler."""
+        return self.dispatcher.signals(model)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests not ended, held ones included."""
+        return len(self._exchanges)
+
+    async def start(self) -> None:
+        """Begin to read the replicas' load."""
+        poller = ReportPoller(
+            self.registry,
+            self.loads,
+            self.pool,
+            interval_s=self.settings.report_interval,
+            clock=self._clock,
+            on_report=self.dispatcher.loads_changed,
+        )
+        self._poller = asyncio.create_task(poller.run())
+
+    async def drain(self, timeout_s: float, propagation_s: float = 0.0) -> bool:
+        """Say not ready, after `propagation_s` refuse new requests with a retryable 503, wait for the running ones.
+
+        After `timeout_s` what still runs is ended with an explicit error. True when all ended by themselves.
+        """
+        self.leaving = True
+        self.metrics.draining.set(1)
+        await asyncio.sleep(propagation_s)
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            for exchange in list(self._exchanges):
+                exchange.stop(
+                    GatewayDrainingError(
+                        "The gateway shut down before this request finished; send it again.", retry_after_s=1.0
+                    )
+                )
+            await asyncio.wait_for(self._idle.wait(), 5.0)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop the background work and close idle connections."""
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+        self.pool.close()
+
+    # ---- ASGI
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        exchange = Exchange(scope, receive, send, self._clock)
+        page = self._pages.get(exchange.path)
+        if page is not None:
+            await self._serve_page(exchange, page)
+            return
+        self._exchanges.add(exchange)
+        self._idle.clear()
+        try:
+            await self._serve(exchange)
+        finally:
+            exchange.unwatch()
+            self._exchanges.discard(exchange)
+            if not self._exchanges:
+                self._idle.set()
+            self._account(exchange)
+
+    async def _serve_page(self, exchange: Exchange, page: Page) -> None:
+        try:
+            if exchange.method not in ("GET", "HEAD"):
+                raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path}; use GET.")
+            await page(exchange)
+        except GatewayError as error:
+            await exchange.fail(error)
+
+    async def _serve(self, exchange: Exchange) -> None:
+        """Run the data path; whatever ends it, the client hears of it once."""
+        try:
+            await self._dispatch(exchange)
+            exchange.outcome = "ok" if exchange.status < 400 else "refused" if exchange.status < 500 else "failed"
+        except asyncio.CancelledError:
+            cause = exchange.cause
+            if cause is None:
+                raise
+            if isinstance(cause, GatewayError):
+                await self._fail(exchange, cause)
+            else:
+                exchange.outcome = "cancelled"
+        except ClientGoneError:
+            exchange.outcome = "cancelled"
+        except GatewayError as error:
+            await self._fail(exchange, error)
+        except Exception as error:
+            # Values of variables stay out of the log: they may hold prompt text.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("request %s: internal error %s\n%s", exchange.request_id, type(error).__name__, frames)
+            message = f"Internal error; the gateway's log has the details under request id {exchange.request_id}."
+            await self._fail(exchange, GatewayError(message))
+
+    async def _fail(self, exchange: Exchange, error: GatewayError) -> None:
+        exchange.outcome = "failed" if error.status >= 500 else "refused"
+        await exchange.fail(error)
+
+    async def _dispatch(self, exchange: Exchange) -> None:
+        if self.draining:
+            raise GatewayDrainingError("This gateway is shutting down; send the request again.", retry_after_s=1.0)
+        api = APIS.get(exchange.path)
+        if api is not None:
+            await self._openai(exchange, api)
+        elif exchange.path.startswith("/v2/models/"):
+            await self._open_inference(exchange)
+        elif exchange.path.startswith("/v1/models/") and exchange.method == "GET":
+            await self._one_model(exchange)
+        else:
+            raise RouteNotFoundError(f"There is no {exchange.method} {exchange.path[:200]} here.")
+
+    async def _openai(self, exchange: Exchange, api: Api) -> None:
+        """Paths whose JSON body names the model."""
+        if exchange.method != "POST":
+            raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path}; use POST.")
+        if not wants_json(exchange):
+            raise UnsupportedMediaTypeError("Send the body as uncompressed application/json.")
+        body = await exchange.read_body(self.settings.max_body_bytes, self.settings.body_timeout)
+        exchange.watch(self.settings.request_timeout)
+        seen = inspect_body(body)
+        resolved = self._proxy.resolve(seen.model)
+        entry = resolved.entry
+        prefix = seen.prefix(entry.name, resolved.adapter, "") if entry.strategy is Strategy.PREFIX_AWARE else ()
+        session = header(exchange.headers, entry.session_header.encode())
+        route = RouteRequest(entry.name, prefix, session.decode("latin-1") if session else None, resolved.adapter)
+        turn = Turn(cost=seen.cost, priority=max(0, seen.priority))
+        stream = seen.stream and api is Api.GENERATE
+        await self._proxy.forward(exchange, Forward(resolved, body, route, turn, stream, seen))
+
+    async def _open_inference(self, exchange: Exchange) -> None:
+        """Open Inference Protocol: the path names the model, the body may be binary."""
+        name = exchange.path.removeprefix("/v2/models/").split("/", 1)[0]
+        if exchange.method not in ("GET", "POST"):
+            raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path[:200]}.")
+        if header(exchange.headers, b"content-encoding") not in (None, b"identity"):
+            raise UnsupportedMediaTypeError("Send the body uncompressed.")
+        body = await exchange.read_body(self.settings.max_body_bytes, self.settings.body_timeout)
+        exchange.watch(self.settings.request_timeout)
+        resolved = self._proxy.resolve(name)
+        route = RouteRequest(resolved.entry.name, adapter=resolved.adapter)
+        stream = exchange.path.endswith("/generate_stream")
+        await self._proxy.forward(exchange, Forward(resolved, body, route, Turn(), stream))
+
+    def _account(self, exchange: Exchange) -> None:
+        model = exchange.model
+        self.metrics.requests.labels(model, exchange.outcome, str(exchange.status)).inc()
+        if model:
+            self.metrics.duration.labels(model).observe(self._clock() - exchange.started_at)
+            self.metrics.response_bytes.labels(model).inc(exchange.bytes_sent)
+            if exchange.bytes_sent:
+                self.metrics.ttfb.labels(model).observe(exchange.first_byte_at - exchange.started_at)
+        if self.settings.access_log:
+            log_exchange(exchange, self._clock())
+
+    # ---- pages
+
+    async def _live(self, exchange: Exchange) -> None:
+        await exchange.respond(200, b'{"status":"live"}')
+
+    async def _ready(self, exchange: Exchange) -> None:
+        """Ready once discovery has told what there is, until the drain begins."""
+        ready = self.registry.synced and not self.leaving
+        status = "ready" if ready else "draining" if self.leaving else "waiting for discovery"
+        await exchange.respond(200 if ready else 503, json.dumps({"status": status}).encode())
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.respond(200, json.dumps({"version": _version()}).encode())
+
+    async def _metrics_page(self, exchange: Exchange) -> None:
+        await exchange.respond(200, self.metrics.page(), TEXT)
+
+    async def _list_models(self, exchange: Exchange) -> None:
+        data = [self._card(name) for name, _ in self.registry.snapshot.listing()]
+        await exchange.respond(200, json.dumps({"object": "list", "data": data}).encode())
+
+    async def _one_model(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix("/v1/models/")
+        self._proxy.resolve(name)
+        await exchange.respond(200, json.dumps(self._card(name)).encode())
+
+    def _card(self, name: str) -> dict[str, object]:
+        resolved = self.registry.snapshot.names[name]
+        entry = resolved.entry
+        return {
+            "id": name,
+            "object": "model",
+            "created": entry.created,
+            "owned_by": entry.namespace or "octavo",
+            "root": resolved.adapter or entry.name,
+            "parent": entry.name if resolved.adapter else None,
+        }
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    return version("octavo")
+
+
+def _upstream_tls(settings: GatewaySettings) -> ssl.SSLContext | None:
+    if settings.upstream_ca is None and settings.upstream_certificate is None:
+        return None
+    context = ssl.create_default_context(cafile=settings.upstream_ca)
+    if settings.upstream_certificate is not None:
+        context.load_cert_chain(settings.upstream_certificate, settings.upstream_key)
+    return context

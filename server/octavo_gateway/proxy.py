@@ -1,0 +1,353 @@
+"""The data path: find the model, get a lease on a replica, send the request, stream the answer back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from octavo_gateway import headers
+from octavo_gateway.asgi import EVENT_STREAM, Headers, header
+from octavo_gateway.dispatcher import Dispatcher, Lease, Turn
+from octavo_gateway.errors import (
+    GatewayError,
+    ModelNotFoundError,
+    NoReplicaInTimeError,
+    UpstreamDeadlineError,
+    UpstreamFailedError,
+)
+from octavo_gateway.exchange import Exchange
+from octavo_gateway.inspection import Inspection
+from octavo_gateway.metrics import Metrics
+from octavo_gateway.registry import ModelEntry, Registry, Resolved
+from octavo_gateway.routing import PrefixIndex, RouteRequest
+from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.sse import EventRelay
+from octavo_gateway.upstream import (
+    ConnectError,
+    ConnectionLostError,
+    ResponseHead,
+    UpstreamConnection,
+    UpstreamError,
+    UpstreamPool,
+)
+
+log = logging.getLogger("octavo.gateway")
+
+MAX_ERROR_BYTES = 64 * 1024
+REFUSED = frozenset({429, 503})
+"""Answers by which a replica says that it has not begun: full, or draining."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What is sent to a replica. `inspection` is None for requests whose body is opaque (Open Inference Protocol)."""
+
+    resolved: Resolved
+    body: bytes
+    route: RouteRequest
+    turn: Turn
+    stream: bool
+    inspection: Inspection | None = None
+
+    @property
+    def entry(self) -> ModelEntry:
+        return self.resolved.entry
+
+
+class _RetryError(Exception):
+    """This attempt failed before the first byte in a way that makes another one safe."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Proxy:
+    """Forwards requests to replicas. One per gateway."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        pool: UpstreamPool,
+        index: PrefixIndex,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._pool = pool
+        self._index = index
+        self._metrics = metrics
+        self._clock = clock
+
+    def resolve(self, name: str) -> Resolved:
+        """The model behind a name; raises `ModelNotFoundError` with the names there are."""
+        resolved = self._registry.snapshot.resolve(name)
+        if resolved is None:
+            raise ModelNotFoundError(name, [known for known, _ in self._registry.snapshot.listing()])
+        return resolved
+
+    async def forward(self, exchange: Exchange, request: Forward) -> None:
+        """Serve one request to its end. Raises `GatewayError` for what the client is to be told."""
+        entry = request.entry
+        exchange.model = entry.name
+        self._dispatcher.arrived(entry)
+        excluded: frozenset[str] = frozenset()
+        while True:
+            exchange.attempts += 1
+            lease = await self._lease(exchange, request, excluded)
+            exchange.endpoint, exchange.route_reason = lease.endpoint.id, lease.choice.reason
+            self._index.record(lease.endpoint.id, request.route.prefix)
+            may_retry = exchange.attempts < entry.retry.attempts
+            try:
+                await self._attempt(exchange, request, lease, may_retry)
+                return
+            except _RetryError as error:
+                log.warning("request %s: replica %s: %s; retrying", exchange.request_id, lease.endpoint.id, error)
+                self._metrics.retries.labels(entry.name, error.reason).inc()
+                excluded |= {lease.endpoint.id}
+            finally:
+                self._dispatcher.release(lease)
+
+    # ---- getting a replica
+
+    async def _lease(self, exchange: Exchange, request: Forward, excluded: frozenset[str]) -> Lease:
+        entry = self._registry.snapshot.models.get(request.entry.name, request.entry)
+        if entry.desired_replicas == 0 and not entry.scale_to_zero and not entry.endpoints:
+            raise NoReplicaInTimeError(f"Model {entry.name!r} is suspended: it is set to zero replicas.")
+        lease = self._dispatcher.try_acquire(entry, request.route, excluded)
+        if lease is not None:
+            return lease
+        waiting = asyncio.ensure_future(self._dispatcher.acquire(entry, request.route, request.turn, excluded))
+        began = self._clock()
+        try:
+            while not waiting.done():
+                await asyncio.wait({waiting}, timeout=self._settings.heartbeat_interval)
+                if not waiting.done() and request.stream:
+                    await self._heartbeat(exchange, entry)
+            exchange.held_s += self._clock() - began
+            self._metrics.held.labels(entry.name).observe(self._clock() - began)
+            return waiting.result()
+        except asyncio.CancelledError:
+            exchange.held_s += self._clock() - began
+            if not waiting.cancel() and waiting.exception() is None:
+                self._dispatcher.abandoned(waiting.result())
+                self._dispatcher.release(waiting.result())
+            raise
+
+    async def _heartbeat(self, exchange: Exchange, entry: ModelEntry) -> None:
+        """A comment line: keeps proxies and clients from giving up, and says why it takes so long."""
+        if not exchange.started:
+            await exchange.start_stream()
+        state = "a free replica" if entry.ready else "a replica to start"
+        await exchange.write(f": waiting for {state}, {self._dispatcher.position(entry.name)} in line\n\n".encode())
+
+    # ---- one attempt on one replica
+
+    async def _attempt(self, exchange: Exchange, request: Forward, lease: Lease, may_retry: bool) -> None:
+        connection: UpstreamConnection | None = None
+        sent_at = self._clock()
+        try:
+            connection, head = await self._send(exchange, request, lease, may_retry)
+            exchange.upstream_wait_s += self._clock() - sent_at
+            if head.status in REFUSED and may_retry and self._others(lease):
+                if head.status == 503:
+                    self._failed(lease)
+                raise _RetryError(f"status_{head.status}", f"refused with {head.status}")
+            if head.status >= 500 and head.status != 503:
+                self._failed(lease)
+            else:
+                self._dispatcher.first_byte(lease)
+            await self._relay(exchange, request, lease, connection, head)
+            self._dispatcher.completed(lease)
+        except asyncio.CancelledError:
+            self._dispatcher.abandoned(lease)
+            raise
+        finally:
+            if connection is not None:
+                self._pool.give_back(lease.endpoint, connection)
+
+    async def _send(
+        self, exchange: Exchange, request: Forward, lease: Lease, may_retry: bool
+    ) -> tuple[UpstreamConnection, ResponseHead]:
+        """Connect, write, await the head."""
+        try:
+            connection = await self._pool.connect(lease.endpoint)
+        except ConnectError as error:
+            self._upstream_error(lease, "connect", error)
+            if may_retry:
+                raise _RetryError("connect", str(error)) from error
+            raise self._unreachable(lease) from error
+        try:
+            return connection, await self._await_head(exchange, request, lease, connection, may_retry)
+        except ConnectionLostError as error:
+            self._pool.forget(lease.endpoint)
+            if not error.reused:  # a reused one may just have been closed for idleness: no fault of the replica
+                self._upstream_error(lease, "lost", error)
+            if may_retry:
+                raise _RetryError("lost", "connection lost before the first byte") from error
+            raise self._unreachable(lease) from error
+        except UpstreamError as error:
+            self._upstream_error(lease, "broken", error)
+            raise self._unreachable(lease) from error
+
+    async def _await_head(
+        self, exchange: Exchange, request: Forward, lease: Lease, connection: UpstreamConnection, may_retry: bool
+    ) -> ResponseHead:
+        per_try = request.entry.retry.per_try_timeout_s
+        timeout_s = min(per_try or self._settings.first_byte_timeout, self._settings.first_byte_timeout)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await connection.send(self._head_bytes(exchange, request, lease), request.body)
+        except TimeoutError:
+            connection.abort()
+            self._upstream_error(lease, "first_byte", None)
+            if per_try is not None and may_retry:
+                raise _RetryError("per_try_timeout", f"no first byte within {timeout_s:g} s") from None
+            raise UpstreamDeadlineError(
+                f"Model {lease.entry.name!r} did not begin to answer within {timeout_s:g} s."
+            ) from None
+        except BaseException:
+            connection.abort()
+            raise
+
+    def _head_bytes(self, exchange: Exchange, request: Forward, lease: Lease) -> bytes:
+        host, port, _ = lease.endpoint.address
+        own = [(b"x-request-id", exchange.request_id.encode()), (b"traceparent", exchange.traceparent)]
+        query: bytes = exchange.scope["query_string"]
+        target: bytes = exchange.scope.get("raw_path") or exchange.path.encode()
+        return headers.request_head(
+            exchange.method,
+            target + b"?" + query if query else target,
+            f"{host}:{port}",
+            exchange.headers,
+            len(request.body),
+            own,
+        )
+
+    # ---- the answer
+
+    async def _relay(
+        self, exchange: Exchange, request: Forward, lease: Lease, connection: UpstreamConnection, head: ResponseHead
+    ) -> None:
+        is_stream = (head.get(b"content-type") or b"").startswith(EVENT_STREAM)
+        if exchange.started and not is_stream:
+            await self._refusal_in_stream(exchange, connection)
+            return
+        if not exchange.started:
+            exchange.streaming = is_stream
+            await exchange.start(head.status, headers.response_headers(head.headers, self._own(exchange, lease)))
+        idle = _IdleTimer(exchange, self._settings.idle_timeout)
+        try:
+            if is_stream:
+                await self._relay_events(exchange, connection, head, idle)
+            else:
+                await self._relay_bytes(exchange, connection, idle)
+        except UpstreamError as error:
+            self._upstream_error(lease, "lost_midway", error)
+            raise UpstreamFailedError(
+                "The replica that was answering this request failed; the answer is incomplete."
+            ) from error
+        finally:
+            idle.cancel()
+        await exchange.finish()
+
+    async def _relay_events(
+        self, exchange: Exchange, connection: UpstreamConnection, head: ResponseHead, idle: _IdleTimer
+    ) -> None:
+        relay = EventRelay()
+        while data := await connection.read():
+            idle.touch()
+            if events := relay.feed(data):
+                await exchange.write(events)
+        if rest := relay.rest():
+            await exchange.write(rest)
+        if not head.framed and not relay.done and head.status == 200:
+            raise ConnectionLostError("the stream ended without [DONE]", reused=False)
+
+    async def _relay_bytes(self, exchange: Exchange, connection: UpstreamConnection, idle: _IdleTimer) -> None:
+        while data := await connection.read():
+            idle.touch()
+            await exchange.write(data)
+
+    async def _refusal_in_stream(self, exchange: Exchange, connection: UpstreamConnection) -> None:
+        """Heartbeats have begun a 200 stream, and now the replica answers with an error document: make it an event."""
+        document = b""
+        while (data := await connection.read()) and len(document) < MAX_ERROR_BYTES:
+            document += data
+        flat = document.replace(b"\r", b"").replace(b"\n", b" ")
+        await exchange.write(b"data: " + flat + b"\n\n")
+        await exchange.finish()
+
+    def _own(self, exchange: Exchange, lease: Lease) -> Headers:
+        """Server-Timing tells where the time before the first byte went."""
+        own_s = self._clock() - exchange.started_at - exchange.held_s - exchange.upstream_wait_s
+        self._metrics.overhead.observe(own_s)
+        timing = (
+            f"gateway;dur={own_s * 1e3:.2f}, hold;dur={exchange.held_s * 1e3:.2f}, "
+            f"replica;dur={exchange.upstream_wait_s * 1e3:.2f}"
+        )
+        own: Headers = [(b"x-request-id", exchange.request_id.encode()), (b"server-timing", timing.encode())]
+        if self._settings.debug_headers:
+            own.append((b"x-octavo-replica", lease.endpoint.id.encode()))
+            own.append((b"x-octavo-route", lease.choice.reason.encode()))
+        return own
+
+    # ---- failures
+
+    def _others(self, lease: Lease) -> bool:
+        entry = self._registry.snapshot.models.get(lease.entry.name)
+        return entry is not None and any(e.id != lease.endpoint.id for e in entry.ready)
+
+    def _failed(self, lease: Lease) -> None:
+        if self._dispatcher.failed(lease):
+            log.warning("replica %s of model %s is ejected for a while", lease.endpoint.id, lease.entry.name)
+            self._metrics.ejections.labels(lease.entry.name).inc()
+
+    def _upstream_error(self, lease: Lease, kind: str, error: Exception | None) -> None:
+        self._metrics.upstream_errors.labels(lease.entry.name, kind).inc()
+        log.warning("replica %s: %s", lease.endpoint.id, error or f"{kind} deadline passed")
+        self._failed(lease)
+
+    def _unreachable(self, lease: Lease) -> GatewayError:
+        return UpstreamFailedError(
+            f"Model {lease.entry.name!r}: no replica could answer this request.", retry_after_s=1.0
+        )
+
+
+class _IdleTimer:
+    """Stops an exchange in which nothing has moved for a while; touching it costs one clock read."""
+
+    __slots__ = ("_at", "_exchange", "_handle", "_loop", "_timeout_s")
+
+    def __init__(self, exchange: Exchange, timeout_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._exchange = exchange
+        self._timeout_s = timeout_s
+        self._at = self._loop.time()
+        self._handle = self._loop.call_later(timeout_s, self._check)
+
+    def touch(self) -> None:
+        self._at = self._loop.time()
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+    def _check(self) -> None:
+        left = self._at + self._timeout_s - self._loop.time()
+        if left > 0:
+            self._handle = self._loop.call_later(left, self._check)
+        else:
+            self._exchange.stop(UpstreamDeadlineError(f"The answer stood still for {self._timeout_s:g} s."))
+
+
+def wants_json(exchange: Exchange) -> bool:
+    """True when the request's body is declared as JSON (and not compressed)."""
+    content_type = header(exchange.headers, b"content-type") or b""
+    encoding = header(exchange.headers, b"content-encoding")
+    return content_type.split(b";")[0].strip().lower() == b"application/json" and encoding in (None, b"identity")

@@ -1,0 +1,104 @@
+"""Keeps idle connections per replica address, newest first, and opens new ones under a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+
+from octavo_gateway.registry import Endpoint
+from octavo_gateway.upstream.connection import ConnectError, UpstreamConnection
+
+Address = tuple[str, int, bool]
+
+
+class UpstreamPool:
+    """Connections to all replicas. `keep_alive_s` stays below the replicas' own keep-alive time (uvicorn: 5 s), so
+    that a reused connection is rarely one the replica is just closing."""
+
+    def __init__(
+        self,
+        *,
+        connect_timeout_s: float = 2.0,
+        keep_alive_s: float = 4.0,
+        max_idle_per_endpoint: int = 512,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._keep_alive_s = keep_alive_s
+        self._max_idle = max_idle_per_endpoint
+        self._tls = tls
+        self._idle: dict[Address, deque[UpstreamConnection]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+
+    @property
+    def idle(self) -> int:
+        """Connections kept for reuse."""
+        return sum(len(connections) for connections in self._idle.values())
+
+    async def connect(self, endpoint: Endpoint) -> UpstreamConnection:
+        """An idle connection, or a new one. Raises `ConnectError`."""
+        address = endpoint.address
+        idle = self._idle.get(address)
+        if idle:
+            horizon = asyncio.get_running_loop().time() - self._keep_alive_s
+            while idle:
+                connection = idle.pop()
+                if connection.reusable and connection.idle_since > horizon:
+                    return connection
+                connection.abort()
+        return await self._open(endpoint.id, address)
+
+    def give_back(self, endpoint: Endpoint, connection: UpstreamConnection) -> None:
+        """Keep a connection whose answer was read to its end; close any other."""
+        if not connection.reusable:
+            connection.abort()
+            return
+        idle = self._idle.setdefault(endpoint.address, deque())
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        idle.append(connection)
+        if len(idle) > self._max_idle:
+            idle.popleft().abort()
+        if self._sweep is None:
+            self._sweep = loop.call_later(self._keep_alive_s, self._drop_stale)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Close the idle connections to a replica, because one of them has proved dead."""
+        for connection in self._idle.pop(endpoint.address, ()):
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every idle connection; those in use are their users' to end."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().abort()
+        self._idle.clear()
+
+    async def _open(self, endpoint_id: str, address: Address) -> UpstreamConnection:
+        host, port, uses_tls = address
+        context = (self._tls or ssl.create_default_context()) if uses_tls else None
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    UpstreamConnection, host, port, ssl=context
+                )
+        except TimeoutError as error:
+            raise ConnectError(f"replica {endpoint_id}: no connection within {self._connect_timeout_s:g} s") from error
+        except (OSError, ssl.SSLError) as error:
+            raise ConnectError(f"replica {endpoint_id}: {error}") from error
+        return connection
+
+    def _drop_stale(self) -> None:
+        loop = asyncio.get_running_loop()
+        horizon = loop.time() - self._keep_alive_s
+        for address in list(self._idle):
+            idle = self._idle[address]
+            while idle and (idle[0].idle_since <= horizon or not idle[0].reusable):
+                idle.popleft().abort()
+            if not idle:
+                del self._idle[address]
+        self._sweep = loop.call_later(self._keep_alive_s, self._drop_stale) if self._idle else None
