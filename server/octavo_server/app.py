@@ -1,0 +1,73 @@
+"""The HTTP application of one replica: faces put together, errors in each face's own shape."""
+
+from __future__ import annotations
+
+import json
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo_server import observation
+from octavo_server.boundary import RequestBoundary
+from octavo_server.errors import INTERNAL_ERROR, ApiError
+from octavo_server.openai import chat, completions, models, tokens
+from octavo_server.replica import VERSION, Replica
+
+
+def build_app(replica: Replica) -> RequestBoundary:
+    """Every route behind the request boundary."""
+    app = FastAPI(title="Octavo", version=VERSION, redoc_url=None)
+    for face in (observation, models, chat, completions, tokens):
+        app.include_router(face.router(replica))
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        replica.metrics.rejected(error.reason)
+        return _error_response(request.url.path, error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        refusal = ApiError(error.status_code, _http_message(error, request), reason=f"http_{error.status_code}")
+        replica.metrics.rejected(refusal.reason)
+        return _error_response(request.url.path, refusal, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        replica.metrics.rejected("internal_error")
+        return _error_response(request.url.path, ApiError(500, INTERNAL_ERROR))
+
+    return RequestBoundary(
+        app,
+        lifecycle=replica.lifecycle,
+        metrics=replica.metrics,
+        render_error=render_error,
+        max_body_bytes=replica.settings.max_body_bytes,
+        request_timeout_s=replica.settings.request_timeout,
+    )
+
+
+def render_error(path: str, error: ApiError) -> bytes:
+    """The error's body in the shape of the face that `path` belongs to."""
+    body: object = {"error": error.message} if path == "/v2" or path.startswith("/v2/") else error.body()
+    return json.dumps(body, ensure_ascii=False).encode()
+
+
+def _error_response(path: str, error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        render_error(path, error),
+        status_code=error.status,
+        media_type="application/json",
+        headers={**(headers or {}), **error.headers()},
+    )
+
+
+def _http_message(error: HTTPException, request: Request) -> str:
+    path = request.url.path[:200]
+    match error.status_code:
+        case 404:
+            return f"No route {request.method} {path}; GET /docs lists what this server offers."
+        case 405:
+            return f"{path} does not take {request.method}."
+    return str(error.detail)

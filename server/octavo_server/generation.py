@@ -1,0 +1,213 @@
+"""Run sequences on the engine and turn what it emits into text: the one path every generating face uses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from octavo_engine.client import EngineClient
+from octavo_engine.detokenizer import IncrementalDetokenizer
+from octavo_engine.errors import OctavoError
+from octavo_engine.messages import FinishReason, SequenceOutput, TokenLogprobs
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_server.caller import Caller
+from octavo_server.errors import INTERNAL_ERROR, ApiError, from_engine_error
+from octavo_server.metrics import RequestLatencies
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One sequence to generate: `index` tells it from its siblings of the same response."""
+
+    index: int
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    caller: Caller
+    cache_salt: str = ""
+    priority: int = 0
+    continues_prompt: bool = False  # the text is appended to the prompt's own
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one output added to sequence `index`. The last one carries `finish_reason`.
+
+    `text` may lag behind `token_ids` while a character or a possible stop string is incomplete.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+
+
+class DeltaStream:
+    """The deltas of one response. Closing it ends its sequences, even before the first delta was taken."""
+
+    def __init__(self, first: Delta, rest: AsyncGenerator[Delta, None]) -> None:
+        self._first: Delta | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> DeltaStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        first, self._first = self._first, None
+        return await anext(self._rest) if first is None else first
+
+    async def aclose(self) -> None:
+        self._first = None
+        await self._rest.aclose()
+
+
+class Generator:
+    """Sequences of one loaded model."""
+
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, latencies: RequestLatencies) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._latencies = latencies
+
+    async def start(self, requests: Sequence[SequenceRequest]) -> DeltaStream:
+        """Begin all `requests` and wait for the first delta, so that a refusal still becomes an HTTP status.
+
+        Returns every delta in order of arrival. Closing the returned stream aborts what still runs.
+        Raises `ApiError`.
+        """
+        streams = [self._stream(request) for request in requests]
+        merged = streams[0] if len(streams) == 1 else _merge(streams)
+        try:
+            first = await anext(merged)
+        except BaseException:
+            await merged.aclose()
+            raise
+        return DeltaStream(first, merged)
+
+    async def _stream(self, request: SequenceRequest) -> AsyncGenerator[Delta, None]:
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer, request.sampling, continues_prompt=request.continues_prompt
+        )
+        timing = _Timing(self._latencies, request)
+        outputs = self._engine.generate(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            tenant=request.caller.tenant,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            deadline_s=request.caller.deadline_s,
+        )
+        try:
+            async for output in outputs:
+                _raise_failure(output)
+                finish = output.finish_reason
+                piece = detokenizer.push(output.token_ids, finish is not None)
+                token_ids, logprobs = output.token_ids, output.logprobs
+                stop_reason: str | int | None = output.stop_token_id
+                if piece.stop_reason is not None:
+                    finish, stop_reason = FinishReason.STOP, piece.stop_reason
+                    token_ids = token_ids[: piece.num_tokens]
+                    logprobs = None if logprobs is None else logprobs[: piece.num_tokens]
+                timing.observe(output, finished=finish is not None)
+                yield Delta(
+                    index=request.index,
+                    text=piece.text,
+                    token_ids=token_ids,
+                    logprobs=logprobs,
+                    prompt_logprobs=output.prompt_logprobs,
+                    finish_reason=finish,
+                    stop_reason=stop_reason,
+                    num_cached_tokens=output.num_cached_tokens,
+                )
+                if finish is not None:
+                    return
+        except OctavoError as error:
+            raise from_engine_error(error) from error
+        finally:
+            await _close(outputs)
+
+
+class _Timing:
+    """Latencies of one sequence."""
+
+    __slots__ = ("_first_at", "_latencies", "_num_tokens", "_previous_at", "_request")
+
+    def __init__(self, latencies: RequestLatencies, request: SequenceRequest) -> None:
+        self._latencies = latencies
+        self._request = request
+        self._first_at = 0.0
+        self._previous_at = 0.0
+        self._num_tokens = 0
+
+    def observe(self, output: SequenceOutput, *, finished: bool) -> None:
+        now = time.monotonic()
+        if output.token_ids:
+            if self._num_tokens == 0:
+                self._first_at = now
+                self._latencies.ttft(now - self._request.caller.arrived_at)
+            else:
+                self._latencies.itl(now - self._previous_at)
+            self._previous_at = now
+            self._num_tokens += len(output.token_ids)
+        if finished:
+            self._finish(output, now)
+
+    def _finish(self, output: SequenceOutput, now: float) -> None:
+        latencies = self._latencies
+        latencies.e2e(now - self._request.caller.arrived_at)
+        latencies.queue_time(output.queue_time_s)
+        latencies.prompt_tokens(len(self._request.prompt_token_ids))
+        latencies.generation_tokens(self._num_tokens)
+        if self._num_tokens > 1:
+            latencies.tpot((now - self._first_at) / (self._num_tokens - 1))
+
+
+def _raise_failure(output: SequenceOutput) -> None:
+    if output.finish_reason is FinishReason.DEADLINE:
+        raise ApiError(504, "The request's deadline passed before it finished.", reason="deadline")
+    if output.finish_reason is FinishReason.ERROR:
+        raise ApiError(500, INTERNAL_ERROR, reason="engine_error")
+
+
+async def _close(outputs: AsyncIterator[SequenceOutput]) -> None:
+    if isinstance(outputs, AsyncGenerator):
+        await outputs.aclose()
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Interleave several streams; the first failure ends them all, and so does closing this generator."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,186 @@
+"""Prometheus metrics of one replica: Octavo's own names, and vLLM's beside them for existing dashboards and routers.
+
+Gauges and counters are read from the engine's newest snapshot when scraped; only latencies are observed per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from octavo_engine.messages import EngineStats
+
+# fmt: off
+_TTFT_BUCKETS = (
+    .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640,
+)
+_TPOT_BUCKETS = (
+    .001, .002, .003, .005, .0075, .01, .015, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 10,
+)
+_LATENCY_BUCKETS = (
+    .01, .05, .1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 3840,
+)
+# fmt: on
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+
+StatsSource = Callable[[], tuple[str, EngineStats] | None]
+
+
+class Metrics:
+    """The registry of one replica. `stats_source` gives the served model's name and stats, None while loading."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, stats_source: StatsSource, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineStatsCollector(stats_source))
+        self._rejections = Counter(
+            "octavo_http_rejections", "Requests answered with an error, by reason.", ["reason"], registry=self.registry
+        )
+        self._ignored_fields = Counter(
+            "octavo_ignored_request_fields", "Unknown request fields that were ignored.", registry=self.registry
+        )
+        build_info = Gauge("octavo_build_info", "Always 1; the label tells.", ["version"], registry=self.registry)
+        build_info.labels(version).set(1)
+        self._latencies: RequestLatencies | None = None
+
+    def rejected(self, reason: str) -> None:
+        """Count one request that ended in an error."""
+        self._rejections.labels(reason).inc()
+
+    def ignored_fields(self, count: int) -> None:
+        self._ignored_fields.inc(count)
+
+    def for_model(self, model_name: str) -> RequestLatencies:
+        """The per-request histograms, made once the model's name is known."""
+        if self._latencies is None:
+            self._latencies = RequestLatencies(self.registry, model_name)
+        return self._latencies
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class RequestLatencies:
+    """Histograms observed as sequences run, under Octavo's and vLLM's names."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def histogram(name: str, alias: str, help_text: str, buckets: tuple[float, ...]) -> Observe:
+            own = Histogram(f"octavo_{name}", help_text, ["model_name"], buckets=buckets, registry=registry)
+            vllm = Histogram(f"vllm:{alias}", help_text, ["model_name", "engine"], buckets=buckets, registry=registry)
+            return Observe(own.labels(model_name), vllm.labels(model_name, "0"))
+
+        self.ttft = histogram(
+            "time_to_first_token_seconds", "time_to_first_token_seconds",
+            "From a request's arrival to its first token.", _TTFT_BUCKETS,
+        )  # fmt: skip
+        self.itl = histogram(
+            "inter_token_latency_seconds", "inter_token_latency_seconds",
+            "Between two outputs of one sequence.", _TPOT_BUCKETS,
+        )  # fmt: skip
+        self.tpot = histogram(
+            "time_per_output_token_seconds", "request_time_per_output_token_seconds",
+            "Mean time per output token after the first, per sequence.", _TPOT_BUCKETS,
+        )  # fmt: skip
+        self.e2e = histogram(
+            "e2e_request_latency_seconds", "e2e_request_latency_seconds",
+            "From a request's arrival to its last token.", _LATENCY_BUCKETS,
+        )  # fmt: skip
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "request_queue_time_seconds",
+            "From the engine's receipt of a sequence to its first step.", _LATENCY_BUCKETS,
+        )  # fmt: skip
+        self.prompt_tokens = histogram(
+            "request_prompt_tokens", "request_prompt_tokens", "Prompt tokens per sequence.", _TOKEN_BUCKETS
+        )
+        self.generation_tokens = histogram(
+            "request_generation_tokens", "request_generation_tokens", "Generated tokens per sequence.", _TOKEN_BUCKETS
+        )
+
+
+class Observe:
+    """One observation recorded under two names."""
+
+    __slots__ = ("_alias", "_own")
+
+    def __init__(self, own: Histogram, alias: Histogram) -> None:
+        self._own = own
+        self._alias = alias
+
+    def __call__(self, value: float) -> None:
+        self._own.observe(value)
+        self._alias.observe(value)
+
+
+class EngineStatsCollector(Collector):
+    """Reads the engine's snapshot at scrape time; empty while no model is loaded."""
+
+    def __init__(self, stats_source: StatsSource) -> None:
+        self._stats_source = stats_source
+
+    def collect(self) -> Iterator[Metric]:
+        current = self._stats_source()
+        if current is None:
+            return
+        model, stats = current
+        yield from _gauges(model, stats)
+        yield from _counters(model, stats)
+        yield from _finished(model, stats)
+
+
+def _gauges(model: str, stats: EngineStats) -> Iterator[Metric]:
+    utilization = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+    rows: list[tuple[str, str | None, str, float]] = [
+        ("requests_waiting", "num_requests_waiting", "Sequences waiting for their first step.", stats.num_waiting),
+        ("requests_running", "num_requests_running", "Sequences in the running batch.", stats.num_running),
+        ("kv_cache_utilization", "kv_cache_usage_perc",
+         "Share of KV blocks that live sequences hold (0 to 1); merely cached blocks are free.", utilization),
+        ("queued_kv_tokens", None, "Prompt tokens that waiting sequences still need computed.",
+         stats.num_waiting_tokens),
+        ("kv_blocks", None, "KV blocks of this replica.", stats.kv_blocks_total),
+        ("engine_step_seconds", None, "Duration of the newest engine step.", stats.step_time_s),
+    ]  # fmt: skip
+    for name, alias, help_text, value in rows:
+        own = GaugeMetricFamily(f"octavo_{name}", help_text, labels=["model_name"])
+        own.add_metric([model], value)
+        yield own
+        if alias is not None:
+            vllm = GaugeMetricFamily(f"vllm:{alias}", help_text, labels=["model_name", "engine"])
+            vllm.add_metric([model, "0"], value)
+            yield vllm
+
+
+def _counters(model: str, stats: EngineStats) -> Iterator[Metric]:
+    rows = [
+        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+        ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+        ("num_preemptions", "Sequences preempted for want of KV blocks.", stats.num_preemptions),
+        ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
+        ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+    ]
+    for name, help_text, value in rows:
+        own = CounterMetricFamily(f"octavo_{name}", help_text, labels=["model_name"])
+        own.add_metric([model], value)
+        yield own
+        vllm = CounterMetricFamily(f"vllm:{name}", help_text, labels=["model_name", "engine"])
+        vllm.add_metric([model, "0"], value)
+        yield vllm
+    steps = CounterMetricFamily("octavo_engine_steps", "Engine steps.", labels=["model_name"])
+    steps.add_metric([model], stats.step)
+    yield steps
+
+
+def _finished(model: str, stats: EngineStats) -> Iterator[Metric]:
+    help_text = "Sequences ended, by reason."
+    own = CounterMetricFamily("octavo_request_success", help_text, labels=["model_name", "finished_reason"])
+    vllm = CounterMetricFamily("vllm:request_success", help_text, labels=["model_name", "engine", "finished_reason"])
+    for reason, count in sorted(stats.requests_finished.items()):
+        own.add_metric([model, reason], count)
+        vllm.add_metric([model, "0", reason], count)
+    yield own
+    yield vllm

@@ -1,0 +1,74 @@
+"""Routes that watch the replica: probes, metrics, version, load. Answered at any time, whatever the engine does."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from octavo_engine.messages import LoadProgress
+from octavo_server.json_response import JsonResponse
+from octavo_server.lifecycle import Phase
+from octavo_server.replica import VERSION, Replica
+
+
+def router(replica: Replica) -> APIRouter:
+    """Health, metrics, version and load."""
+    routes = APIRouter(tags=["observation"])
+
+    @routes.get("/health/live")
+    async def live() -> Response:
+        """200 while the process is well; 503 asks for a restart."""
+        problem = replica.health_problem()
+        if problem is None:
+            return JsonResponse({"status": "alive"})
+        return JsonResponse({"status": "failed", "reason": problem}, status_code=503)
+
+    @routes.get("/health/ready")
+    async def ready() -> Response:
+        """200 when requests should be sent here."""
+        return _readiness(replica)
+
+    @routes.get("/health")
+    async def health() -> Response:
+        """As readiness."""
+        return _readiness(replica)
+
+    @routes.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        """As readiness."""
+        return _readiness(replica)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(replica.metrics.render(), headers={"content-type": replica.metrics.content_type})
+
+    @routes.get("/version")
+    async def version() -> Response:
+        """The version of Octavo."""
+        return JsonResponse({"version": VERSION})
+
+    @routes.get("/load")
+    async def load() -> Response:
+        """Requests in flight in this process."""
+        return JsonResponse({"server_load": replica.lifecycle.num_in_flight})
+
+    return routes
+
+
+def _readiness(replica: Replica) -> Response:
+    phase = replica.lifecycle.phase
+    problem = replica.health_problem()
+    if problem is not None:
+        return JsonResponse({"status": "failed", "reason": problem}, status_code=503)
+    if phase is Phase.READY:
+        return JsonResponse({"status": "ready"})
+    body: dict[str, object] = {"status": phase.value}
+    progress = replica.engine.progress
+    if phase is Phase.STARTING:
+        body["progress"] = {} if progress is None else _describe(progress)
+    return JsonResponse(body, status_code=503)
+
+
+def _describe(progress: LoadProgress) -> dict[str, object]:
+    return {"phase": progress.phase, "fraction": progress.fraction, "detail": progress.detail}

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible face, with vLLM's extra fields."""

@@ -1,0 +1,68 @@
+"""From a request's fields to the engine's `SamplingParams`."""
+
+from __future__ import annotations
+
+from octavo_engine.errors import InvalidRequestError
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_server.errors import bad_request, from_engine_error
+from octavo_server.openai.request_types import SamplingFields
+
+
+def sampling_params(
+    fields: SamplingFields,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    vocab_size: int,
+) -> SamplingParams:
+    """Validated parameters of one sequence; raises a 400 naming the field. Tokenizes `bad_words`: call off the loop."""
+    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
+    top_k = fields.top_k or 0
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=fields.min_tokens or 0,
+        temperature=_default(fields.temperature, 1.0),
+        top_p=_default(fields.top_p, 1.0),
+        top_k=0 if top_k == -1 else top_k,
+        min_p=_default(fields.min_p, 0.0),
+        typical_p=_default(fields.typical_p, 1.0),
+        repetition_penalty=_default(fields.repetition_penalty, 1.0),
+        presence_penalty=_default(fields.presence_penalty, 0.0),
+        frequency_penalty=_default(fields.frequency_penalty, 0.0),
+        logit_bias=fields.logit_bias or None,
+        allowed_token_ids=fields.allowed_token_ids,
+        bad_words_ids=_bad_words_ids(fields.bad_words or [], tokenizer) or None,
+        seed=fields.seed,
+        stop=stop,
+        stop_token_ids=tuple(fields.stop_token_ids or ()),
+        include_stop_str_in_output=bool(fields.include_stop_str_in_output),
+        ignore_eos=bool(fields.ignore_eos),
+        skip_special_tokens=fields.skip_special_tokens is not False,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    try:
+        params.validate(vocab_size)
+    except InvalidRequestError as error:
+        raise from_engine_error(error) from None
+    return params
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _bad_words_ids(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Each word as it starts a text and as it follows a space: most vocabularies write the two differently."""
+    sequences: list[list[int]] = []
+    for position, word in enumerate(words):
+        if not word.strip():
+            raise bad_request(f"bad_words[{position}]: must hold a visible character", "bad_words")
+        for text in (word, f" {word.lstrip()}"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and ids not in sequences:
+                sequences.append(ids)
+    return sequences

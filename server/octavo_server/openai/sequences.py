@@ -1,0 +1,171 @@
+"""What chat and completions share: from a checked prompt to sequences, and from deltas to usage."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from octavo_engine.messages import FinishReason, TokenLogprobs
+from octavo_engine.sampling_params import SamplingParams
+from octavo_server.caller import Caller
+from octavo_server.errors import bad_request
+from octavo_server.generation import Delta, DeltaStream, SequenceRequest
+from octavo_server.limits import LIMITS
+from octavo_server.openai.request_types import SamplingFields, StreamOptions
+from octavo_server.openai.response_types import PromptTokensDetails, Usage
+from octavo_server.served_model import ServedModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt's tokens and how its sequences are sampled."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResponseIdentity:
+    """The fields every chunk of one response repeats."""
+
+    id: str
+    model: str
+    fingerprint: str
+    created: int
+
+    @classmethod
+    def new(cls, prefix: str, served: ServedModel, model: str) -> ResponseIdentity:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", model, served.fingerprint, int(time.time()))
+
+
+def sequence_requests(
+    prompts: Sequence[Prompt],
+    n: int,
+    identity: ResponseIdentity,
+    fields: SamplingFields,
+    caller: Caller,
+    *,
+    continues_prompt: bool = False,
+) -> list[SequenceRequest]:
+    """`n` sequences for each prompt, in response order; sibling seeds differ so that siblings differ."""
+    if len(prompts) * n > LIMITS.sequences:
+        raise bad_request(f"n: {len(prompts)} prompts times {n} exceed {LIMITS.sequences} sequences", "n")
+    priority = caller.priority if caller.priority is not None else fields.priority or 0
+    salt = caller.cache_salt(fields.cache_salt)
+    requests = []
+    for position, prompt in enumerate(prompts):
+        for sibling in range(n):
+            sampling = prompt.sampling
+            if sampling.seed is not None and sibling:
+                sampling = msgspec.structs.replace(sampling, seed=sampling.seed + sibling)
+            index = position * n + sibling
+            requests.append(
+                SequenceRequest(
+                    index,
+                    f"{identity.id}-{index}",
+                    prompt.token_ids,
+                    sampling,
+                    caller,
+                    salt,
+                    priority,
+                    continues_prompt,
+                )
+            )
+    return requests
+
+
+def truncate(token_ids: list[int], keep: int | None, room: int) -> list[int]:
+    """The last `keep` tokens; -1 keeps as many as the context has room for, None keeps all."""
+    if keep is None:
+        return token_ids
+    wanted = room if keep == -1 else keep
+    return token_ids[-wanted:] if wanted > 0 else []
+
+
+class SequenceText:
+    """One sequence collected into a whole."""
+
+    __slots__ = ("finish_reason", "logprobs", "parts", "prompt_logprobs", "stop_reason", "token_ids")
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.finish_reason = FinishReason.STOP
+        self.stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+    def add(self, delta: Delta) -> None:
+        self.parts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or []
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason
+
+
+async def collect(deltas: DeltaStream, count: int, usage: UsageCounter) -> list[SequenceText]:
+    """Run `count` sequences to their ends."""
+    texts = [SequenceText() for _ in range(count)]
+    async for delta in deltas:
+        usage.add(delta)
+        texts[delta.index].add(delta)
+    return texts
+
+
+class UsageCounter:
+    """Counts a response's tokens: each prompt once, every generated token, and what the prefix cache saved."""
+
+    def __init__(self, prompts: Sequence[Prompt], n: int, log_fields: dict[str, Any]) -> None:
+        self._n = n
+        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._cached_tokens = [0] * len(prompts)
+        self._completion_tokens = 0
+        self._log_fields = log_fields
+        log_fields["prompt_tokens"] = self._prompt_tokens
+
+    def add(self, delta: Delta) -> None:
+        self._completion_tokens += len(delta.token_ids)
+        if delta.num_cached_tokens and delta.index % self._n == 0:
+            self._cached_tokens[delta.index // self._n] = delta.num_cached_tokens
+        if delta.finish_reason is not None:
+            self._log_fields["completion_tokens"] = self._completion_tokens
+            self._log_fields["cached_tokens"] = sum(self._cached_tokens)
+            self._log_fields["finish_reason"] = delta.finish_reason.value
+
+    def usage(self) -> Usage:
+        """Usage so far."""
+        return Usage(
+            self._prompt_tokens,
+            self._completion_tokens,
+            self._prompt_tokens + self._completion_tokens,
+            PromptTokensDetails(sum(self._cached_tokens)),
+        )
+
+
+def check_stream_options(fields: SamplingFields) -> StreamOptions:
+    """The stream's options; raises a 400 when they are given without `stream`."""
+    if fields.stream_options is not None and not fields.stream:
+        raise bad_request("stream_options: only allowed when stream is true", "stream_options")
+    return fields.stream_options or StreamOptions()
+
+
+def check_response_format(fields: SamplingFields) -> None:
+    """Raise a 400 for a format this server cannot guarantee."""
+    chosen = fields.response_format
+    if chosen is None or chosen.type == "text":
+        return
+    if chosen.type in ("json_object", "json_schema"):
+        raise bad_request("response_format.type: structured output is not supported yet", "response_format.type")
+    raise bad_request("response_format.type: must be one of text, json_object, json_schema", "response_format.type")

@@ -1,0 +1,110 @@
+"""Turn a request's body into a typed struct, or into one 400 that names the field."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+import msgspec
+
+from octavo_server.errors import ApiError, bad_request
+from octavo_server.limits import LIMITS
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# JSON texts that mean "this option is off", whatever the option.
+_NEUTRAL = frozenset({b"null", b"false", b"[]", b"{}", b'""'})
+_LOCATED = re.compile(r"(?P<what>.*) - at `(?:key in )?\$\.?(?P<path>.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
+
+
+class Parsed(msgspec.Struct, Generic[T], frozen=True):
+    """A request and the names of the fields this server does not know (ignored, as OpenAI and vLLM do)."""
+
+    request: T
+    unknown_fields: tuple[str, ...]
+
+
+def parse(body: bytes, kind: type[T], refused: Mapping[str, str] | None = None) -> Parsed[T]:
+    """Decode `body` as `kind`; raises a 400 for malformed JSON, wrong types and values out of bounds.
+
+    `refused` maps fields that are understood but not honoured to the reason: anything but "off" there is a 400,
+    because ignoring it would change what the caller gets.
+    """
+    raw = _decode_object(body)
+    for name, reason in (refused or {}).items():
+        value = raw.get(name)
+        if value is not None and bytes(value).strip() not in _NEUTRAL:
+            raise bad_request(f"{name}: {reason}", name)
+    try:
+        request = _decoder(kind).decode(body)
+    except msgspec.ValidationError as error:
+        raise from_validation_error(error) from None
+    except RecursionError:
+        raise _too_deep() from None
+    known = _field_names(kind)
+    return Parsed(request, tuple(name for name in raw if name not in known and name not in (refused or {})))
+
+
+def from_validation_error(error: msgspec.ValidationError) -> ApiError:
+    """One finding with its field path as the caller wrote it."""
+    located = _LOCATED.fullmatch(str(error))
+    what, path = (located["what"], located["path"]) if located else (str(error), "")
+    missing = _MISSING.fullmatch(what)
+    if missing:
+        path = f"{path}.{missing['field']}" if path else missing["field"]
+        what = "missing; this field is required"
+    path = path[:200]
+    what = what[:1].lower() + what[1:]
+    return bad_request(f"{path}: {what}" if path else f"The body is not a valid request: {what}", path or None)
+
+
+def _decode_object(body: bytes) -> dict[str, msgspec.Raw]:
+    if not body.strip():
+        raise bad_request("The body is empty; send a JSON object.")
+    try:
+        if _depth_exceeds(body, LIMITS.json_depth):
+            raise _too_deep()
+        return _RAW_OBJECT.decode(body)
+    except msgspec.ValidationError:
+        raise bad_request("The body must be a JSON object.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise bad_request(f"The body is not valid JSON: {str(error)[:200]}") from None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _too_deep() -> ApiError:
+    return bad_request(f"The body nests deeper than {LIMITS.json_depth} levels.")
+
+
+def _depth_exceeds(body: bytes, limit: int) -> bool:
+    """Whether brackets outside strings nest deeper than `limit`; a cheap count first spares almost every body."""
+    if body.count(b"{") + body.count(b"[") <= limit:
+        return False
+    depth = 0
+    for token in _STRUCTURE.finditer(body):
+        first = token[0][0]
+        if first in b"{[":
+            depth += 1
+            if depth > limit:
+                return True
+        elif first in b"}]":
+            depth -= 1
+    return False
+
+
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_RAW_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+@functools.cache
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    return msgspec.json.Decoder(kind)
+
+
+@functools.cache
+def _field_names(kind: type[msgspec.Struct]) -> frozenset[str]:
+    return frozenset(kind.__struct_encode_fields__)

@@ -1,0 +1,82 @@
+"""One replica as its faces see it: settings, engine, life cycle, metrics and, once loaded, the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.metadata import version
+
+from octavo_engine.client import EngineClient
+from octavo_engine.errors import EngineDeadError
+from octavo_engine.messages import EngineStats
+from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_server.errors import unavailable
+from octavo_server.generation import Generator
+from octavo_server.lifecycle import Lifecycle, Phase
+from octavo_server.metrics import Metrics
+from octavo_server.served_model import ServedModel
+from octavo_server.settings import ServeSettings
+from octavo_server.text_pool import TextPool
+
+VERSION = version("octavo")
+TokenizerLoader = Callable[[str], Tokenizer]
+
+logger = logging.getLogger("octavo.server")
+
+
+class Replica:
+    """What every face needs, in one place; used from one event loop."""
+
+    def __init__(self, settings: ServeSettings, engine: EngineClient, load_tokenizer: TokenizerLoader) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.lifecycle = Lifecycle()
+        self.text = TextPool()
+        self.metrics = Metrics(self._current_stats, VERSION)
+        self._load_tokenizer = load_tokenizer
+        self._served: ServedModel | None = None
+        self._generator: Generator | None = None
+
+    async def start(self) -> None:
+        """Load the model and become ready; raises what `EngineClient.start` raises."""
+        await self.engine.start()
+        info = self.engine.model
+        tokenizer = await self.text.run(self._load_tokenizer, info.path)
+        names = self.settings.served_model_names or (info.name,)
+        self._served = ServedModel(info, tokenizer, names, self.settings.read_chat_template())
+        self._generator = Generator(self.engine, tokenizer, self.metrics.for_model(self._served.name))
+        self.lifecycle.become_ready()
+
+    @property
+    def served(self) -> ServedModel:
+        """The loaded model; raises a retryable 503 while there is none."""
+        if self._served is None:
+            raise unavailable("The model is still loading; retry shortly.", 5.0, "starting")
+        return self._served
+
+    @property
+    def generator(self) -> Generator:
+        """Runs sequences; raises a retryable 503 while no model is loaded."""
+        if self._generator is None:
+            raise unavailable("The model is still loading; retry shortly.", 5.0, "starting")
+        return self._generator
+
+    def health_problem(self) -> str | None:
+        """Why the process should be restarted, or None while it is well (loading counts as well)."""
+        if self.lifecycle.phase is Phase.FAILED:
+            return self.lifecycle.failure or "the engine failed"
+        if self._served is None:
+            return None
+        try:
+            self.engine.check_health()
+        except EngineDeadError as error:
+            return str(error)
+        return None
+
+    async def close(self, timeout_s: float) -> None:
+        """End the engine process and the threads."""
+        self.text.close()
+        await self.engine.shutdown(timeout_s)
+
+    def _current_stats(self) -> tuple[str, EngineStats] | None:
+        return None if self._served is None else (self._served.name, self.engine.stats)
