@@ -31,6 +31,10 @@ class QueueFullError(OctavoError):
         self.retry_after_s = retry_after_s
 
 
+class RequestFailedError(OctavoError):
+    """This one request could not be computed; the engine and all other requests go on."""
+
+
 class EngineDrainingError(OctavoError):
     """The replica is shutting down and takes no new work; another replica can."""
 

@@ -91,6 +91,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     queue_time_s: float = 0.0
     embedding: list[float] | None = None
     error: str | None = None
+    error_kind: str | None = None  # name of the class in `errors` that fits `error`
+    error_param: str | None = None
+    retry_after_s: float | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +116,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens: int = 0
     requests_finished: dict[str, int] = {}  # by FinishReason value
     step_time_s: float = 0.0
+    retry_after_s: float = 1.0  # when a client that is refused now should come back
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):

@@ -1,0 +1,292 @@
+"""The engine core: requests in, one step at a time, tokens out. No process, no socket, no clock but the one given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+import torch
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.embedding import EmbeddingQueue
+from octavo_engine.errors import ConfigError, InvalidRequestError
+from octavo_engine.isolation import run_isolated
+from octavo_engine.kv.block_manager import BlockManager
+from octavo_engine.kv.block_pool import BlockPool
+from octavo_engine.messages import (
+    AddRequest,
+    EmbedRequest,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    SequenceOutput,
+    StepOutput,
+    TokenLogprobs,
+)
+from octavo_engine.runner.interface import ModelRunner, SequenceSlice
+from octavo_engine.sampler.logprobs import token_logprobs
+from octavo_engine.sampler.noise import request_seed
+from octavo_engine.sampler.sampler import ALL_EXCLUDED, Sampler
+from octavo_engine.scheduler.batch import Batch
+from octavo_engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from octavo_engine.scheduler.sequence import Sequence as Seq
+
+DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
+MAX_RETRY_AFTER_S = 60.0
+
+
+class EngineCore:
+    """Schedules, computes and samples over a loaded runner whose KV cache is allocated.
+
+    A request that cannot be computed ends alone with `FinishReason.ERROR`; only a runner that fails on everything
+    ends the engine, with `isolation.StepFailedError` out of `step`.
+    """
+
+    def __init__(self, runner: ModelRunner, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        info = runner.info
+        self._runner = runner
+        self._config = config
+        self._clock = clock
+        self._max_model_len = effective_max_model_len(info)
+        self.model = msgspec.structs.replace(info, max_model_len=self._max_model_len)
+        self.pool = BlockPool(
+            info.kv_blocks_total, info.kv_block_size or config.block_size, enable_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(scheduler_limits(config, info.device), BlockManager(self.pool))
+        self._embeddings = EmbeddingQueue(runner, self.scheduler.limits.max_num_batched_tokens)
+        self._sampler = Sampler()
+        self._eos = frozenset(info.eos_token_ids)
+        self._outputs: list[SequenceOutput] = []
+        self._finished = {reason.value: 0 for reason in FinishReason}
+        self._num_steps = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._step_time_s = 0.0
+        self._last_finish_s: float | None = None
+        self._seconds_per_finish = 1.0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._embeddings) or bool(self._outputs)
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a sequence. Raises `InvalidRequestError` or `QueueFullError`."""
+        self._check(request.request_id, request.prompt_token_ids)
+        request.sampling.validate(self.model.vocab_size)
+        if self.model.task != "generate":
+            raise InvalidRequestError(f"{self.model.name} is an embedding model and cannot generate text", "model")
+        end_token_ids = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            end_token_ids |= self._eos
+        seed = request.sampling.seed
+        if seed is None:
+            seed = request_seed(self._config.seed, request.request_id)
+        seq = Seq(request, self._clock(), seed=seed, end_token_ids=end_token_ids)
+        self.scheduler.add(seq, self.retry_after_s())
+
+    def add_embedding(self, request: EmbedRequest) -> None:
+        """Queue a text to pool. Raises `InvalidRequestError`."""
+        self._check(request.request_id, request.prompt_token_ids, room=0)
+        self._embeddings.add(request)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these sequences now; their blocks are free when this returns. Unknown ids are ignored."""
+        for request_id in request_ids:
+            seq = self.scheduler.get(request_id)
+            if seq is not None:
+                self._finish(seq, FinishReason.ABORT)
+            else:
+                self._embeddings.remove(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running sequences go on."""
+        self.pool.reset_cache()
+
+    def retry_after_s(self) -> float:
+        """When a refused client should come back: about the time in which one sequence ends."""
+        return min(MAX_RETRY_AFTER_S, max(1.0, self._seconds_per_finish))
+
+    def step(self) -> StepOutput:
+        """Compute one batch. Raises `StepFailedError` when the runner itself is broken."""
+        started = self._clock()
+        for seq in self.scheduler.pop_expired(started):
+            self._finish(seq, FinishReason.DEADLINE)
+        if self._embeddings:
+            self._outputs.extend(self._embeddings.step())
+        batch = self.scheduler.schedule(started)
+        if batch.slices:
+            self._compute(batch)
+        outputs, self._outputs = self._outputs, []
+        self._num_steps += 1
+        self._step_time_s = self._clock() - started
+        return StepOutput(outputs=outputs, stats=self.stats())
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            step=self._num_steps,
+            time=time.time(),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting + len(self._embeddings),
+            num_waiting_tokens=scheduler.num_waiting_tokens + self._embeddings.num_tokens,
+            kv_blocks_total=self.pool.num_blocks,
+            kv_blocks_used=self.pool.num_used,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens + self._embeddings.num_tokens_done,
+            generation_tokens=self._generation_tokens,
+            requests_finished=dict(self._finished),
+            step_time_s=self._step_time_s,
+            retry_after_s=self.retry_after_s(),
+        )
+
+    def _check(self, request_id: str, prompt: Sequence[int], room: int = 1) -> None:
+        longest = self._max_model_len - room
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
+        if len(prompt) > longest:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} tokens, and at most {longest} fit: the model's context here is "
+                f"{self._max_model_len} tokens; shorten the prompt or raise max_model_len",
+                "prompt",
+            )
+        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
+            raise InvalidRequestError(f"prompt token ids must be between 0 and {self.model.vocab_size - 1}", "prompt")
+        if self.scheduler.get(request_id) is not None or request_id in self._embeddings:
+            raise InvalidRequestError(f"request id {request_id!r} is in use by a request still running", "request_id")
+
+    def _compute(self, batch: Batch) -> None:
+        parts, failed = run_isolated(self._runner, batch, self.pool)
+        for seq, error in failed:
+            self._fail(seq, f"the model could not compute this request: {error}")
+        for part, logits in parts:
+            rows, states, sampled_seqs = [], [], []
+            row = 0
+            for seq, piece in zip(part.sequences, part.slices, strict=True):
+                num_tokens, num_logits = len(piece.token_ids), piece.num_logits
+                row += num_logits
+                if seq.wants_prompt_logprobs:
+                    self._add_prompt_logprobs(seq, piece, logits[row - num_logits : row])
+                self.scheduler.advance(seq, num_tokens)
+                if num_logits and seq.num_computed == len(seq.tokens):
+                    rows.append(row - 1)
+                    states.append(seq.sampler)
+                    sampled_seqs.append(seq)
+            if not rows:
+                continue
+            if len(rows) != row:
+                logits = logits[rows]
+            sampled = self._sampler.sample(logits, states)
+            logprobs = sampled.logprobs
+            for index, seq in enumerate(sampled_seqs):
+                entry = logprobs[index] if logprobs is not None else None
+                self._append(seq, sampled.token_ids[index], entry)
+
+    def _append(self, seq: Seq, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a sampled token, report it, and end the sequence if it is the last one."""
+        if token < 0:
+            self._fail(
+                seq,
+                "the request's constraints exclude every token (allowed_token_ids, bad_words, logit_bias)"
+                if token == ALL_EXCLUDED
+                else "the model produced NaN or infinite logits for this request",
+            )
+            return
+        tokens = seq.tokens
+        tokens.append(token)
+        self._generation_tokens += 1
+        num_output = len(tokens) - seq.num_prompt_tokens
+        sampling = seq.sampling
+        reason: FinishReason | None = None
+        stop_token: int | None = None
+        if token in seq.end_token_ids and num_output >= sampling.min_tokens:
+            reason, stop_token = FinishReason.STOP, token
+        elif num_output >= sampling.max_tokens or len(tokens) >= self._max_model_len:
+            reason = FinishReason.LENGTH
+        if reason is None and num_output > 1 and logprobs is None:
+            self._outputs.append(SequenceOutput(request_id=seq.request_id, token_ids=[token]))
+            return
+        prompt_logprobs = None
+        if num_output == 1:
+            self._prompt_tokens += seq.num_prompt_tokens
+            if seq.wants_prompt_logprobs:
+                prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+                seq.wants_prompt_logprobs = False
+        if reason is not None:
+            self._end(seq, reason)
+        self._outputs.append(
+            SequenceOutput(
+                request_id=seq.request_id,
+                token_ids=[token],
+                logprobs=None if logprobs is None else [logprobs],
+                prompt_logprobs=prompt_logprobs,
+                finish_reason=reason,
+                stop_token_id=stop_token,
+                num_cached_tokens=seq.num_cached_tokens,
+                num_preemptions=seq.num_preemptions,
+                queue_time_s=(seq.first_scheduled_s or seq.arrival_s) - seq.arrival_s,
+            )
+        )
+
+    def _add_prompt_logprobs(self, seq: Seq, piece: SequenceSlice, logits: torch.Tensor) -> None:
+        """Row j of a slice's logits predicts position `start + j + 1`; only prompt positions are reported."""
+        if piece.start == 0:
+            seq.prompt_logprobs = [None]
+        targets = seq.tokens[piece.start + 1 : min(piece.start + len(piece.token_ids) + 1, seq.num_prompt_tokens)]
+        if targets:
+            num_top = [seq.sampling.prompt_logprobs or 0] * len(targets)
+            seq.prompt_logprobs.extend(token_logprobs(logits[: len(targets)], targets, num_top))
+
+    def _finish(self, seq: Seq, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence without a new token."""
+        self._end(seq, reason)
+        self._outputs.append(
+            SequenceOutput(
+                request_id=seq.request_id,
+                token_ids=[],
+                finish_reason=reason,
+                num_cached_tokens=seq.num_cached_tokens,
+                num_preemptions=seq.num_preemptions,
+                error=error,
+            )
+        )
+
+    def _fail(self, seq: Seq, message: str) -> None:
+        """End a sequence whose computation went wrong; nothing it wrote to the cache is given to others."""
+        self.pool.unpublish(seq.table.blocks)
+        self._finish(seq, FinishReason.ERROR, message)
+
+    def _end(self, seq: Seq, reason: FinishReason) -> None:
+        self.scheduler.finish(seq)
+        self._finished[reason.value] += 1
+        now = self._clock()
+        if self._last_finish_s is not None:
+            self._seconds_per_finish += 0.1 * (now - self._last_finish_s - self._seconds_per_finish)
+        self._last_finish_s = now
+
+
+def effective_max_model_len(model: ModelInfo) -> int:
+    """The longest sequence that can run: the model's context, or the whole KV cache if that is smaller."""
+    if model.task != "generate":
+        return model.max_model_len
+    return min(model.max_model_len, model.kv_blocks_total * model.kv_block_size)
+
+
+def scheduler_limits(config: EngineConfig, device: str) -> SchedulerLimits:
+    """The scheduler's bounds from the replica's settings; raises `ConfigError` for a budget that starves prefills."""
+    kind = device.partition(":")[0]
+    budget = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS.get(kind, 256), 2 * config.max_num_seqs)
+    if budget <= config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens: must be above max_num_seqs ({config.max_num_seqs}), got {budget}; "
+            "every running sequence needs one token a step, and prefills need room beside them"
+        )
+    return SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+    )

@@ -1,0 +1,49 @@
+"""How many KV blocks a replica gets."""
+
+from __future__ import annotations
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import ConfigError
+from octavo_engine.messages import ModelInfo
+
+GIB = 1 << 30
+CPU_CACHE_CAP_BYTES = 8 * GIB
+CPU_HEADROOM_BYTES = GIB // 2
+
+
+def num_kv_blocks(config: EngineConfig, model: ModelInfo, free_bytes: int) -> int:
+    """Blocks that fit the settings: `num_kv_blocks`, else `kv_cache_memory_bytes`, else a share of free memory.
+
+    `free_bytes` is what the device has left after the weights. On a CPU the share is taken of memory that others may
+    want too, so it is capped. Never more than every sequence at full length could use. Raises `ConfigError` with what
+    is needed, what there is and what to change when not even one sequence of `max_model_len` fits.
+    """
+    if config.num_kv_blocks:
+        return config.num_kv_blocks
+    bytes_per_block = model.kv_bytes_per_token * model.kv_block_size
+    if bytes_per_block <= 0:
+        return 0
+    blocks_per_sequence = -(-model.max_model_len // model.kv_block_size)
+    useful = config.max_num_seqs * blocks_per_sequence
+    budget = config.kv_cache_memory_bytes or _share_of_free(config, model, free_bytes)
+    blocks = min(budget // bytes_per_block, useful)
+    if blocks < min(blocks_per_sequence, useful) and blocks * model.kv_block_size < _shortest_useful(config, model):
+        raise ConfigError(
+            f"KV cache: one sequence of {model.max_model_len} tokens needs "
+            f"{blocks_per_sequence * bytes_per_block / GIB:.2f} GiB, have {budget / GIB:.2f} GiB; "
+            f"set max_model_len to at most {max(0, blocks) * model.kv_block_size}, use a smaller kv_cache_dtype, "
+            "or give the replica more memory"
+        )
+    return int(blocks)
+
+
+def _shortest_useful(config: EngineConfig, model: ModelInfo) -> int:
+    """A length the operator asked for must fit; a length that only the checkpoint allows may be cut down to 512."""
+    return model.max_model_len if config.max_model_len else min(model.max_model_len, 512)
+
+
+def _share_of_free(config: EngineConfig, model: ModelInfo, free_bytes: int) -> int:
+    share = int(free_bytes * config.kv_cache_memory_fraction)
+    if model.device.startswith("cpu"):
+        return max(0, min(share // 2, free_bytes - CPU_HEADROOM_BYTES, CPU_CACHE_CAP_BYTES))
+    return share

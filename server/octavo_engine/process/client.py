@@ -1,0 +1,361 @@
+"""The API process's side of the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineDrainingError,
+    InvalidRequestError,
+    ModelLoadError,
+    QueueFullError,
+    RequestFailedError,
+)
+from octavo_engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    EmbedRequest,
+    EngineStats,
+    Event,
+    Failed,
+    FinishReason,
+    LoadProgress,
+    ModelInfo,
+    Ready,
+    ResetPrefixCache,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+)
+from octavo_engine.process.stream import OutputStream
+from octavo_engine.process.worker import run_worker
+from octavo_engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo_engine.startup import LoadRunner
+
+START_ERRORS = {"ModelLoadError": ModelLoadError, "ConfigError": ConfigError}
+WATCH_INTERVAL_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class EngineProcessClient:
+    """Runs the engine as a child process and speaks with it over private Unix sockets; implements `EngineClient`.
+
+    All methods belong to one event loop. The engine counts as dead when its process has ended, which is seen at once,
+    or when it has sent nothing for `step_timeout_s`: an idle engine reports once a second, a busy one after each
+    step. A dead engine ends every open request with `EngineDeadError` and is not restarted: the replica is.
+    """
+
+    def __init__(self, config: EngineConfig, load: LoadRunner | None = None) -> None:
+        self._config = config
+        self._load = load
+        self._model: ModelInfo | None = None
+        self._stats = EngineStats()
+        self._progress: LoadProgress | None = LoadProgress(phase="resolve", fraction=0.0)
+        self._streams: dict[str, OutputStream] = {}
+        self._dead: EngineDeadError | None = None
+        self._draining = False
+        self._last_event_s = 0.0
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def model(self) -> ModelInfo:
+        if self._model is None:
+            raise self._dead or EngineDeadError("the engine is not ready: the model is still loading")
+        return self._model
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def progress(self) -> LoadProgress | None:
+        return self._progress
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process's id, None before `start`."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def socket_directory(self) -> str:
+        """Where the private sockets lie, readable by this user alone."""
+        return self._directory
+
+    async def start(self) -> None:
+        if self._process is not None:
+            raise RuntimeError("an engine client starts once; make a new one")
+        self._config.validate()
+        self._open_sockets()
+        context = multiprocessing.get_context("spawn")
+        arguments = (self._config, self._load, self._address("commands"), self._address("events"), os.getpid())
+        self._process = context.Process(target=run_worker, args=arguments, name="octavo-engine", daemon=True)
+        self._process.start()
+        self._exited = asyncio.Event()
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last_event_s = time.monotonic()
+        asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_exit)
+        self._tasks = [asyncio.create_task(self._read_events()), asyncio.create_task(self._watch())]
+        try:
+            await self._ready
+        except BaseException:
+            await self._stop(timeout_s=1.0)
+            raise
+
+    def check_health(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if self._model is None:
+            raise EngineDeadError("the engine is not ready: the model is still loading")
+        silent_s = time.monotonic() - self._last_event_s
+        if silent_s > self._config.step_timeout_s:
+            raise EngineDeadError(self._describe_silence(silent_s))
+
+    async def generate(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        tenant: str = "",
+        cache_salt: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> AsyncIterator[SequenceOutput]:
+        self._check_open()
+        if len(prompt_token_ids) >= self.model.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt_token_ids)} tokens, and at most {self.model.max_model_len - 1} fit the "
+                f"model's context of {self.model.max_model_len} tokens; shorten the prompt",
+                "prompt",
+            )
+        self._check_queue()
+        request = AddRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            priority=priority,
+            deadline_s=deadline_s,
+            arrival_time=time.time(),
+        )
+        stream = self._open_stream(request)
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finish_reason is not None
+                _raise_rejection(output)
+                yield output
+        finally:
+            self._close_stream(request_id, finished)
+
+    async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
+        self._check_open()
+        self._check_queue()
+        stream = self._open_stream(
+            EmbedRequest(
+                request_id=request_id, prompt_token_ids=prompt_token_ids, tenant=tenant, arrival_time=time.time()
+            )
+        )
+        finished = False
+        try:
+            output = await stream.get()
+            finished = True
+        finally:
+            self._close_stream(request_id, finished)
+        _raise_rejection(output)
+        if output.embedding is None:
+            raise RequestFailedError(output.error or "the engine returned no vector for this text")
+        return output
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        self._check_open()
+        self._send(ResetPrefixCache())
+
+    async def shutdown(self, timeout_s: float) -> None:
+        self._draining = True
+        if self._process is None:
+            return
+        if self._dead is None:
+            self._send(Shutdown())
+        await self._stop(timeout_s)
+
+    # ------------------------------------------------------------ requests
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise EngineDrainingError("this replica is shutting down and takes no new requests; retry on another one")
+        if self._dead is not None:
+            raise self._dead
+
+    def _check_queue(self) -> None:
+        """Refuse at once what the engine would refuse; the engine itself has the last word."""
+        config = self._config
+        too_many = len(self._streams) >= config.max_queued_requests + config.max_num_seqs
+        if too_many or self._stats.num_waiting >= config.max_queued_requests:
+            rate = self._stats.retry_after_s
+            raise QueueFullError(
+                f"the waiting queue is full ({config.max_queued_requests} requests); try again in {rate:.0f} s", rate
+            )
+
+    def _open_stream(self, request: AddRequest | EmbedRequest) -> OutputStream:
+        if request.request_id in self._streams:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is in use by a request still running", "request_id"
+            )
+        stream = self._streams[request.request_id] = OutputStream()
+        self._send(request)
+        return stream
+
+    def _close_stream(self, request_id: str, finished: bool) -> None:
+        self._streams.pop(request_id, None)
+        if not finished and self._dead is None:
+            self._send(AbortRequest(request_ids=[request_id]))
+
+    # ------------------------------------------------------------ the process
+
+    def _open_sockets(self) -> None:
+        # mkdtemp makes the directory 0700: only this user can reach the sockets in it.
+        self._directory = tempfile.mkdtemp(prefix="octavo-engine-")
+        self._context = zmq.asyncio.Context()
+        self._commands: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PUSH)
+        self._events = self._context.socket(zmq.PULL)
+        self._commands.setsockopt(zmq.SNDHWM, 0)
+        self._events.setsockopt(zmq.RCVHWM, 0)
+        self._commands.bind(self._address("commands"))
+        self._events.bind(self._address("events"))
+
+    def _address(self, name: str) -> str:
+        return f"ipc://{self._directory}/{name}"
+
+    def _send(self, command: Command) -> None:
+        self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
+
+    async def _read_events(self) -> None:
+        while True:
+            message = await self._events.recv()
+            self._last_event_s = time.monotonic()
+            self._on_event(self._decoder.decode(message))
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, StepOutput):
+            self._stats = event.stats
+            for output in event.outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is not None:
+                    stream.put(output)
+        elif isinstance(event, LoadProgress):
+            self._progress = event
+        elif isinstance(event, Ready):
+            self._model = event.model
+            self._progress = None
+            self._ready.set_result(None)
+        elif isinstance(event, Failed):
+            self._die(event.message, event.kind)
+
+    async def _watch(self) -> None:
+        """Kill an engine that has gone silent after it was ready."""
+        while self._dead is None:
+            await asyncio.sleep(min(WATCH_INTERVAL_S, self._config.step_timeout_s / 4))
+            if self._model is None or self._silent_s() <= self._config.step_timeout_s:
+                continue
+            # This loop itself may have been held up; let it read what lies in the socket before judging.
+            await asyncio.sleep(min(WATCH_INTERVAL_S, self._config.step_timeout_s / 4))
+            silent_s = self._silent_s()
+            if silent_s > self._config.step_timeout_s:
+                self._die(self._describe_silence(silent_s))
+                self._kill()
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._last_event_s
+
+    def _describe_silence(self, silent_s: float) -> str:
+        return (
+            f"the engine has made no progress for {silent_s:.1f} s "
+            f"(step_timeout_s is {self._config.step_timeout_s:g}); this replica must be restarted"
+        )
+
+    def _on_exit(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        asyncio.get_running_loop().remove_reader(process.sentinel)
+        process.join()
+        self._exited.set()
+        # A last message, such as the reason, may still lie in the socket: read it before naming the exit code.
+        asyncio.get_running_loop().call_later(0.2, self._die, _describe_exit(process.exitcode))
+
+    def _die(self, message: str, kind: str = "EngineDeadError") -> None:
+        if self._dead is not None:
+            return
+        self._dead = EngineDeadError(message)
+        if not self._draining:
+            logger.error("engine is dead: %s", message)
+        if not self._ready.done():
+            self._ready.set_exception(START_ERRORS.get(kind, EngineDeadError)(message))
+        for stream in self._streams.values():
+            stream.fail(self._dead)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.pid is not None and not self._exited.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+
+    async def _stop(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._exited.wait(), timeout_s)
+        except TimeoutError:
+            self._kill()
+            await self._exited.wait()
+        self._die("the engine was shut down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._commands.close(linger=0)
+        self._events.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _raise_rejection(output: SequenceOutput) -> None:
+    """Turn an output that says a request was refused into the error the engine raised."""
+    if output.finish_reason is not FinishReason.ERROR or output.error_kind is None:
+        return
+    message = output.error or "the engine refused this request"
+    if output.error_kind == "QueueFullError":
+        raise QueueFullError(message, output.retry_after_s or 1.0)
+    if output.error_kind == "InvalidRequestError":
+        raise InvalidRequestError(message, output.error_param)
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = "; was it out of memory?" if code == -signal.SIGKILL else ""
+        return f"the engine process was killed by {signal.Signals(-code).name}{hint}"
+    return f"the engine process ended with exit code {code}"

@@ -1,0 +1,157 @@
+"""The engine process: reads commands, steps the core, writes events."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullError
+from octavo_engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    EmbedRequest,
+    Event,
+    Failed,
+    FinishReason,
+    Ready,
+    ResetPrefixCache,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+)
+from octavo_engine.process.parent import die_with_parent
+
+if TYPE_CHECKING:
+    from octavo_engine.engine import EngineCore
+
+HEARTBEAT_MS = 1_000
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(config: EngineConfig, load: object, commands_address: str, events_address: str, parent_pid: int) -> None:
+    """Entry point of the engine process. `load` is a `LoadRunner`, or None for the real loader."""
+    die_with_parent(parent_pid)
+    # Only the parent decides when the engine ends: a Ctrl-C or a pod's SIGTERM must let running requests drain.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if config.num_threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
+    context = zmq.Context()
+    commands, events = _connect(context, commands_address, events_address)
+    worker = Worker(commands, events)
+    try:
+        worker.run(config, load)
+    except Exception as error:
+        if not isinstance(error, OctavoError):
+            logger.exception("the engine loop ended with an unexpected error")
+        worker.send(Failed(message=_describe(error), kind=_kind(error)))
+        sys.exit(1)
+    finally:
+        commands.close(linger=0)
+        events.close(linger=2_000)
+        context.term()
+
+
+class Worker:
+    """One core between two sockets."""
+
+    def __init__(self, commands: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+        self._commands = commands
+        self._events = events
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+
+    def send(self, event: Event) -> None:
+        self._events.send(self._encoder.encode(event))
+
+    def run(self, config: EngineConfig, load: object) -> None:
+        """Start up, then step until `Shutdown`."""
+        from octavo_engine.startup import build_engine
+
+        core = build_engine(config, self.send, load)  # type: ignore[arg-type]
+        # What start-up left alive stays alive: collecting it again and again would only stop the loop.
+        gc.collect()
+        gc.freeze()
+        self.send(Ready(model=core.model))
+        self._loop(core)
+
+    def _loop(self, core: EngineCore) -> None:
+        commands = self._commands
+        while True:
+            if not core.has_work and not commands.poll(HEARTBEAT_MS):
+                self.send(StepOutput(outputs=[], stats=core.stats()))
+                continue
+            rejected: list[SequenceOutput] = []
+            while True:
+                try:
+                    message = commands.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                command = self._decoder.decode(message)
+                if isinstance(command, Shutdown):
+                    return
+                rejected.extend(_apply(core, command))
+            if rejected:
+                self.send(StepOutput(outputs=rejected, stats=core.stats()))
+            if core.has_work:
+                self.send(core.step())
+
+
+def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:
+    """Carry out one command; a request that is refused becomes an output that says why."""
+    if isinstance(command, AbortRequest):
+        core.abort(command.request_ids)
+    elif isinstance(command, ResetPrefixCache):
+        core.reset_prefix_cache()
+    elif isinstance(command, AddRequest | EmbedRequest):
+        try:
+            if isinstance(command, AddRequest):
+                core.add(command)
+            else:
+                core.add_embedding(command)
+        except (InvalidRequestError, QueueFullError) as error:
+            return [_rejection(command.request_id, error)]
+    return []
+
+
+def _rejection(request_id: str, error: InvalidRequestError | QueueFullError) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=request_id,
+        token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        error=str(error),
+        error_kind=type(error).__name__,
+        error_param=error.param if isinstance(error, InvalidRequestError) else None,
+        retry_after_s=error.retry_after_s if isinstance(error, QueueFullError) else None,
+    )
+
+
+def _connect(
+    context: zmq.Context[zmq.Socket[bytes]], commands_address: str, events_address: str
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    commands = context.socket(zmq.PULL)
+    events = context.socket(zmq.PUSH)
+    # No high-water mark: what is in flight is bounded by the queue and by max_tokens of what runs.
+    commands.setsockopt(zmq.RCVHWM, 0)
+    events.setsockopt(zmq.SNDHWM, 0)
+    commands.connect(commands_address)
+    events.connect(events_address)
+    return commands, events
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, OctavoError) else f"{type(error).__name__}: {error}"
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__ if isinstance(error, OctavoError) else "EngineDeadError"

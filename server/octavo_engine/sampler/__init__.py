@@ -1,0 +1,1 @@
+"""From logits to tokens: logit processors, filters, counter-based noise and log-probabilities."""

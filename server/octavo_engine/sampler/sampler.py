@@ -1,0 +1,74 @@
+"""The sampler: one token for every row of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from octavo_engine.messages import TokenLogprobs
+from octavo_engine.sampler.filters import sample_rows
+from octavo_engine.sampler.logprobs import token_logprobs
+from octavo_engine.sampler.noise import uniform
+from octavo_engine.sampler.processors import process_row
+from octavo_engine.sampler.state import SamplerState
+
+NOT_FINITE = -1
+ALL_EXCLUDED = -2
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One entry a row. A negative token id is a failure of that row: `NOT_FINITE` (the model's logits hold NaN or
+    infinity) or `ALL_EXCLUDED` (the request's own constraints leave no token)."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+
+
+class Sampler:
+    """Chooses tokens; keeps no state of its own, everything about a sequence is in its `SamplerState`."""
+
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplerState]) -> Sampled:
+        """`logits` [R, V] float32, one row a state; rows of sequences with processors are edited in place."""
+        reported = [i for i, state in enumerate(states) if state.params.logprobs is not None]
+        raw = logits[torch.tensor(reported, device=logits.device)] if reported else None
+        for i, state in enumerate(states):
+            if state.has_processors:
+                process_row(logits[i], state)
+        best, tokens = logits.max(dim=-1)
+        random = [i for i, state in enumerate(states) if not state.is_greedy]
+        if random:
+            tokens = self._sample_random(logits, states, random, tokens)
+        failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)
+        token_ids: list[int] = torch.where(torch.isfinite(best), tokens, failure).tolist()
+        if raw is None:
+            return Sampled(token_ids)
+        return Sampled(token_ids, self._report(raw, states, reported, token_ids))
+
+    def _sample_random(
+        self, logits: torch.Tensor, states: Sequence[SamplerState], random: list[int], greedy: torch.Tensor
+    ) -> torch.Tensor:
+        params = [states[i].params for i in random]
+        draws = [uniform(states[i].seed, states[i].num_output_tokens) for i in random]
+        if len(random) == len(states):
+            return sample_rows(logits, params, draws)
+        index = torch.tensor(random, device=logits.device)
+        return greedy.index_copy(0, index, sample_rows(logits[index], params, draws))
+
+    def _report(
+        self, raw: torch.Tensor, states: Sequence[SamplerState], reported: list[int], token_ids: list[int]
+    ) -> list[TokenLogprobs | None]:
+        """Log-probabilities for the rows that ask for them; failed rows report nothing."""
+        logprobs: list[TokenLogprobs | None] = [None] * len(states)
+        rows = [k for k, i in enumerate(reported) if token_ids[i] >= 0]
+        if rows:
+            found = token_logprobs(
+                raw[torch.tensor(rows, device=raw.device)],
+                [token_ids[reported[k]] for k in rows],
+                [states[reported[k]].params.logprobs or 0 for k in rows],
+            )
+            for k, entry in zip(rows, found, strict=True):
+                logprobs[reported[k]] = entry
+        return logprobs

@@ -1,0 +1,61 @@
+"""What the sampler must know of one sequence."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from octavo_engine.sampling_params import SamplingParams
+
+GREEDY_TEMPERATURE = 1e-5
+
+
+class SamplerState:
+    """Parameters, seed and token history of one sequence; `tokens` is the sequence's own growing list."""
+
+    __slots__ = (
+        "_num_counted",
+        "end_token_ids",
+        "has_processors",
+        "is_greedy",
+        "num_prompt_tokens",
+        "output_counts",
+        "params",
+        "seed",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        tokens: list[int],
+        num_prompt_tokens: int,
+        end_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.params = params
+        self.seed = seed
+        self.tokens = tokens
+        self.num_prompt_tokens = num_prompt_tokens
+        self.end_token_ids = sorted(end_token_ids | set(params.stop_token_ids))
+        self.is_greedy = params.temperature < GREEDY_TEMPERATURE
+        self.has_processors = self.has_penalties or bool(
+            params.logit_bias or params.allowed_token_ids or params.bad_words_ids or params.min_tokens
+        )
+        self.output_counts: Counter[int] = Counter()
+        self._num_counted = num_prompt_tokens
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    def count_output(self) -> Counter[int]:
+        """How often each token was generated so far."""
+        if self._num_counted < len(self.tokens):
+            self.output_counts.update(self.tokens[self._num_counted :])
+            self._num_counted = len(self.tokens)
+        return self.output_counts

@@ -1,0 +1,267 @@
+"""The scheduler: one token budget for prefill, decode and resume."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from octavo_engine.errors import QueueFullError
+from octavo_engine.kv.block_manager import BlockManager
+from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.scheduler.batch import Batch
+from octavo_engine.scheduler.sequence import Sequence, SequenceState
+from octavo_engine.scheduler.waiting_queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of a step and of the queue; see `EngineConfig` for the fields of the same name.
+
+    A sequence that does not fit may be overtaken by at most `max_overtakes` later ones, looking no further than
+    `overtake_window` sequences behind it. `watermark` is the share of blocks that admission leaves free for the
+    growth of running sequences. One step of priority is worth `priority_step_s` seconds of waiting, so that a stream
+    of urgent requests delays the others and never starves them. `max_logits_rows` bounds the positions of a step whose
+    logits are kept for prompt log-probabilities.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_partial_prefills: int = 4
+    max_queued_requests: int = 1_024
+    max_queued_tokens: int = 1_000_000
+    priority_step_s: float = 10.0
+    max_overtakes: int = 32
+    overtake_window: int = 8
+    watermark: float = 0.01
+    max_logits_rows: int = 512
+
+
+class Scheduler:
+    """Decides step by step which tokens are computed, and owns every sequence until it ends.
+
+    Every running sequence that decodes gets its token in every step; what is left of the token budget goes to
+    prefills in chunks, of which a long one never takes all while others wait. A sequence gets the blocks of its whole
+    prompt when it is admitted; when a decode finds no free block, the sequence of the worst rank is preempted: its
+    blocks are freed and its tokens are computed again later, from the prefix cache as far as that still has them.
+    """
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
+        if limits.max_num_batched_tokens <= limits.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be above max_num_seqs "
+                f"({limits.max_num_seqs}), or prefills could starve"
+            )
+        self.limits = limits
+        self.blocks = blocks
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+        self._waiting = WaitingQueue()
+        self._deadlines: list[tuple[float, str]] = []
+        self._head_blocked = False
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._waiting.num_tokens
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def get(self, request_id: str) -> Sequence | None:
+        return self._sequences.get(request_id)
+
+    def sequences(self) -> list[Sequence]:
+        """Every sequence that has not ended."""
+        return list(self._sequences.values())
+
+    def add(self, seq: Sequence, retry_after_s: float = 1.0) -> None:
+        """Queue a sequence; raises `QueueFullError` when a bound is reached and no place in the batch is free."""
+        self._check_queue(seq.num_prompt_tokens, retry_after_s)
+        seq.rank = (seq.arrival_s + seq.priority * self.limits.priority_step_s, seq.arrival_s)
+        self._sequences[seq.request_id] = seq
+        self._waiting.push(seq)
+        if seq.deadline_s is not None:
+            heapq.heappush(self._deadlines, (seq.deadline_s, seq.request_id))
+
+    def finish(self, seq: Sequence) -> None:
+        """The one place where a sequence ends, whatever the reason: its blocks are free afterwards."""
+        if seq.state is SequenceState.WAITING:
+            self._waiting.remove(seq)
+        elif seq.state is SequenceState.RUNNING:
+            del self._running[seq.request_id]
+            self.blocks.free(seq.table)
+        else:
+            return
+        seq.state = SequenceState.FINISHED
+        del self._sequences[seq.request_id]
+
+    def pop_expired(self, now: float) -> list[Sequence]:
+        """Sequences whose deadline has passed; the caller finishes them."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            seq = self._sequences.get(heapq.heappop(self._deadlines)[1])
+            if seq is not None and seq.deadline_s is not None and seq.deadline_s <= now:
+                expired.append(seq)
+        return expired
+
+    def schedule(self, now: float) -> Batch:
+        """Choose the next step's tokens; an empty batch means there is nothing to do."""
+        preempted = self._reserve_decode_blocks()
+        batch = Batch([], [])
+        budget = self.limits.max_num_batched_tokens
+        prefills: list[Sequence] = []
+        sequences, slices = batch.sequences, batch.slices
+        for seq in self._running.values():
+            tokens, start = seq.tokens, seq.num_computed
+            if len(tokens) - start == 1:
+                sequences.append(seq)
+                slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1))
+            else:
+                prefills.append(seq)
+        budget -= len(slices)
+        if preempted:
+            self._head_blocked = True
+        else:
+            self._admit(prefills, budget, now)
+        if prefills:
+            budget -= self._add_prefills(batch, prefills, budget)
+        batch.num_tokens = self.limits.max_num_batched_tokens - budget
+        return batch
+
+    def advance(self, seq: Sequence, num_tokens: int) -> None:
+        """Record that the next `num_tokens` tokens of `seq` are in the cache now; full blocks become findable."""
+        seq.num_computed += num_tokens
+        table = seq.table
+        if seq.num_computed - table.num_published * self.blocks.pool.block_size >= self.blocks.pool.block_size:
+            self.blocks.publish(table, seq.tokens, seq.num_computed)
+
+    def _check_queue(self, num_tokens: int, retry_after_s: float) -> None:
+        limits = self.limits
+        places = 0 if self._head_blocked else limits.max_num_seqs - len(self._running)
+        queued = len(self._waiting) - places
+        if queued >= limits.max_queued_requests:
+            raise QueueFullError(
+                f"the waiting queue is full ({limits.max_queued_requests} requests); "
+                f"try again in {retry_after_s:.0f} s, or raise max_queued_requests",
+                retry_after_s,
+            )
+        if len(self._waiting) and self._waiting.num_tokens + num_tokens > limits.max_queued_tokens:
+            raise QueueFullError(
+                f"the waiting queue is full ({self._waiting.num_tokens} of {limits.max_queued_tokens} prompt tokens); "
+                f"try again in {retry_after_s:.0f} s, or raise max_queued_tokens",
+                retry_after_s,
+            )
+
+    def _reserve_decode_blocks(self) -> bool:
+        """Give each running sequence the block its next token needs; True if that took a preemption."""
+        preempted = False
+        for seq in list(self._running.values()):
+            while seq.state is SequenceState.RUNNING and len(seq.tokens) > seq.table.capacity:
+                if self.blocks.grow(seq.table, len(seq.tokens)):
+                    break
+                self._preempt(max(self._running.values(), key=lambda candidate: candidate.rank))
+                preempted = True
+        return preempted
+
+    def _preempt(self, seq: Sequence) -> None:
+        del self._running[seq.request_id]
+        self.blocks.free(seq.table)
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        seq.state = SequenceState.WAITING
+        self.num_preemptions += 1
+        self._waiting.push(seq)
+
+    def _admit(self, prefills: list[Sequence], budget: int, now: float) -> None:
+        """Move waiting sequences that fit into `prefills`, in order of rank, a blocked one overtaken within bounds."""
+        limits = self.limits
+        planned = sum(seq.num_uncomputed for seq in prefills)
+        blocked: list[Sequence] = []
+        while len(self._running) < limits.max_num_seqs and len(blocked) < limits.overtake_window:
+            if planned >= budget and len(prefills) >= limits.max_num_partial_prefills:
+                break
+            seq = self._waiting.pop()
+            if seq is None:
+                break
+            if not self._try_start(seq, now):
+                blocked.append(seq)
+                if seq.num_overtaken >= limits.max_overtakes:
+                    break
+                continue
+            for passed in blocked:
+                passed.num_overtaken += 1
+            planned += seq.num_uncomputed
+            prefills.append(seq)
+        self._head_blocked = bool(blocked)
+        for seq in blocked:
+            self._waiting.push(seq)
+
+    def _try_start(self, seq: Sequence, now: float) -> bool:
+        blocks = self.blocks
+        cached = [] if seq.wants_prompt_logprobs else blocks.match_prefix(seq.table, seq.tokens)
+        reserve = self._watermark_blocks() if self._running else 0
+        if blocks.num_free_after(cached, len(seq.tokens)) < reserve:
+            return False
+        blocks.allocate(seq.table, cached, len(seq.tokens))
+        seq.num_computed = len(cached) * blocks.pool.block_size
+        self.prefix_queries += len(seq.tokens)
+        self.prefix_hits += seq.num_computed
+        if seq.first_scheduled_s is None:
+            seq.first_scheduled_s = now
+            seq.num_cached_tokens = seq.num_computed
+        seq.state = SequenceState.RUNNING
+        self._running[seq.request_id] = seq
+        return True
+
+    def _watermark_blocks(self) -> int:
+        return max(1, int(self.limits.watermark * self.blocks.pool.num_blocks))
+
+    def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> int:
+        """Share the budget: a fair part for each of the first few, what is left over in order; return what was used."""
+        prefills.sort(key=lambda seq: seq.rank)
+        wanted = self._wanted_tokens(prefills)
+        share = max(1, budget // min(len(prefills), self.limits.max_num_partial_prefills))
+        left = budget
+        chunks = []
+        for want in wanted:
+            chunks.append(min(want, share, left))
+            left -= chunks[-1]
+        for index, want in enumerate(wanted):
+            extra = min(want - chunks[index], left)
+            left -= extra
+            chunks[index] += extra
+        for index in sorted(range(len(prefills)), key=lambda index: chunks[index] != 1):
+            if chunks[index]:
+                batch.sequences.append(prefills[index])
+                batch.slices.append(_prefill_slice(prefills[index], chunks[index]))
+        return budget - left
+
+    def _wanted_tokens(self, prefills: list[Sequence]) -> list[int]:
+        """Tokens each prefill could use; those that report prompt log-probabilities share a bound of their own."""
+        wanted = []
+        rows_left = self.limits.max_logits_rows
+        for seq in prefills:
+            want = seq.num_uncomputed
+            if seq.wants_prompt_logprobs:
+                want = min(want, rows_left)
+                rows_left -= want
+            wanted.append(want)
+        return wanted
+
+
+def _prefill_slice(seq: Sequence, num_tokens: int) -> SequenceSlice:
+    start = seq.num_computed
+    end = start + num_tokens
+    num_logits = num_tokens if seq.wants_prompt_logprobs else int(end == len(seq.tokens))
+    return SequenceSlice(seq.tokens[start:end], start, seq.table.blocks, num_logits)

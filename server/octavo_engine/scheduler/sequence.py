@@ -1,0 +1,89 @@
+"""One sequence on its way through the engine."""
+
+from __future__ import annotations
+
+import enum
+
+from octavo_engine.kv.block_manager import BlockTable
+from octavo_engine.kv.hashing import root_key
+from octavo_engine.messages import AddRequest, TokenLogprobs
+from octavo_engine.sampler.state import SamplerState
+
+MAX_PRIORITY = 100
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens, KV blocks and progress of one request.
+
+    `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache.
+    `rank` orders sequences, smaller first; the scheduler sets it.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "deadline_s",
+        "end_token_ids",
+        "first_scheduled_s",
+        "num_cached_tokens",
+        "num_computed",
+        "num_overtaken",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "priority",
+        "prompt_logprobs",
+        "rank",
+        "request_id",
+        "sampler",
+        "sampling",
+        "state",
+        "table",
+        "tokens",
+        "wants_prompt_logprobs",
+    )
+
+    def __init__(
+        self, request: AddRequest, arrival_s: float, *, seed: int = 0, end_token_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self.request_id = request.request_id
+        self.sampling = request.sampling
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.tokens)
+        self.table = BlockTable(root_key(request.cache_salt))
+        self.sampler = SamplerState(request.sampling, seed, self.tokens, self.num_prompt_tokens, end_token_ids)
+        self.end_token_ids = end_token_ids
+        self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.num_computed = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_overtaken = 0
+        self.priority = max(-MAX_PRIORITY, min(MAX_PRIORITY, request.priority))
+        self.rank = (arrival_s, arrival_s)
+        self.arrival_s = arrival_s
+        self.first_scheduled_s: float | None = None
+        self.deadline_s = None if request.deadline_s is None else arrival_s + request.deadline_s
+        self.state = SequenceState.WAITING
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id!r}, {self.state.value}, prompt={self.num_prompt_tokens}, "
+            f"output={self.num_output_tokens}, computed={self.num_computed})"
+        )

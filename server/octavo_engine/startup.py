@@ -1,0 +1,28 @@
+"""From settings to a warm engine core; the same in an engine process and in a script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.engine import EngineCore
+from octavo_engine.messages import LoadProgress
+from octavo_engine.runner.interface import ModelRunner
+
+OnProgress = Callable[[LoadProgress], None]
+LoadRunner = Callable[[EngineConfig, OnProgress], ModelRunner]
+
+
+def build_engine(config: EngineConfig, on_progress: OnProgress, load: LoadRunner | None = None) -> EngineCore:
+    """Load a model and return a core that can step. Raises `ConfigError` or `ModelLoadError`.
+
+    `load` returns a runner that is warm and has its KV cache; without one the real loader is used.
+    """
+    config.validate()
+    return EngineCore((load or _real_loader())(config, on_progress), config)
+
+
+def _real_loader() -> LoadRunner:
+    from octavo_engine.loader.load import load_runner
+
+    return load_runner

@@ -1,0 +1,302 @@
+"""The engine in a real child process: start-up, streaming, cancellation, bounds, death and hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from fake_runner import CRASH, EXIT, HANG, SLOW, greedy, load_fake
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineDrainingError,
+    InvalidRequestError,
+    ModelLoadError,
+    QueueFullError,
+)
+from octavo_engine.messages import FinishReason
+from octavo_engine.process import EngineProcessClient
+from octavo_engine.sampling_params import SamplingParams
+
+
+def config(**settings: object) -> EngineConfig:
+    defaults = {"model": "fake", "block_size": 4, "num_kv_blocks": 64, "max_num_seqs": 8, "num_threads": 1}
+    return EngineConfig(**{**defaults, **settings})
+
+
+@asynccontextmanager
+async def running(**settings: object) -> AsyncIterator[EngineProcessClient]:
+    client = EngineProcessClient(config(**settings), load_fake)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.shutdown(timeout_s=5.0)
+
+
+async def collect(client: EngineProcessClient, name: str, prompt: list[int], max_tokens: int = 8) -> list[int]:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    tokens: list[int] = []
+    async for output in client.generate(request_id=name, prompt_token_ids=prompt, sampling=sampling):
+        tokens.extend(output.token_ids)
+    return tokens
+
+
+async def until(condition: object, timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+
+
+def fail_to_load(_config: object, _on_progress: object) -> None:
+    raise ModelLoadError("weights: file model.safetensors ends early; download it again")
+
+
+def refuse_config(_config: object, _on_progress: object) -> None:
+    raise ConfigError("dtype: this device has no float16")
+
+
+def break_while_loading(_config: object, _on_progress: object) -> None:
+    os._exit(3)
+
+
+async def test_concurrent_requests_stream_what_each_gets_alone() -> None:
+    async with running() as client:
+        prompts = {f"r{i}": [i + 1, 2, 3] for i in range(20)}
+        results = await asyncio.gather(*(collect(client, name, prompt) for name, prompt in prompts.items()))
+        assert results == [greedy(prompt, 8) for prompt in prompts.values()]
+        assert client.model.name == "fake"
+        assert client.progress is None
+        client.check_health()
+        await until(lambda: client.stats.kv_blocks_used == 0)
+
+
+async def test_a_slow_reader_gets_everything_in_fewer_messages() -> None:
+    async with running() as client:
+        sampling = SamplingParams(max_tokens=50, temperature=0.0)
+        stream = client.generate(request_id="a", prompt_token_ids=[1, 2], sampling=sampling)
+        first = await anext(stream)
+        await until(lambda: client.stats.num_running == 0)
+        rest = [output async for output in stream]
+        assert len(rest) == 1
+        assert first.token_ids + rest[0].token_ids == greedy([1, 2], 50)
+        assert rest[0].finish_reason is FinishReason.LENGTH
+
+
+async def test_closing_a_stream_frees_its_blocks() -> None:
+    async with running() as client:
+        sampling = SamplingParams(max_tokens=240, temperature=0.0)
+        stream = client.generate(request_id="a", prompt_token_ids=[SLOW, 2], sampling=sampling)
+        await anext(stream)
+        await stream.aclose()
+        await until(lambda: client.stats.num_running == 0 and client.stats.kv_blocks_used == 0)
+
+
+async def test_cancelling_the_consumer_frees_its_blocks() -> None:
+    async with running() as client:
+        task = asyncio.create_task(collect(client, "a", [1, 2], max_tokens=250))
+        await until(lambda: client.stats.generation_tokens > 0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await until(lambda: client.stats.num_running == 0 and client.stats.kv_blocks_used == 0)
+
+
+async def test_embeddings_come_back_as_vectors() -> None:
+    async with running() as client:
+        output = await client.embed(request_id="e", prompt_token_ids=[1, 2])
+        assert output.embedding == [3.0, 2.0, 0.0, 1.0]
+
+
+async def test_a_full_queue_refuses_and_names_a_time() -> None:
+    async with running(max_num_seqs=1, max_num_batched_tokens=8, max_queued_requests=2) as client:
+        tasks = [asyncio.create_task(collect(client, f"r{i}", [SLOW, i + 1], 20)) for i in range(8)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, QueueFullError)]
+        served = [result for result in results if isinstance(result, list)]
+        assert len(refused) + len(served) == 8
+        assert len(refused) >= 4
+        assert all(error.retry_after_s >= 1.0 for error in refused)
+        client.check_health()
+
+
+async def test_a_request_the_engine_refuses_raises_and_names_the_field() -> None:
+    async with running() as client:
+        with pytest.raises(InvalidRequestError) as caught:
+            await collect(client, "a", [5_000])
+        assert caught.value.param == "prompt"
+        with pytest.raises(InvalidRequestError, match="at most 255 fit"):
+            await collect(client, "b", [1] * 300)
+
+
+async def test_a_request_that_crashes_the_model_ends_alone() -> None:
+    async with running() as client:
+        sampling = SamplingParams(max_tokens=8, temperature=0.0)
+        good = asyncio.create_task(collect(client, "good", [1, 2], 100))
+        outputs = [
+            output async for output in client.generate(request_id="bad", prompt_token_ids=[CRASH], sampling=sampling)
+        ]
+        assert outputs[-1].finish_reason is FinishReason.ERROR
+        assert await good == greedy([1, 2], 100)
+        client.check_health()
+
+
+async def test_a_killed_engine_ends_every_request_within_seconds() -> None:
+    async with running() as client:
+        tasks = [asyncio.create_task(collect(client, f"r{i}", [i + 1], 250)) for i in range(4)]
+        await until(lambda: client.stats.generation_tokens > 0)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        async with asyncio.timeout(5.0):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results)
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            client.check_health()
+        with pytest.raises(EngineDeadError):
+            await collect(client, "late", [1])
+
+
+async def test_an_engine_that_exits_is_reported_with_its_code() -> None:
+    async with running() as client:
+        with pytest.raises(EngineDeadError, match="exit code 7"):
+            await collect(client, "a", [EXIT])
+
+
+async def test_a_hung_step_is_seen_and_the_process_ended() -> None:
+    async with running(step_timeout_s=1.0) as client:
+        pid = client.pid
+        assert pid is not None
+        with pytest.raises(EngineDeadError, match="no progress"):
+            await collect(client, "a", [HANG])
+        with pytest.raises(EngineDeadError, match="no progress"):
+            client.check_health()
+        await until(lambda: not _alive(pid))
+
+
+async def test_a_stopped_idle_engine_is_unhealthy() -> None:
+    async with running(step_timeout_s=2.0) as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        await until(lambda: not _healthy(client))
+
+
+async def test_an_idle_engine_stays_healthy_and_keeps_reporting() -> None:
+    async with running(step_timeout_s=2.0) as client:
+        before = client.stats.time
+        await asyncio.sleep(3.5)
+        client.check_health()
+        assert client.stats.time > before
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "match"),
+    [
+        (fail_to_load, ModelLoadError, "ends early"),
+        (refuse_config, ConfigError, "float16"),
+        (break_while_loading, EngineDeadError, "exit code 3"),
+    ],
+)
+async def test_a_failing_start_says_why(load: object, error: type[Exception], match: str) -> None:
+    client = EngineProcessClient(config(), load)  # type: ignore[arg-type]
+    with pytest.raises(error, match=match):
+        await client.start()
+    with pytest.raises(EngineDeadError):
+        _ = client.model
+
+
+async def test_shutdown_ends_the_process_and_removes_its_sockets() -> None:
+    client = EngineProcessClient(config(), load_fake)
+    await client.start()
+    directory = client.socket_directory
+    assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
+    pid = client.pid
+    assert pid is not None
+    await client.shutdown(timeout_s=5.0)
+    assert not _alive(pid)
+    assert not _exists(directory)
+    with pytest.raises(EngineDrainingError):
+        await collect(client, "a", [1])
+
+
+async def test_shutdown_kills_an_engine_that_does_not_answer() -> None:
+    client = EngineProcessClient(config(), load_fake)
+    await client.start()
+    hung = asyncio.create_task(collect(client, "a", [HANG]))
+    await asyncio.sleep(0.3)
+    await client.shutdown(timeout_s=0.5)
+    assert client.pid is not None
+    assert not _alive(client.pid)
+    with pytest.raises(EngineDeadError):
+        await hung
+
+
+async def test_interrupting_the_process_group_leaves_the_engine_to_its_parent() -> None:
+    async with running() as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGINT)
+        os.kill(client.pid, signal.SIGTERM)
+        assert await collect(client, "a", [1, 2]) == greedy([1, 2], 8)
+
+
+def test_the_engine_dies_with_its_parent() -> None:
+    script = textwrap.dedent(
+        """
+        import asyncio, sys, time
+        from fake_runner import load_fake
+        from octavo_engine.config import EngineConfig
+        from octavo_engine.process import EngineProcessClient
+
+        async def main():
+            client = EngineProcessClient(EngineConfig(model="fake", block_size=4, num_kv_blocks=8), load_fake)
+            await client.start()
+            print(client.pid, flush=True)
+            await asyncio.sleep(600)
+
+        if __name__ == "__main__":
+            asyncio.run(main())
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert parent.stdout is not None
+        engine_pid = int(parent.stdout.readline())
+        assert _alive(engine_pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 5.0
+    while _alive(engine_pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(engine_pid)
+
+
+def _healthy(client: EngineProcessClient) -> bool:
+    try:
+        client.check_health()
+    except EngineDeadError:
+        return False
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()
