@@ -250,12 +250,12 @@ def _config(problem: Problem, part: Part) -> LaunchConfig:
     key = f"d{head_dim}_g{group}_kv{bits}"
     if part.max_query_len <= SHORT_QUERY:
         rows = max(rows, min(128, triton.next_power_of_2(group * part.max_query_len)))
-        default = LaunchConfig(block_m=rows, block_n=32 if wide or bits == 32 else 64, num_warps=4, num_stages=3)
+        default = LaunchConfig(block_m=rows, block_n=32 if wide or bits == 32 else 64, num_stages=5)
         return launch_config("paged_attention_decode", key, device, default) if part.decode else default
     if bits == 32:
         default = LaunchConfig(block_m=max(32, rows), block_n=32, num_warps=4, num_stages=2)
     else:
-        default = LaunchConfig(block_m=max(64 if wide else 128, rows), block_n=64, num_warps=8, num_stages=2)
+        default = LaunchConfig(block_m=max(64 if wide else 128, rows), block_n=64, num_warps=8, num_stages=3)
     return launch_config("paged_attention_prefill", key, device, default)
 
 

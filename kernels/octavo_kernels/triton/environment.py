@@ -15,6 +15,8 @@ import triton.language as tl
 from octavo_kernels.registry import BackendUnavailableError
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+ENV_COMPILE_ONLY = "OCTAVO_TRITON_COMPILE_ONLY"
+COMPILE_ONLY: bool = os.environ.get(ENV_COMPILE_ONLY, "") == "1"  # see `octavo_kernels.triton.offline`
 INTERPRETED_KERNELS = tl.constexpr(INTERPRETED)
 
 INT8_MAX = tl.constexpr(127.0)
@@ -34,6 +36,8 @@ def require_device() -> str:
     """Describe what the kernels run on, or raise `BackendUnavailableError` with the reason."""
     if INTERPRETED:
         return f"Triton {triton.__version__}, interpreted on the CPU"
+    if COMPILE_ONLY:
+        return f"Triton {triton.__version__}, compiled for a device that is not here; nothing runs"
     if not torch.cuda.is_available():
         raise BackendUnavailableError("no CUDA device (set TRITON_INTERPRET=1 to interpret the kernels on the CPU)")
     major, minor = torch.cuda.get_device_capability()
@@ -52,8 +56,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def runs_here(x: torch.Tensor) -> bool:
-    """Whether a kernel can take this tensor: on CUDA, or anywhere when interpreted."""
-    return INTERPRETED or x.device.type == "cuda"
+    """Whether a kernel can take this tensor: on CUDA, or anywhere when interpreted or only compiled."""
+    return INTERPRETED or COMPILE_ONLY or x.device.type == "cuda"
 
 
 def quantization_of(dtype: torch.dtype) -> int:

@@ -61,7 +61,7 @@ def attend_tile(
     QUANT_LIMIT: tl.constexpr, PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Fold keys start .. start + BLOCK_N - 1 (those in min_key .. end - 1) into the running softmax. MASKED=False promises
+    """Fold keys start .. start + BLOCK_N - 1 (those in min_key .. end - 1) into the softmax. MASKED=False promises
     that every row may see every key of the tile."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
