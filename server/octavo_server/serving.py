@@ -31,6 +31,7 @@ UNHEALTHY_EXIT_S = 30.0
 ENGINE_SHUTDOWN_S = 5.0
 _HEALTH_INTERVAL_S = 1.0
 _PROGRESS_INTERVAL_S = 0.5
+_BACKLOG = 2_048
 _KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers
 
 logger = logging.getLogger("octavo.server")
@@ -203,6 +204,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(_BACKLOG)  # at once: callers wait a moment instead of being refused
     except OSError as error:
         listener.close()
         raise ConfigError(f"--port: cannot listen on {host}:{port}: {error.strerror or error}") from error
