@@ -126,8 +126,8 @@ def _scale(
         recommended = min(max(wanted, least), most)
         return _up(signals, policy, history, wanted, reason, bounds, now), recommended
     idle = _is_idle(signals, policy, history, now)
-    floor = 0 if idle else max(least, 1 if current else 0)
-    recommended = min(max(load.down, *(g or 0 for g in guards), floor, least), most)
+    floor = 1 if current else 0
+    recommended = min(max(least, 0 if idle else max(load.down, floor, *(g or 0 for g in guards))), most)
     if current < least:
         return _Outcome(least, Reason.BOUNDS, Guard.MIN_REPLICAS), recommended
     if current > most:
@@ -141,6 +141,8 @@ def _wanted_up(
     signals: Signals, policy: ScalingPolicy, history: History, load: Demand, guards: tuple[int | None, int | None]
 ) -> tuple[int, Reason]:
     queue, slo = guards
+    if not signals.current and not signals.held and not history.arrived:
+        return 0, Reason.STEADY  # asleep: an arrival rate of the past wakes nobody
     asked: list[tuple[int, Reason]] = [
         (load.kv or 0, Reason.KV_CACHE_UTILIZATION),
         (load.concurrency or 0, Reason.CONCURRENCY),
@@ -148,7 +150,7 @@ def _wanted_up(
         (queue or 0, Reason.QUEUE_DEPTH),
         (slo or 0, Reason.TIME_TO_FIRST_TOKEN),
     ]
-    if signals.held and not signals.ready:
+    if not signals.ready:
         asked.append((from_zero(signals, history, policy), Reason.HELD_REQUESTS))
         asked[2] = (0, Reason.OFFERED_LOAD)  # nothing serves yet: the held requests are the load
     return max(asked, key=lambda entry: entry[0])

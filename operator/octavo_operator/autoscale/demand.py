@@ -4,7 +4,7 @@ Let ready replicas have W waiting and R running requests and use a fraction K of
 the gateway, and kbar be the fraction of a cache that one request uses. Then B = W + Q is the backlog and
 - feedback: d = sum(K) + min(B, Tq * ready) * kbar, n = ceil(d / T). The cap keeps a backlog, which is an integral of
   past overload, from being taken for load;
-- feed-forward (offered load in Erlang, plus draining the backlog in time): ceil(kbar * S * (rate + excess / T_drain) / T).
+- feed-forward (offered load in Erlang, and the backlog drained in time): n = ceil(kbar*S*(rate + excess/T_drain) / T).
 Engines without a KV signal use 1/c for kbar/T, with c the concurrency that one replica should have.
 """
 
@@ -82,7 +82,9 @@ def demand(
 
 
 def from_zero(signals: Signals, history: History, policy: ScalingPolicy) -> int:
-    """Replicas to wake for the held requests."""
+    """Replicas to wake for the held requests; one for a request that came and went."""
+    if not signals.held and not history.arrived:
+        return 0
     per_request = history.kbar or 1.0 / policy.max_num_seqs
     target = policy.kv_target or 1.0
     if policy.kv_target is None:

@@ -44,6 +44,7 @@ class History:
     arrival_rate: float | None = None  # requests per second, exponentially weighted
     arrivals: float | None = None
     arrivals_at: float | None = None
+    arrived: bool = False  # a request came since the last decision
     last_active: float | None = None
     queue_breaches: int = 0
     slow_windows: int = 0
@@ -62,6 +63,7 @@ class History:
         breached = policy.queue_target is not None and backlog > policy.queue_target * signals.ready
         return replace(
             learned,
+            arrived=arrived,
             last_active=now if active else self.last_active,
             queue_breaches=self.queue_breaches + 1 if breached else 0,
         )._learn_latency(signals.ttft, policy)
