@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -36,9 +38,11 @@ class QuantizedWeight(ABC):
     def format(self) -> str:
         """Short name for status and logs, such as `Q4_K` or `int4-g128`."""
 
-    @abstractmethod
-    def to(self, device: torch.device) -> QuantizedWeight:
-        """The same weight on a device; itself when it is there."""
+    def to(self, device: torch.device) -> Self:
+        """The same weight with every tensor it holds on a device. Subclasses are dataclasses."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        tensors = {name: value.to(device) for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)  # type: ignore[type-var]
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -74,9 +78,6 @@ class GGUFWeight(QuantizedWeight):
     @property
     def format(self) -> str:
         return self.ggml_type.name
-
-    def to(self, device: torch.device) -> GGUFWeight:
-        return GGUFWeight(self.data.to(device), self.ggml_type, self.in_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         from octavo_kernels.reference.gguf_blocks import dequantize_rows

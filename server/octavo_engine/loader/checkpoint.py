@@ -29,6 +29,10 @@ class Checkpoint(Protocol):
         """Every tensor there is."""
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether projections are stored in fewer than 16 bits a weight."""
+
+    @property
     def norms_hold_one(self) -> bool:
         """Whether norm weights are stored with the `1 +` of Gemma's norms already added (GGUF does)."""
 

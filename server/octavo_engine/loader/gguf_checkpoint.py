@@ -40,6 +40,10 @@ class GGUFCheckpoint:
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
 
+    @cached_property
+    def is_quantized(self) -> bool:
+        return any(tensor.ggml_type.is_quantized for tensor in self._tensors.values())
+
     def get(self, name: str) -> Weight:
         tensor = self._tensors.get(name)
         if tensor is None:

@@ -52,9 +52,9 @@ def load_runner(config: EngineConfig, on_progress: OnProgress) -> TorchModelRunn
 
 def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModelRunner:
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     checkpoint = open_checkpoint(path)
+    dtype = choose_dtype(config.dtype, device, quantized=checkpoint.is_quantized)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     architecture, model_class = find_architecture(checkpoint.config)
     model_config = model_class.configure(checkpoint.config, architecture)
     max_model_len = _max_model_len(config, model_config)

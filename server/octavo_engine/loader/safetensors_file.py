@@ -37,6 +37,7 @@ class SafetensorsCheckpoint:
         self._files = {file: _open(file) for file in _files(path)}
         self._place = self._index()
         self.names = frozenset(self._place)
+        self.is_quantized = self.config.section("quantization_config") is not None
 
     def get(self, name: str) -> Weight:
         if name not in self._place:

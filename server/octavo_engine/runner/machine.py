@@ -23,17 +23,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
+def choose_dtype(name: str, device: torch.device, *, quantized: bool = False) -> torch.dtype:
+    """What activations and dense weights are computed in, where `auto` leaves the choice.
 
-    On a CPU with AVX-512 BF16 or AMX, bfloat16 products run 1.5 to 3 times as fast as float32 from batch 1 up;
-    without those instructions they are emulated and slower.
+    GPU: bfloat16 where the hardware has it. CPU: float32 beside quantized weights, whose kernels read so few bytes
+    that precision is free; else bfloat16 where the CPU multiplies it natively (AVX-512 BF16, AMX: 1.5 to 3 times as
+    fast as float32 from batch 1 up), else float32, because emulated bfloat16 is slower.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else torch.float32
+    native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
+    return torch.bfloat16 if native and not quantized else torch.float32
 
 
 def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
