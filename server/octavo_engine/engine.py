@@ -72,7 +72,8 @@ class EngineCore:
 
     def add(self, request: AddRequest) -> None:
         """Queue a sequence. Raises `InvalidRequestError` or `QueueFullError`."""
-        self._check(request.request_id, request.prompt_token_ids)
+        self._check_id(request.request_id)
+        self.check_prompt(request.prompt_token_ids)
         request.sampling.validate(self.model.vocab_size)
         if self.model.task != "generate":
             raise InvalidRequestError(f"{self.model.name} is an embedding model and cannot generate text", "model")
@@ -87,7 +88,8 @@ class EngineCore:
 
     def add_embedding(self, request: EmbedRequest) -> None:
         """Queue a text to pool. Raises `InvalidRequestError`."""
-        self._check(request.request_id, request.prompt_token_ids, room=0)
+        self._check_id(request.request_id)
+        self.check_prompt(request.prompt_token_ids, room=0)
         self._embeddings.add(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -142,7 +144,8 @@ class EngineCore:
             retry_after_s=self.retry_after_s(),
         )
 
-    def _check(self, request_id: str, prompt: Sequence[int], room: int = 1) -> None:
+    def check_prompt(self, prompt: Sequence[int], room: int = 1) -> None:
+        """Raise `InvalidRequestError` for a prompt that cannot run with `room` more tokens."""
         longest = self._max_model_len - room
         if not prompt:
             raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
@@ -154,6 +157,8 @@ class EngineCore:
             )
         if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
             raise InvalidRequestError(f"prompt token ids must be between 0 and {self.model.vocab_size - 1}", "prompt")
+
+    def _check_id(self, request_id: str) -> None:
         if self.scheduler.get(request_id) is not None or request_id in self._embeddings:
             raise InvalidRequestError(f"request id {request_id!r} is in use by a request still running", "request_id")
 

@@ -7,7 +7,7 @@ from octavo_engine.errors import ConfigError
 from octavo_engine.messages import ModelInfo
 
 GIB = 1 << 30
-CPU_CACHE_CAP_BYTES = 8 * GIB
+CPU_CACHE_CAP_BYTES = 2 * GIB
 CPU_HEADROOM_BYTES = GIB // 2
 
 

@@ -1,0 +1,96 @@
+"""A real small model through `LLM`: batching, caching and preemption change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from octavo_engine.errors import InvalidRequestError
+from octavo_engine.llm import LLM
+from octavo_engine.messages import FinishReason
+from octavo_engine.sampling_params import SamplingParams
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The largest planet is",
+    "In 1969",
+    "My favourite colour",
+    "The quick brown fox",
+]
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_gguf: Path) -> LLM:
+    return LLM(str(smollm2_gguf), dtype="float32", num_kv_blocks=256, max_num_seqs=32, max_num_batched_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> dict[str, list[int]]:
+    """Each prompt's tokens when nothing else runs."""
+    return {prompt: llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in PROMPTS}
+
+
+def test_it_knows_the_capital_of_france(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = llm.chat(conversation, SamplingParams(max_tokens=20, temperature=0.0))[0].outputs[0]
+    assert "Paris" in answer.text
+    assert answer.finish_reason is FinishReason.STOP
+
+
+def test_32_concurrent_requests_equal_each_alone(llm: LLM, alone: dict[str, list[int]]) -> None:
+    prompts = PROMPTS * 4
+    results = llm.generate(prompts, GREEDY)
+    assert [result.outputs[0].token_ids for result in results] == [alone[prompt] for prompt in prompts]
+    assert llm.stats.kv_blocks_used == 0
+
+
+def test_preempted_sequences_equal_undisturbed_ones(smollm2_gguf: Path, alone: dict[str, list[int]]) -> None:
+    cramped = LLM(
+        str(smollm2_gguf), dtype="float32", num_kv_blocks=14, block_size=4, max_num_seqs=8, enable_prefix_caching=False
+    )
+    results = cramped.generate(PROMPTS, GREEDY)
+    assert cramped.stats.num_preemptions > 0
+    assert [result.outputs[0].token_ids for result in results] == list(alone.values())
+
+
+def test_a_cached_prefix_changes_nothing(llm: LLM) -> None:
+    prompt = list(range(100, 180))
+    first, second = (llm.generate(prompt, GREEDY)[0].outputs[0] for _ in range(2))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 64)
+    assert first.token_ids == second.token_ids
+
+
+def test_a_seed_reproduces_in_a_crowd(llm: LLM) -> None:
+    seeded = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.9, seed=11)
+    alone = llm.generate(PROMPTS[1], seeded)[0].outputs[0].token_ids
+    others = [SamplingParams(max_tokens=10, temperature=1.0)] * 7
+    crowd = llm.generate(PROMPTS, [others[0], seeded, *others[1:]])
+    assert crowd[1].outputs[0].token_ids == alone
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    text = llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].text
+    stop = text.strip()[3:6]
+    result = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12, temperature=0.0, stop=(stop,)))[0].outputs[0]
+    assert result.text == text[: text.index(stop)]
+    assert result.stop_reason == stop
+
+
+def test_n_completions_share_the_prompt(llm: LLM) -> None:
+    sampling = SamplingParams(max_tokens=5, temperature=1.0, n=3, seed=5, prompt_logprobs=0)
+    result = llm.generate(PROMPTS[0], sampling)[0]
+    assert [completion.index for completion in result.outputs] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in result.outputs}) > 1
+    assert result.prompt_logprobs is not None
+
+
+def test_an_impossible_prompt_is_refused_before_anything_runs(llm: LLM) -> None:
+    before = llm.stats.step
+    with pytest.raises(InvalidRequestError, match="at most"):
+        llm.generate(["fine", [1] * 10_000], GREEDY)
+    assert llm.stats.step == before
