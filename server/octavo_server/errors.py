@@ -11,6 +11,7 @@ from octavo_engine.errors import (
     InvalidRequestError,
     OctavoError,
     QueueFullError,
+    RequestFailedError,
 )
 from octavo_server.limits import LIMITS
 
@@ -90,6 +91,8 @@ def from_engine_error(error: OctavoError) -> ApiError:
             return ApiError(429, str(error), retry_after_s=error.retry_after_s, reason="queue_full")
         case EngineDrainingError():
             return unavailable(str(error), 1.0, "draining")
+        case RequestFailedError():
+            return ApiError(500, "This request could not be computed; others are not affected.", reason="engine_error")
         case EngineDeadError():
             return unavailable("The engine of this replica stopped; retry on another replica.", 5.0, "engine_dead")
     return ApiError(500, INTERNAL_ERROR)

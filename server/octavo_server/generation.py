@@ -112,7 +112,9 @@ class Generator:
                 finish = output.finish_reason
                 piece = detokenizer.push(output.token_ids, finish is not None)
                 token_ids, logprobs = output.token_ids, output.logprobs
-                stop_reason: str | int | None = output.stop_token_id
+                stop_reason: str | int | None = None
+                if output.stop_token_id in request.sampling.stop_token_ids:
+                    stop_reason = output.stop_token_id
                 if piece.stop_reason is not None:
                     finish, stop_reason = FinishReason.STOP, piece.stop_reason
                     token_ids = token_ids[: piece.num_tokens]
