@@ -20,6 +20,7 @@ from octavo_kernels.gguf_types import GGMLType
 
 MetadataValue = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 
+_LENGTH = struct.Struct("<Q")
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_METADATA = 1 << 16
@@ -148,6 +149,21 @@ class _Cursor:
             raise self.fail(f"{what} claims {length} bytes; at most {limit} are accepted")
         return self.raw(length, what).decode("utf-8", errors="replace")
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """Many strings at once: vocabularies hold hundreds of thousands."""
+        mapped, size, position, found = self._mapped, self.size, self.position, []
+        for _ in range(count):
+            start = position + 8
+            if start > size:
+                self.need(size + 1, what)
+            position = start + _LENGTH.unpack_from(mapped, position)[0]
+            if position > size:
+                self.position = start
+                self.need(position - start, what)
+            found.append(mapped[start:position].decode("utf-8", errors="replace"))
+        self.position = position
+        return found
+
 
 def _read_version(cursor: _Cursor) -> int:
     magic = cursor.raw(4, "the magic number")
@@ -189,7 +205,7 @@ def _read_array(cursor: _Cursor, key: str) -> MetadataValue:
     count = cursor.count(f"items of {key}", cursor.array_items_left, width)
     cursor.array_items_left -= count
     if kind is _ValueType.STRING:
-        return [cursor.string(f"an item of {key}") for _ in range(count)]
+        return cursor.strings(count, f"an item of {key}")
     items: MetadataValue = list(cursor.unpack(_SCALARS[kind], count, f"the items of {key}"))
     return items
 
