@@ -104,6 +104,7 @@ class Dispatcher:
         self, entry: ModelEntry, route: RouteRequest, excluded: frozenset[str] = frozenset()
     ) -> Lease | None:
         """A lease right now, or None when the request would have to wait."""
+        entry = self._current(entry)
         line = self._lines.get(entry.name)
         if line is not None and len(line.queue) > 0:
             return None
@@ -195,6 +196,14 @@ class Dispatcher:
         return min(max(line.signals.mean_service_s, low), high)
 
     # ---- inside
+
+    def _current(self, entry: ModelEntry) -> ModelEntry:
+        """The newest view of a model; raises `ModelNotFoundError` when it is served no more."""
+        snapshot = self._registry.snapshot
+        current = snapshot.models.get(entry.name)
+        if current is None:
+            raise ModelNotFoundError(entry.name, [name for name, _ in snapshot.listing()])
+        return current
 
     async def _wait(self, entry: ModelEntry, route: RouteRequest, turn: Turn, excluded: frozenset[str]) -> Lease:
         loop = asyncio.get_running_loop()
@@ -322,7 +331,9 @@ class Dispatcher:
         while (ticket := line.queue.pop(self._clock())) is not None:
             self._forget(line, ticket)
             if not ticket.payload.granted.done():
-                ticket.payload.granted.set_exception(ModelNotFoundError(name, sorted(snapshot.models)))
+                ticket.payload.granted.set_exception(
+                    ModelNotFoundError(name, [known for known, _ in snapshot.listing()])
+                )
         if line.signals.in_flight == 0:
             del self._lines[name]
 

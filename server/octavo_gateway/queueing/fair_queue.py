@@ -146,7 +146,13 @@ class FairQueue(Generic[T]):
             heapq.heapify(flow.heap)
 
     def _forget_idle(self) -> None:
-        """Drop tenants that neither wait nor are ahead of the virtual clock: memory follows the line, not history."""
+        """Drop tenants that neither wait nor are ahead of the virtual clock: memory follows the line, not history.
+
+        An empty line ends the busy period: nobody is owed anything any more.
+        """
+        if self._size == 0:
+            self._flows.clear()
+            return
         if len(self._flows) <= 64:
             return
         for tenant in [t for t, f in self._flows.items() if f.count == 0 and f.served <= self._virtual_time]:
