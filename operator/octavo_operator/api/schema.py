@@ -71,7 +71,7 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], model: type[Base
             schema["x-kubernetes-list-map-keys"] = keys
         elif list_type := node.get("x-list-type"):
             schema["x-kubernetes-list-type"] = list_type
-    _drop_empty_default(schema, node)
+    _simplify_default(schema, model)
     return schema
 
 
@@ -88,16 +88,31 @@ def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
     return {**_resolve(base, definitions), **own} if base else own
 
 
-def _drop_empty_default(schema: dict[str, Any], node: dict[str, Any]) -> None:
-    """A default that equals the defaults of the parts is `{}`, so each default is said once; null is no default."""
-    if "default" not in node or schema.get("default") is None:
+def _simplify_default(schema: dict[str, Any], model: type[BaseModel] | None) -> None:
+    """A default object is `{}`, since its fields have defaults of their own; null is no default.
+
+    Rules are the exception: the API server checks them against the default as it is written.
+    """
+    default = schema.get("default")
+    if default is None:
         schema.pop("default", None)
-        return
-    default = schema["default"]
-    if isinstance(default, dict):
-        schema["default"] = {}
+    elif isinstance(default, dict):
         if "properties" not in schema:
             schema.pop("default")
+        elif _has_rules(model):
+            schema["default"] = _without_nulls(default)
+        else:
+            schema["default"] = {}
+
+
+def _has_rules(model: type[BaseModel] | None) -> bool:
+    return model is not None and issubclass(model, Part) and any(rule.cel for rule in model.rules)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _validations(model: type[BaseModel] | None) -> list[dict[str, str]]:

@@ -214,7 +214,9 @@ class MetricMap(Part):
     ttft_seconds: Sources = []
     """Histogram of the time to first token."""
     request_seconds: Sources = []
-    """Histogram of the service time of requests, without queueing."""
+    """Histogram of the time of whole requests."""
+    queue_seconds: Sources = []
+    """Histogram of the part of it that they waited; omit when requestSeconds leaves waiting out."""
     generated_tokens: Sources = []
     """Counter of generated tokens."""
 
