@@ -1,0 +1,216 @@
+"""Whatever is added, cancelled, preempted or late: nothing leaks, nothing starves, and no block has foreign content."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_runner import CRASH, NAN, FakeRunner, greedy
+from octavo_engine.config import EngineConfig
+from octavo_engine.engine import EngineCore
+from octavo_engine.errors import InvalidRequestError, QueueFullError
+from octavo_engine.messages import AddRequest, FinishReason
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.scheduler.sequence import SequenceState
+
+# Few distinct tokens and a common start: prefixes are shared often.
+PROMPTS = st.builds(
+    lambda shared, own: [1, 2, 3, 4, 5, 6, 7, 8, 9][:shared] + own,
+    st.integers(0, 9),
+    st.lists(st.integers(1, 3), min_size=1, max_size=14),
+)
+ADD = st.tuples(
+    st.just("add"),
+    PROMPTS,
+    st.integers(1, 12),
+    st.integers(-2, 2),
+    st.sampled_from(["", "x"]),
+    st.one_of(st.none(), st.floats(0.5, 20.0)),
+    st.sampled_from([0, 0, 0, 0, 0, 0, CRASH, NAN]),
+)
+ACTIONS = st.lists(
+    st.one_of(
+        ADD,
+        ADD,
+        st.tuples(st.just("abort"), st.integers(0, 40)),
+        st.tuples(st.just("step"), st.integers(1, 4)),
+        st.tuples(st.just("wait"), st.floats(0.0, 5.0)),
+        st.tuples(st.just("reset")),
+    ),
+    max_size=40,
+)
+
+
+@dataclass
+class World:
+    """An engine under test, what was asked of it, and what it answered."""
+
+    num_blocks: int
+    max_num_seqs: int
+    budget: int
+    prefix_caching: bool
+    now: float = 0.0
+    prompts: dict[str, tuple[list[int], int]] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, FinishReason] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.runner = FakeRunner(num_blocks=self.num_blocks, block_size=4, max_model_len=64)
+        config = EngineConfig(
+            model="fake",
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_num_partial_prefills=2,
+            max_queued_requests=30,
+            enable_prefix_caching=self.prefix_caching,
+        )
+        self.core = EngineCore(self.runner, config, lambda: self.now)
+
+    def act(self, action: tuple) -> None:  # type: ignore[type-arg]
+        kind = action[0]
+        if kind == "add":
+            self.add(*action[1:])
+        elif kind == "abort":
+            self.core.abort([f"r{action[1]}"])
+            self.check_blocks()
+        elif kind == "wait":
+            self.now += action[1]
+        elif kind == "reset":
+            self.core.reset_prefix_cache()
+        else:
+            for _ in range(action[1]):
+                self.step()
+
+    def add(
+        self, prompt: list[int], max_tokens: int, priority: int, salt: str, deadline: float | None, poison: int
+    ) -> None:
+        name = f"r{len(self.prompts)}"
+        prompt = [*prompt, poison] if poison else prompt
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        request = AddRequest(
+            request_id=name,
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            priority=priority,
+            cache_salt=salt,
+            deadline_s=deadline,
+        )
+        try:
+            self.core.add(request)
+        except (InvalidRequestError, QueueFullError):
+            return
+        self.prompts[name] = (prompt, max_tokens)
+        self.tokens[name] = []
+
+    def step(self) -> None:
+        self.now += 0.01
+        scheduler = self.core.scheduler
+        deciding = [seq for seq in scheduler.sequences() if seq.state is SequenceState.RUNNING]
+        before = {seq.request_id: (len(seq.tokens), seq.num_computed) for seq in deciding}
+        self.runner.batches.clear()
+        output = self.core.step()
+        if self.runner.batches:
+            assert sum(len(piece.token_ids) for piece in self.runner.batches[0]) <= self.budget
+        for item in output.outputs:
+            assert item.request_id not in self.reasons, "output after the end"
+            self.tokens[item.request_id].extend(item.token_ids)
+            if item.finish_reason is not None:
+                self.reasons[item.request_id] = item.finish_reason
+        for seq in deciding:
+            length, computed = before[seq.request_id]
+            if seq.state is SequenceState.RUNNING and length - computed == 1 and not seq.num_preemptions:
+                assert len(seq.tokens) == length + 1, "a decoding sequence got no token"
+        self.check_blocks()
+
+    def check_blocks(self) -> None:
+        """References equal holders; a block shared by two sequences holds the same prefix of both."""
+        pool = self.core.pool
+        running = [seq for seq in self.core.scheduler.sequences() if seq.state is SequenceState.RUNNING]
+        holders = Counter(block for seq in running for block in seq.table.blocks)
+        assert all(pool.references(block) == holders[block] for block in range(pool.num_blocks))
+        assert pool.num_used == len(holders)
+        contents: dict[int, tuple[tuple[int, ...], bytes]] = {}
+        for seq in running:
+            assert len(set(seq.table.blocks)) == len(seq.table.blocks)
+            for index, block in enumerate(seq.table.blocks):
+                content = (tuple(seq.tokens[: (index + 1) * 4]), seq.table.root)
+                assert contents.setdefault(block, content) == content
+
+    def run_to_idle(self) -> None:
+        longest = 64 + 12
+        for _ in range(longest * (len(self.prompts) + 1)):
+            if not self.core.has_work:
+                return
+            self.step()
+        raise AssertionError("a sequence starved")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    actions=ACTIONS,
+    num_blocks=st.integers(8, 24),
+    max_num_seqs=st.integers(1, 6),
+    extra_budget=st.integers(1, 24),
+    prefix_caching=st.booleans(),
+)
+def test_any_sequence_of_events_ends_with_the_right_tokens_and_no_block_lost(
+    actions: list[tuple],  # type: ignore[type-arg]
+    num_blocks: int,
+    max_num_seqs: int,
+    extra_budget: int,
+    prefix_caching: bool,
+) -> None:
+    world = World(num_blocks, max_num_seqs, max_num_seqs + extra_budget, prefix_caching)
+    check(world, actions)
+
+
+def crowd(random: Random) -> list[tuple]:  # type: ignore[type-arg]
+    """Events as they come under load: many requests, some of them cancelled, late or poisoned."""
+    actions: list[tuple] = []  # type: ignore[type-arg]
+    for _ in range(80):
+        kind = random.choices(["add", "abort", "step", "wait", "reset"], [10, 2, 8, 1, 1])[0]
+        if kind == "add":
+            prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9][: random.randrange(10)] + random.choices(
+                [1, 2, 3], k=random.randint(1, 14)
+            )
+            deadline = random.uniform(0.2, 5.0) if random.random() < 0.1 else None
+            poison = random.choice([CRASH, NAN]) if random.random() < 0.08 else 0
+            salt = random.choice(["", "x"])
+            actions.append((kind, prompt, random.randint(1, 12), random.randint(-2, 2), salt, deadline, poison))
+        elif kind == "wait":
+            actions.append((kind, random.uniform(0.0, 1.0)))
+        elif kind == "reset":
+            actions.append((kind,))
+        else:
+            actions.append((kind, random.randrange(40) if kind == "abort" else random.randint(1, 4)))
+    return actions
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_crowd_gets_the_right_tokens_under_memory_pressure(seed: int) -> None:
+    random = Random(seed)
+    max_num_seqs = random.randint(2, 6)
+    world = World(random.randint(8, 20), max_num_seqs, max_num_seqs + random.randint(1, 24), random.random() < 0.7)
+    check(world, crowd(random))
+
+
+def check(world: World, actions: list[tuple]) -> None:  # type: ignore[type-arg]
+    for action in actions:
+        world.act(action)
+    world.run_to_idle()
+    assert set(world.reasons) == set(world.prompts)
+    assert world.core.pool.num_used == 0
+    assert world.core.pool.num_free == world.num_blocks
+    for name, (prompt, max_tokens) in world.prompts.items():
+        poisoned = CRASH in prompt or NAN in prompt
+        expected = [] if poisoned else greedy(prompt, max_tokens)
+        if world.reasons[name] is FinishReason.LENGTH:
+            assert world.tokens[name] == expected[: min(max_tokens, world.core.model.max_model_len - len(prompt))]
+        else:
+            assert world.tokens[name] == expected[: len(world.tokens[name])]
+        assert not poisoned or world.reasons[name] is not FinishReason.LENGTH
