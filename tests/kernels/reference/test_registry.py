@@ -51,6 +51,7 @@ def test_which_backend_ran_is_remembered(doubled: Op[[torch.Tensor], str]) -> No
 
 
 def test_the_environment_overrides_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_override", None)
     monkeypatch.setenv(registry.ENV_BACKEND, "triton, reference")
 
     assert registry.backend_order("cpu") == ("triton", "reference")
