@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from octavo_kernels.reference import activation, attention, cascade, kv_cache, norm, quantize
 from octavo_kernels.reference import linear as _linear
+from octavo_kernels.reference import scaled_linear as _scaled_linear
 from octavo_kernels.registry import Op
 
 # Normalisation
@@ -31,4 +32,5 @@ quantize_rows = Op(quantize.quantize_rows)
 # Matrix products
 pack_weight = Op(_linear.pack_weight)
 linear = Op(_linear.linear)
+scaled_linear = Op(_scaled_linear.scaled_linear)
 embedding = Op(_linear.embedding)

@@ -1,0 +1,206 @@
+"""One storage for every integer-quantized weight on the GPU, made once from GGUF blocks or from `IntWeight`.
+
+A weight is (code * scale - minimum), where scale is `scales[n, k / group]`, times `super_scales[n, k / 256]` in GGML's
+K formats, and minimum likewise. Codes are kept in 4 bits, 4 + 2 bits (Q6_K) or 8 bits; the parts lie in separate,
+dense arrays, so that a warp reads whole lines of each. All conversions are exact.
+
+In the 4-bit forms byte b of a row holds two codes `half` inputs apart: with c = b // half and j = b % half, the low
+nibble belongs to input 2 * half * c + j and the high one to the input `half` further. That is GGML's own order
+(half 16 in Q4_0, 32 in Q4_K, 64 in Q6_K), so its bytes are only moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from octavo_kernels.gguf_types import GGMLType
+from octavo_kernels.quantized_weights import IntWeight
+from octavo_kernels.weights import GGUFWeight, QuantizedWeight
+
+SUPER_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight(QuantizedWeight):
+    """codes: [out, in / 2] uint8, or [out, in] int8 or uint8. high: [out, in / 4] uint8, the two upper bits of Q6_K.
+
+    scales, minima: [out, in / group], floating, or integers to be multiplied with super_scales and super_minima
+    [out, in / 256] float32-able. offset: subtracted from every code.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    in_features: int
+    bits: int  # 4, 6 or 8
+    group: int
+    offset: int
+    source: str
+    half: int = 0
+    high: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
+    super_scales: torch.Tensor | None = None
+    super_minima: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._tensors().values())
+
+    @property
+    def format(self) -> str:
+        return self.source
+
+    def to(self, device: torch.device) -> PackedWeight:
+        moved: dict[str, Any] = {name: part.to(device) for name, part in self._tensors().items()}
+        return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        names = ("codes", "scales", "high", "minima", "super_scales", "super_minima")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        rows, columns = self.shape
+        grouped = (self._codes().float() - self.offset).view(rows, -1, self.group)
+        dense = grouped * self._wide(self.scales, self.super_scales).unsqueeze(-1)
+        if self.minima is not None:
+            dense = dense - self._wide(self.minima, self.super_minima).unsqueeze(-1)
+        return dense.view(rows, columns).to(dtype)
+
+    def _codes(self) -> torch.Tensor:
+        if self.bits == 8:
+            return self.codes
+        rows = self.codes.shape[0]
+        halves = self.codes.view(rows, -1, 1, self.half)
+        codes = torch.cat((halves & 15, halves >> 4), dim=2).view(rows, self.in_features)
+        if self.high is not None:
+            shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device).view(1, 1, 4, 1)
+            upper = ((self.high.view(rows, -1, 1, 32) >> shifts) & 3).view(rows, self.in_features)
+            codes = codes | (upper << 4)
+        return codes
+
+    def _wide(self, fine: torch.Tensor, coarse: torch.Tensor | None) -> torch.Tensor:
+        if coarse is None:
+            return fine.float()
+        return fine.float() * coarse.float().repeat_interleave(SUPER_BLOCK // self.group, 1)
+
+
+def pack_gguf(weight: GGUFWeight) -> PackedWeight | None:
+    """The packed form of GGML blocks, or None for types that have none."""
+    packer = _PACKERS.get(weight.ggml_type)
+    if packer is None:
+        return None
+    rows = weight.data.shape[0]
+    blocks = weight.data.view(rows, -1, weight.ggml_type.block_bytes)
+    return packer(blocks, weight.in_features)
+
+
+def pack_int(weight: IntWeight) -> PackedWeight:
+    """The packed form of `IntWeight`: nibbles `group / 2` apart, zeros as minima."""
+    scales, group = weight.scales.contiguous(), weight.group_size
+    minima = (weight.scales.float() * weight.zeros).contiguous() if weight.zeros is not None else None
+    offset = 0 if weight.zeros is not None else weight.symmetric_zero
+    if weight.bits == 8:
+        return PackedWeight(weight.codes.contiguous(), scales, weight.shape[1], 8, group, offset, weight.format,
+                            minima=minima)  # fmt: skip
+    half = min(64, group // 2)
+    pairs = weight.codes.view(weight.shape[0], -1, 2, half)
+    codes = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1).contiguous()
+    return PackedWeight(codes, scales, weight.shape[1], 4, group, offset, weight.format, half=half, minima=minima)
+
+
+Blocks = torch.Tensor  # [out, blocks in a row, bytes of a block] uint8
+
+
+def _halves(blocks: Blocks, start: int) -> torch.Tensor:
+    """The float16 at byte `start` of every block: [out, blocks]."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
+
+
+def _rows(part: torch.Tensor) -> torch.Tensor:
+    return part.flatten(1).contiguous()
+
+
+def _q4_0(blocks: Blocks, columns: int) -> PackedWeight:
+    return PackedWeight(_rows(blocks[..., 2:]), _halves(blocks, 0), columns, 4, 32, 8, "Q4_0", half=16)
+
+
+def _q4_1(blocks: Blocks, columns: int) -> PackedWeight:
+    minima = -_halves(blocks, 2)
+    return PackedWeight(_rows(blocks[..., 4:]), _halves(blocks, 0), columns, 4, 32, 0, "Q4_1", half=16, minima=minima)
+
+
+def _q8_0(blocks: Blocks, columns: int) -> PackedWeight:
+    codes = _rows(blocks[..., 2:]).view(torch.int8)
+    return PackedWeight(codes, _halves(blocks, 0), columns, 8, 32, 0, "Q8_0")
+
+
+def _q5(blocks: Blocks, columns: int, high_at: int, minima: torch.Tensor | None, name: str) -> PackedWeight:
+    """Five bits do not pack densely: kept as bytes."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    upper = ((blocks[..., high_at : high_at + 4].unsqueeze(-1) >> shifts) & 1).flatten(2) << 4
+    low = blocks[..., high_at + 4 :]
+    codes = torch.cat((low & 15, low >> 4), dim=-1) | upper
+    return PackedWeight(_rows(codes), _halves(blocks, 0), columns, 8, 32, 16 if minima is None else 0, name,
+                        minima=minima)  # fmt: skip
+
+
+def _q5_0(blocks: Blocks, columns: int) -> PackedWeight:
+    return _q5(blocks, columns, 2, None, "Q5_0")
+
+
+def _q5_1(blocks: Blocks, columns: int) -> PackedWeight:
+    return _q5(blocks, columns, 4, -_halves(blocks, 2), "Q5_1")
+
+
+def _k_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight 6-bit scales and minima of Q4_K and Q5_K from 12 bytes: each [out, blocks * 8] uint8."""
+    first, second, mixed = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = torch.cat((first & 0x3F, (mixed & 0x0F) | ((first >> 2) & 0x30)), dim=-1)
+    minima = torch.cat((second & 0x3F, (mixed >> 4) | ((second >> 2) & 0x30)), dim=-1)
+    return _rows(scales), _rows(minima)
+
+
+def _q4_k(blocks: Blocks, columns: int) -> PackedWeight:
+    scales, minima = _k_scales_and_minima(blocks[..., 4:16])
+    return PackedWeight(_rows(blocks[..., 16:]), scales, columns, 4, 32, 0, "Q4_K", half=32, minima=minima,
+                        super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
+
+
+def _q5_k(blocks: Blocks, columns: int) -> PackedWeight:
+    scales, minima = _k_scales_and_minima(blocks[..., 4:16])
+    planes = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
+    upper = ((blocks[..., 16:48].unsqueeze(-2) >> planes) & 1) << 4
+    low = blocks[..., 48:].unflatten(-1, (4, 1, 32))
+    codes = torch.cat((low & 15, low >> 4), dim=-2).flatten(2, 3) | upper
+    return PackedWeight(_rows(codes), scales, columns, 8, 32, 0, "Q5_K", minima=minima,
+                        super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
+
+
+def _q6_k(blocks: Blocks, columns: int) -> PackedWeight:
+    scales = _rows(blocks[..., 192:208]).view(torch.int8)
+    return PackedWeight(_rows(blocks[..., :128]), scales, columns, 6, 16, 32, "Q6_K", half=64,
+                        high=_rows(blocks[..., 128:192]), super_scales=_halves(blocks, 208))  # fmt: skip
+
+
+_PACKERS: dict[GGMLType, Callable[[Blocks, int], PackedWeight]] = {
+    GGMLType.Q4_0: _q4_0,
+    GGMLType.Q4_1: _q4_1,
+    GGMLType.Q5_0: _q5_0,
+    GGMLType.Q5_1: _q5_1,
+    GGMLType.Q8_0: _q8_0,
+    GGMLType.Q4_K: _q4_k,
+    GGMLType.Q5_K: _q5_k,
+    GGMLType.Q6_K: _q6_k,
+}
