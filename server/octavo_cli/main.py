@@ -36,6 +36,8 @@ COMMANDS: dict[str, Command] = {
     "gateway": Command("octavo_cli.gateway", "gateway", "Run the tenants' door to many replicas.", SERVE, "gateway"),
     "operator": Command("octavo_cli.operator", "operator", "Run the Kubernetes operator.", CLUSTER, "operator"),
     "render": Command("octavo_cli.render", "render", "Print a manifest's Kubernetes objects.", CLUSTER, "operator"),
+    "chat": Command("octavo_cli.chat", "chat", "Talk to a model from the terminal.", WORK, "server"),
+    "bench": Command("octavo_cli.bench", "bench", "Load an OpenAI endpoint and report latencies.", WORK, "server"),
     "doctor": Command("octavo_cli.doctor", "doctor", "Say what this machine can do.", WORK, "server"),
 }
 

@@ -1,0 +1,77 @@
+"""`octavo chat` and `octavo bench` against a server on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from fakes.fake_engine import FakeEngine
+from fakes.running_server import RunningServer, running_server
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[RunningServer]:
+    async with running_server(FakeEngine(reply=lambda prompt: f"You said {prompt}")) as running:
+        yield running
+
+
+async def octavo(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "octavo_cli.main", *arguments, stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    out, err = await process.communicate(stdin.encode())
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_chat_answers_one_question(server: RunningServer) -> None:
+    code, out, err = await octavo("chat", "--url", server.url, "-s", "Be brief", "Hello", "there")
+
+    assert (code, err) == (0, "")
+    assert out == "You said <system>Be brief<user>Hello there<assistant>\n"
+
+
+async def test_chat_takes_a_question_from_a_pipe(server: RunningServer) -> None:
+    code, out, _ = await octavo("chat", "--url", f"{server.url}/v1", "-m", "alias", stdin="piped")
+
+    assert code == 0
+    assert "<user>piped" in out
+
+
+async def test_chat_says_what_went_wrong(server: RunningServer) -> None:
+    unknown = await octavo("chat", "--url", server.url, "-m", "other", "Hi")
+    unreachable = await octavo("chat", "--url", "http://127.0.0.1:9", "Hi")
+
+    assert unknown[0] == unreachable[0] == 1
+    assert "other" in unknown[2]
+    assert "cannot reach http://127.0.0.1:9" in unreachable[2]
+
+
+async def test_bench_reports_in_the_fields_of_vllm_bench_serve(server: RunningServer, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    code, out, _ = await octavo(
+        "bench", "--url", server.url, "-n", "12", "--input-len", "20", "--output-len", "7", "--request-rate", "200",
+        "--goodput", "ttft:60000", "-o", "json", "--result", str(path),
+    )  # fmt: skip
+
+    report = json.loads(out)
+    assert code == 0
+    assert report == json.loads(path.read_text())
+    assert report["completed"] == 12
+    assert report["total_output_tokens"] == 84
+    assert report["good_request_fraction"] == 1.0
+    assert {"request_throughput", "mean_ttft_ms", "p99_tpot_ms", "median_itl_ms", "p90_e2el_ms"} <= report.keys()
+
+
+async def test_bench_refuses_impossible_flags() -> None:
+    for flags in (["--goodput", "speed:1"], ["--request-rate", "0"], ["--percentiles", "101"], ["--prefix-len", "999"]):
+        code, _, err = await octavo("bench", *flags)
+        assert code == 2
+        assert flags[0] in err
