@@ -15,7 +15,6 @@ from pathlib import Path
 
 import aiohttp
 
-PROBE_TIMEOUT_S = 2.0
 LOG_TAIL_BYTES = 4_096
 _PR_SET_PDEATHSIG = 1
 
@@ -75,17 +74,17 @@ class ReplicaProcess:
     def exit_code(self) -> int | None:
         return self._process.returncode
 
-    async def probe(self, http: aiohttp.ClientSession) -> Probe:
+    async def probe(self, http: aiohttp.ClientSession, timeout_s: float) -> Probe:
         """Ask readiness first; liveness only matters when the replica is not ready."""
-        ready, detail = await self._get(http, self._launch.ready_path)
+        ready, detail = await self._get(http, self._launch.ready_path, timeout_s)
         if ready:
             return Probe(ready=True, live=True)
-        live, _ = await self._get(http, self._launch.live_path)
+        live, _ = await self._get(http, self._launch.live_path, timeout_s)
         return Probe(ready=False, live=live, detail=detail)
 
-    async def _get(self, http: aiohttp.ClientSession, path: str) -> tuple[bool, str]:
+    async def _get(self, http: aiohttp.ClientSession, path: str, timeout_s: float) -> tuple[bool, str]:
         try:
-            async with http.get(self.address + path, timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)) as response:
+            async with http.get(self.address + path, timeout=aiohttp.ClientTimeout(total=timeout_s)) as response:
                 body = await response.text()
                 return response.status == 200, body[:1_000]
         except (aiohttp.ClientError, TimeoutError, OSError):

@@ -30,7 +30,7 @@ class Replica:
     running: int = 0  # requests in flight, for choosing whom to stop
     restarts: int = 0  # consecutive, since it was last stable
     restart_at: float = 0.0
-    live_failures: int = 0  # consecutive failed liveness probes
+    not_live_since: float | None = None  # when its liveness probe began to fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,9 @@ class ReplicaPolicy:
 
     startup_timeout_s: float = 1_800.0
     drain_timeout_s: float = 330.0
-    live_failures_to_kill: int = 3
+    not_live_timeout_s: float = 30.0
+    probe_period_s: float = 2.0  # of a replica that is ready; others are asked at every tick
+    probe_timeout_s: float = 5.0
     back_off_initial_s: float = 1.0
     back_off_max_s: float = 60.0
     stable_after_s: float = 60.0
@@ -118,8 +120,8 @@ def _keep_alive(replica: Replica, now: float, policy: ReplicaPolicy) -> list[Act
         if now - replica.since > policy.startup_timeout_s:
             return [Kill(replica.index, f"was not ready within {policy.startup_timeout_s:g} s")]
         return []
-    if replica.live_failures >= policy.live_failures_to_kill:
-        return [Kill(replica.index, f"failed {replica.live_failures} liveness probes in a row")]
+    if replica.not_live_since is not None and now - replica.not_live_since >= policy.not_live_timeout_s:
+        return [Kill(replica.index, f"failed its liveness probe for {policy.not_live_timeout_s:g} s")]
     return []
 
 

@@ -39,7 +39,9 @@ class Member:
     process: ReplicaProcess | None = None
     detail: str = ""
     crash: str = ""  # why the previous process ended, for the table and for errors
+    probe_at: float = 0.0
     exited: asyncio.Task[int] | None = field(default=None, repr=False)
+    probing: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
 class Supervisor:
@@ -85,7 +87,7 @@ class Supervisor:
         async with aiohttp.ClientSession() as http:
             try:
                 while not (self._stopping and not self._members):
-                    await self._observe(http)
+                    self._observe(http)
                     for action in next_actions(self._replicas(), self.desired, time.monotonic(), self._policy):
                         await self._carry_out(action)
                     self._publish()
@@ -111,21 +113,29 @@ class Supervisor:
     def _replicas(self) -> list[Replica]:
         return [member.replica for member in self.members]
 
-    async def _observe(self, http: aiohttp.ClientSession) -> None:
-        await asyncio.gather(*(self._observe_one(member, http) for member in self.members))
+    def _observe(self, http: aiohttp.ClientSession) -> None:
+        """Note ended processes and begin the probes that are due; a slow answer holds nobody else up."""
+        now = time.monotonic()
+        for member in self.members:
+            process = member.process
+            if process is None:
+                continue
+            if process.exit_code is not None:
+                self._note_exit(member, process)
+            elif now >= member.probe_at and (member.probing is None or member.probing.done()):
+                ready = member.replica.phase is Phase.READY
+                member.probe_at = now + (self._policy.probe_period_s if ready else TICK_S)
+                member.probing = asyncio.create_task(self._probe(member, process, http))
 
-    async def _observe_one(self, member: Member, http: aiohttp.ClientSession) -> None:
-        process = member.process
-        if process is None:
-            return
-        if process.exit_code is not None:
-            self._note_exit(member, process)
-            return
-        probe = await process.probe(http)
-        if process.exit_code is not None or member.replica.phase is Phase.DRAINING:
-            return  # its end is noted on the next round; a draining replica answers to nobody's probe
+    async def _probe(self, member: Member, process: ReplicaProcess, http: aiohttp.ClientSession) -> None:
+        probe = await process.probe(http, self._policy.probe_timeout_s)
+        if process.exit_code is not None or member.process is not process or member.replica.phase is Phase.DRAINING:
+            return  # its end is noted by the loop; a draining replica answers to nobody's probe
         member.detail = "" if probe.ready else _progress_text(probe.detail)
+        before = member.replica.phase
         member.replica = _after_probe(member.replica, probe.ready, probe.live, time.monotonic())
+        if member.replica.phase is not before:
+            self._wake.set()
 
     def _note_exit(self, member: Member, process: ReplicaProcess) -> None:
         after = after_exit(member.replica, time.monotonic(), self._policy)
@@ -183,6 +193,8 @@ class Supervisor:
 
     async def _kill_all(self) -> None:
         for member in self.members:
+            if member.probing is not None:
+                member.probing.cancel()
             if member.process is not None and member.process.exit_code is None:
                 member.process.kill()
                 await member.process.wait()
@@ -194,12 +206,12 @@ def _after_probe(replica: Replica, ready: bool, live: bool, now: float) -> Repli
     """The replica after one probe answer. A starting replica is not blamed for not being live yet."""
     if ready:
         since = replica.since if replica.phase is Phase.READY else now
-        return replace(replica, phase=Phase.READY, since=since, live_failures=0)
+        return replace(replica, phase=Phase.READY, since=since, not_live_since=None)
     if replica.phase is Phase.STARTING:
         return replica
     since = replica.since if replica.phase is Phase.UNREADY else now
-    failures = 0 if live else replica.live_failures + 1
-    return replace(replica, phase=Phase.UNREADY, since=since, live_failures=failures)
+    not_live_since = None if live else (replica.not_live_since or now)
+    return replace(replica, phase=Phase.UNREADY, since=since, not_live_since=not_live_since)
 
 
 def _progress_text(body: str) -> str:

@@ -95,7 +95,7 @@ async def test_scaling_down_drains_one_and_keeps_the_other(fleet: Callable[..., 
 
 
 async def test_a_replica_that_hangs_is_killed_and_replaced(fleet: Callable[..., Fleet]) -> None:
-    running = fleet(1, live_failures_to_kill=2)
+    running = fleet(1, not_live_timeout_s=1.0, probe_timeout_s=0.5, probe_period_s=0.2)
     await running.until(lambda: len(running.endpoints) == 1)
     process = running.supervisor.members[0].process
     assert process is not None

@@ -83,8 +83,8 @@ def test_a_start_that_overruns_is_killed() -> None:
 
 
 def test_a_hung_replica_is_killed_after_repeated_liveness_failures() -> None:
-    assert next_actions([ready(0, live_failures=2)], 1, 1.0, POLICY) == []
-    (action,) = next_actions([ready(0, live_failures=3)], 1, 1.0, POLICY)
+    assert next_actions([ready(0, not_live_since=10.0)], 1, 39.9, POLICY) == []
+    (action,) = next_actions([ready(0, not_live_since=10.0)], 1, 40.0, POLICY)
     assert isinstance(action, Kill)
 
 
@@ -97,7 +97,7 @@ replicas_strategy = st.lists(
         running=st.integers(0, 9),
         restarts=st.integers(0, 9),
         restart_at=st.floats(0, 200),
-        live_failures=st.integers(0, 5),
+        not_live_since=st.none() | st.floats(0, 100),
     ),
     max_size=12,
     unique_by=lambda r: r.index,
