@@ -1,0 +1,35 @@
+"""Names and labels that tie what is rendered to its service."""
+
+from __future__ import annotations
+
+from octavo_operator.api.base import GROUP
+from octavo_operator.plan.values import Workload
+
+SERVICE_LABEL = f"{GROUP}/inferenceservice"
+COMPONENT = "app.kubernetes.io/component"
+MANAGED_BY = "app.kubernetes.io/managed-by"
+PART_OF = "app.kubernetes.io/part-of"
+MANAGER = "octavo"
+ENGINE_CONTAINER = "engine"
+HTTP_PORT, GRPC_PORT = "http", "grpc"
+
+
+def selector(service: str) -> dict[str, str]:
+    """Labels that select exactly the pods of a service. They can never change, since a Deployment's cannot."""
+    return {SERVICE_LABEL: service, COMPONENT: "engine"}
+
+
+def labels(workload: Workload) -> dict[str, str]:
+    """Labels of every object of a service."""
+    return {
+        **selector(workload.service),
+        "app.kubernetes.io/name": "octavo-engine",
+        "app.kubernetes.io/instance": workload.service,
+        MANAGED_BY: MANAGER,
+        PART_OF: "octavo",
+    }
+
+
+def metadata(workload: Workload, name: str) -> dict[str, object]:
+    """Metadata of an object of a service."""
+    return {"name": name, "namespace": workload.namespace, "labels": labels(workload)}

@@ -1,0 +1,38 @@
+"""NetworkPolicy: who may reach the engines, and that they cannot reach the cloud's metadata service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo_operator.plan.values import Workload
+from octavo_operator.render.labels import COMPONENT, GRPC_PORT, HTTP_PORT, PART_OF, metadata, selector
+
+METADATA_SERVICES = {"0.0.0.0/0": ["169.254.169.254/32"], "::/0": ["fd00:ec2::254/128"]}
+
+
+def network_policy(workload: Workload) -> dict[str, Any]:
+    """Ingress from Octavo's gateway and operator and from the same namespace; egress but for cloud metadata."""
+    ports = [{"protocol": "TCP", "port": HTTP_PORT}]
+    if workload.grpc_port is not None:
+        ports.append({"protocol": "TCP", "port": GRPC_PORT})
+    octavo = {
+        "namespaceSelector": {},
+        "podSelector": {
+            "matchLabels": {PART_OF: "octavo"},
+            "matchExpressions": [{"key": COMPONENT, "operator": "In", "values": ["gateway", "operator"]}],
+        },
+    }
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata(workload, workload.name),
+        "spec": {
+            "podSelector": {"matchLabels": selector(workload.service)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [octavo, {"podSelector": {}}], "ports": ports}],
+            "egress": [
+                {"to": [{"ipBlock": {"cidr": cidr, "except": refused}} for cidr, refused in METADATA_SERVICES.items()]},
+                {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
+            ],
+        },
+    }

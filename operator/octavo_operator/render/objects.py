@@ -1,0 +1,66 @@
+"""render_plan: every object of a service, in the order in which they should be applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from octavo_operator.api.base import API_VERSION
+from octavo_operator.plan.values import Plan, Workload
+from octavo_operator.render.config_map import config_map
+from octavo_operator.render.deployment import deployment
+from octavo_operator.render.network_policy import network_policy
+from octavo_operator.render.pod_disruption_budget import pod_disruption_budget
+from octavo_operator.render.pod_monitor import pod_monitor
+from octavo_operator.render.service import headless_service, service
+from octavo_operator.render.service_account import service_account
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The resource that what is rendered belongs to: when it goes, they go."""
+
+    kind: str
+    name: str
+    uid: str
+
+    def reference(self) -> Object:
+        """The ownerReference."""
+        return {
+            "apiVersion": API_VERSION,
+            "kind": self.kind,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+
+
+def render_plan(plan: Plan, owner: Owner | None = None, replicas: int | None = None) -> list[Object]:
+    """The objects of a plan. `replicas` overrides the number to start with.
+
+    Raises `Unplannable` when the pod template holds something that is refused.
+    """
+    objects = [obj for workload in plan.workloads for obj in _render_workload(workload, replicas)]
+    if owner is not None:
+        for obj in objects:
+            obj["metadata"]["ownerReferences"] = [owner.reference()]
+    return objects
+
+
+def _render_workload(workload: Workload, replicas: int | None) -> list[Object]:
+    count = workload.replicas.initial if replicas is None else replicas
+    objects = [
+        service_account(workload),
+        config_map(workload),
+        service(workload),
+        headless_service(workload),
+        network_policy(workload),
+        pod_disruption_budget(workload),
+        deployment(workload, count),
+    ]
+    if workload.observability.pod_monitor:
+        objects.append(pod_monitor(workload))
+    return objects
