@@ -1,0 +1,66 @@
+"""What is taken from the machine respects the container's limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo_engine.errors import ConfigError
+from octavo_engine.runner import machine
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_quota_cuts_the_threads(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("50000 100000")
+
+    assert machine.usable_cpus(tmp_path) == 1
+
+
+def test_no_quota_leaves_the_affinity(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("max 100000")
+
+    assert machine.usable_cpus(tmp_path) == machine.usable_cpus(tmp_path / "absent") >= 1
+
+
+def test_a_memory_limit_cuts_what_is_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000")
+    (tmp_path / "memory.current").write_text("700")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+
+    assert machine.free_memory_bytes(CPU, tmp_path) == 500
+
+
+def test_no_limit_leaves_what_the_machine_has(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max")
+
+    assert machine.free_memory_bytes(CPU, tmp_path) > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "quantized", "expected"),
+    [
+        ({"avx2"}, False, torch.float32),
+        ({"avx512_bf16"}, False, torch.bfloat16),
+        ({"amx_bf16"}, False, torch.bfloat16),
+        ({"amx_bf16"}, True, torch.float32),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_a_cpu_multiplies_it(
+    flags: set[str], quantized: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
+
+    assert machine.choose_dtype("auto", CPU, quantized=quantized) == expected
+
+
+def test_a_named_dtype_is_taken_as_it_is() -> None:
+    assert machine.choose_dtype("float16", CPU) == torch.float16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="finds no CUDA device; use device=cpu"):
+        machine.choose_device("cuda")
