@@ -2,8 +2,8 @@
 
 Filters apply in the order temperature, top-k, top-p, min-p, typical-p, each on the distribution the one before it
 left, as in Hugging Face transformers. One uniform number a row decides the token, so that a row's choice does not
-depend on its neighbours. Rows whose candidates all lie among the `NUM_CANDIDATES` most likely tokens are never sorted
-in full.
+depend on its neighbours. A row is sorted only as far as its filters need: the most likely 64 tokens first, more if
+those do not cover them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from octavo_engine.sampling_params import SamplingParams
 
-NUM_CANDIDATES = 512
+CANDIDATES = (64, 1_024)
+BLOCK = 64
 
 
 def sample_rows(logits: torch.Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> torch.Tensor:
@@ -22,20 +23,23 @@ def sample_rows(logits: torch.Tensor, params: Sequence[SamplingParams], draws: S
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device).unsqueeze(1)
     draw = torch.tensor(draws, dtype=torch.float32, device=device).unsqueeze(1)
-    scaled = logits / temperature
-    filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0 or p.typical_p < 1.0]
-    if not filtered:
-        return _sample_unfiltered(scaled, params, draw)
-    if len(filtered) == len(params):
-        return _sample_filtered(scaled, params, draw)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
     tokens = torch.empty(len(params), dtype=torch.int64, device=device)
-    chosen = set(filtered)
-    for rows, choose in (
-        (filtered, _sample_filtered),
-        ([i for i in range(len(params)) if i not in chosen], _sample_unfiltered),
-    ):
-        index = torch.tensor(rows, device=device)
-        tokens[index] = choose(scaled[index], [params[i] for i in rows], draw[index])
+    plain: list[int] = []
+    pending: list[int] = []
+    for i, p in enumerate(params):
+        (pending if p.top_k > 0 or p.top_p < 1.0 or p.typical_p < 1.0 else plain).append(i)
+    if plain:
+        rows = _select(plain, len(params), device)
+        tokens[rows] = _sample_unfiltered(probabilities[rows], [params[i] for i in plain], draw[rows])
+    for width in (*(k for k in CANDIDATES if k < logits.shape[1]), logits.shape[1]):
+        ready = [i for i in pending if _may_suffice(params[i], width, logits.shape[1])]
+        if ready:
+            rows = _select(ready, len(params), device)
+            chosen, covered = _sample_top(probabilities[rows], [params[i] for i in ready], draw[rows], width)
+            tokens[rows] = chosen
+            done = {i for i, enough in zip(ready, covered, strict=True) if enough}
+            pending = [i for i in pending if i not in done]
     return tokens
 
 
@@ -48,28 +52,39 @@ def filtered_distribution(logits: torch.Tensor, params: Sequence[SamplingParams]
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
-def _sample_unfiltered(scaled: torch.Tensor, params: Sequence[SamplingParams], draw: torch.Tensor) -> torch.Tensor:
-    probabilities = torch.softmax(scaled, dim=-1)
+def _select(rows: list[int], total: int, device: torch.device) -> slice | torch.Tensor:
+    """An index for some rows of all; a slice, which copies nothing, when it is all of them."""
+    return slice(None) if len(rows) == total else torch.tensor(rows, device=device)
+
+
+def _may_suffice(params: SamplingParams, width: int, vocab_size: int) -> bool:
+    """Whether a row's filters can be decided on its `width` most likely tokens alone."""
+    return width == vocab_size or (params.typical_p >= 1.0 and params.top_k <= width)
+
+
+def _sample_unfiltered(
+    probabilities: torch.Tensor, params: Sequence[SamplingParams], draw: torch.Tensor
+) -> torch.Tensor:
     if any(p.min_p > 0.0 for p in params):
-        floor = torch.tensor([p.min_p for p in params], device=scaled.device).unsqueeze(1)
+        floor = torch.tensor([p.min_p for p in params], device=probabilities.device).unsqueeze(1)
         threshold = floor * probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities.masked_fill_(probabilities < threshold, 0.0)
-    return _invert(probabilities, draw)
+        probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
+    return _invert_blocks(probabilities, draw) if probabilities.shape[1] % BLOCK == 0 else _invert(probabilities, draw)
 
 
-def _sample_filtered(scaled: torch.Tensor, params: Sequence[SamplingParams], draw: torch.Tensor) -> torch.Tensor:
-    vocab_size = scaled.shape[1]
-    num_candidates = min(vocab_size, max(NUM_CANDIDATES, *(p.top_k for p in params)))
-    if num_candidates < vocab_size and all(p.typical_p >= 1.0 for p in params):
-        values, ids = torch.topk(scaled, num_candidates, dim=-1)
-        probabilities = torch.exp(values - torch.logsumexp(scaled, dim=-1, keepdim=True))
-        needed = torch.tensor([0.0 if p.top_k > 0 else p.top_p for p in params], device=scaled.device)
-        if bool((probabilities.sum(dim=-1) >= needed).all()):
-            index = _invert(_apply_filters(probabilities, params), draw)
-            return ids.gather(1, index.unsqueeze(1)).squeeze(1)
-    values, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    index = _invert(_apply_filters(torch.softmax(values, dim=-1), params), draw)
-    return ids.gather(1, index.unsqueeze(1)).squeeze(1)
+def _sample_top(
+    probabilities: torch.Tensor, params: Sequence[SamplingParams], draw: torch.Tensor, width: int
+) -> tuple[torch.Tensor, list[bool]]:
+    """Choose among the `width` most likely tokens; a row is covered when what is beyond them could not matter."""
+    if width == probabilities.shape[1]:
+        values, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+        covered = [True] * len(params)
+    else:
+        values, ids = torch.topk(probabilities, width, dim=-1)
+        needed = torch.tensor([0.0 if p.top_k > 0 else p.top_p for p in params], device=probabilities.device)
+        covered = (values.sum(dim=-1) >= needed).tolist()
+    index = _invert(_apply_filters(values, params), draw)
+    return ids.gather(1, index.unsqueeze(1)).squeeze(1), covered
 
 
 def _apply_filters(probabilities: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -107,3 +122,19 @@ def _invert(probabilities: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     total = cumulative[:, -1:]
     target = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=probabilities.shape[1] - 1)
+
+
+def _invert_blocks(probabilities: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """As `_invert`, in two levels: running sums over blocks, then inside the block; the width divides into blocks."""
+    blocks = probabilities.view(len(probabilities), -1, BLOCK)
+    sums = blocks.sum(dim=-1)
+    cumulative = sums.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum(draw * total, torch.nextafter(total, torch.zeros_like(total)))
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=sums.shape[1] - 1)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1)
+    total = inside[:, -1:]
+    rest = (target - (cumulative.gather(1, block) - sums.gather(1, block))).clamp_(min=0.0)
+    rest = torch.minimum(rest, torch.nextafter(total, torch.zeros_like(total)))
+    offset = torch.searchsorted(inside, rest, right=True).clamp_(max=BLOCK - 1)
+    return (block * BLOCK + offset).squeeze(1)

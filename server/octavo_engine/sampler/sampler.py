@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo_engine.messages import TokenLogprobs
+from octavo_engine.sampler.argmax import row_max
 from octavo_engine.sampler.filters import sample_rows
 from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import uniform
@@ -37,7 +38,7 @@ class Sampler:
         for i, state in enumerate(states):
             if state.has_processors:
                 process_row(logits[i], state)
-        best, tokens = logits.max(dim=-1)
+        best, tokens = row_max(logits)
         random = [i for i, state in enumerate(states) if not state.is_greedy]
         if random:
             tokens = self._sample_random(logits, states, random, tokens)

@@ -17,6 +17,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from octavo_engine.sampler.argmax import row_max
 from octavo_engine.sampler.filters import filtered_distribution, sample_rows
 from octavo_engine.sampler.noise import request_seed, uniform
 from octavo_engine.sampler.processors import process_row
@@ -24,7 +25,7 @@ from octavo_engine.sampler.sampler import ALL_EXCLUDED, NOT_FINITE, Sampler
 from octavo_engine.sampler.state import SamplerState
 from octavo_engine.sampling_params import SamplingParams
 
-VOCAB = 1_500
+VOCAB = 1_536
 
 
 def logits(rows: int = 1, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
@@ -95,6 +96,27 @@ def test_frequencies_follow_the_distribution(params: dict[str, float]) -> None:
     chi_square = sum((counts[token] - e) ** 2 / e for token, e in enumerate(expected.tolist()) if e > 0)
     assert all(counts[token] == 0 for token, e in enumerate(expected.tolist()) if e == 0)
     assert chi_square < 35  # 11 degrees of freedom: p < 0.0003
+
+
+@pytest.mark.parametrize("vocab", [96, 128, 1_000, VOCAB])
+def test_the_greatest_entry_is_found_first_of_equals_and_with_nan(vocab: int) -> None:
+    raw = logits(6, vocab=vocab).round()
+    raw[4, 70] = float("nan")
+    raw[5] = float("-inf")
+    values, indices = row_max(raw)
+    expected = raw.max(dim=-1)
+    assert torch.equal(values.nan_to_num(1e9), expected.values.nan_to_num(1e9))
+    assert torch.equal(indices, expected.indices)
+
+
+def test_a_wide_row_samples_by_blocks_with_the_right_frequencies() -> None:
+    raw = torch.full((1, 256), -20.0)
+    raw[0, [3, 64, 130, 255]] = torch.tensor([0.0, 1.0, 0.5, 1.5])
+    draws = 4_000
+    chosen = sample_rows(raw.repeat(draws, 1), [SamplingParams()] * draws, [uniform(9, i) for i in range(draws)])
+    counts = Counter(chosen.tolist())
+    for token, probability in enumerate(torch.softmax(raw[0], dim=-1).tolist()):
+        assert counts[token] == pytest.approx(probability * draws, abs=5 * (probability * draws + 0.1) ** 0.5)
 
 
 def test_uniform_numbers_are_spread_and_independent_of_order() -> None:
