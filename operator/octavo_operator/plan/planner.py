@@ -32,6 +32,7 @@ from octavo_operator.plan.values import (
     ReplicaBounds,
     Resources,
     RoutingPlan,
+    Target,
     Unplannable,
     Workload,
 )
@@ -48,6 +49,8 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
     """
     runtime = runtime or preset("octavo")
     facts = facts or Facts()
+    if facts.target is Target.LOCAL:
+        service = _without_propagation(service)
     resources = _resources(service)
     errors = check_support(service, runtime.spec, resources)
     source, source_errors = model_source(service, runtime.spec, facts)
@@ -68,6 +71,12 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
         runtime=runtime.metadata.name,
         waiting_for=source.waiting_for,
     )
+
+
+def _without_propagation(service: InferenceService) -> InferenceService:
+    """On one machine the gateway hears at once that a replica ends; there is nothing to wait for."""
+    drain = service.spec.drain.model_copy(update={"propagation_seconds": 0})
+    return service.model_copy(update={"spec": service.spec.model_copy(update={"drain": drain})})
 
 
 def _workload(

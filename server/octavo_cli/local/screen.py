@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -20,6 +21,7 @@ class Screen:
         self.console = console
         self._live = Live(console=console, refresh_per_second=REFRESH_PER_S, transient=True) if live else None
         self._services: Sequence[ServiceRow] = ()
+        self._paused = False
 
     def __enter__(self) -> Screen:
         if self._live is not None:
@@ -30,8 +32,23 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to somebody else's text, such as an answer that streams; news wait."""
+        if self._live is not None:
+            self._live.stop()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+            if self._live is not None:
+                self._live.start()
+
     def show(self, services: Sequence[ServiceRow], footer: str) -> None:
         """Take up a new picture."""
+        if self._paused:
+            return
         if self._live is not None:
             self._live.update(render(services, footer))
         else:
@@ -54,7 +71,7 @@ def changes(before: Sequence[ServiceRow], after: Sequence[ServiceRow]) -> list[s
                 detail = f" ({replica.detail})" if replica.detail else ""
                 lines.append(f"{service.name} replica {replica.index}: {replica.phase}{detail}")
         lines.extend(f"{service.name} replica {index}: gone" for index in sorted(old_replicas))
-        if old and service.desired != old.desired:
+        if old and service.desired != old.desired and service.decision:
             lines.append(f"{service.name}: {old.desired} -> {service.desired} replicas ({service.decision})")
     return lines
 
