@@ -81,8 +81,11 @@ async def _run(settings: GatewaySettings, config: Path) -> None:
     registry = Registry()
     server = GatewayServer(settings, registry)
     await server.start()
-    typer.echo(f"octavo gateway listens at {server.address}", err=True)
     discovery = asyncio.create_task(StaticDiscovery(config, registry).run())
+    synced = asyncio.Event()
+    registry.subscribe(lambda _: synced.set())
+    await asyncio.wait({discovery, asyncio.ensure_future(synced.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    typer.echo(f"octavo gateway listens at {server.address}", err=True)
     stop = asyncio.Event()
     signals = 0
 
@@ -117,3 +120,4 @@ def _set_up_logging(settings: GatewaySettings) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

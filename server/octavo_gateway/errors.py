@@ -99,6 +99,14 @@ class GatewayDrainingError(GatewayError):
     code = "gateway_draining"
 
 
+class NotSyncedError(GatewayError):
+    """This gateway has just started and does not know yet which models there are."""
+
+    status = 503
+    kind = "server_error"
+    code = "gateway_starting"
+
+
 class UpstreamFailedError(GatewayError):
     """The replica could not be reached, or broke off before its first byte, and retries are used up."""
 

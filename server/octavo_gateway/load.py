@@ -34,11 +34,11 @@ class EndpointLoad:
         self.expects_reports = True
         self._in_flight_at_report = 0
 
-    def update(self, report: LoadReport) -> None:
-        """Take a new reading."""
+    def update(self, report: LoadReport, in_flight_when_asked: int | None = None) -> None:
+        """Take a new reading. Requests sent after it was asked for may be missing in it, so they are added to it."""
         self.report = report
         self.expects_reports = True
-        self._in_flight_at_report = self.in_flight
+        self._in_flight_at_report = self.in_flight if in_flight_when_asked is None else in_flight_when_asked
 
     def forget_report(self, expects_reports: bool) -> None:
         """Drop a stale reading; `expects_reports` is False for a runtime that has no metrics page."""
@@ -63,13 +63,14 @@ class EndpointLoad:
         if self.report is None:
             return max(0.0, float(self.in_flight - COLD_CONCURRENCY)) if self.expects_reports else 0.0
         sent_since = self.in_flight - self._in_flight_at_report
+        own = 0.0 if self.report.capacity is None else self.in_flight - self.report.capacity
         if self.report.waiting > 0:
-            return max(0.0, self.report.waiting + sent_since)
+            return max(0.0, own, self.report.waiting + sent_since)
         if self.report.capacity is not None:
             free = max(0.0, self.report.capacity - self.report.running)
         else:
             free = max(float(COLD_CONCURRENCY), self.report.running)
-        return max(0.0, sent_since - free)
+        return max(0.0, own, sent_since - free)
 
     def score(self, weight: float = 1.0) -> float:
         """Comparable load: work present, queued work counted twice, weighed up by how full the KV cache is."""

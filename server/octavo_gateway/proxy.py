@@ -14,6 +14,7 @@ from octavo_gateway.errors import (
     GatewayError,
     ModelNotFoundError,
     NoReplicaInTimeError,
+    NotSyncedError,
     UpstreamDeadlineError,
     UpstreamFailedError,
 )
@@ -88,6 +89,8 @@ class Proxy:
     def resolve(self, name: str) -> Resolved:
         """The model behind a name; raises `ModelNotFoundError` with the names there are."""
         resolved = self._registry.snapshot.resolve(name)
+        if resolved is None and not self._registry.synced:
+            raise NotSyncedError("This gateway is starting; send the request again.", retry_after_s=1.0)
         if resolved is None:
             raise ModelNotFoundError(name, [known for known, _ in self._registry.snapshot.listing()])
         return resolved

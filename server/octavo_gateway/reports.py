@@ -124,6 +124,7 @@ class ReportPoller:
 
     async def _ask(self, endpoint: Endpoint) -> None:
         load = self._loads[endpoint.id]
+        in_flight = load.in_flight
         try:
             async with asyncio.timeout(max(self._interval_s, 1.0)):
                 status, page = await self._fetch(endpoint)
@@ -134,7 +135,7 @@ class ReportPoller:
             return
         report = parse_report(page, self._clock()) if status == 200 else None
         if report is not None:
-            load.update(report)
+            load.update(report, in_flight)
         elif load.report is not None or load.expects_reports:
             log.warning("replica %s: its metrics page tells no load; routing by this gateway's own count", endpoint.id)
             load.forget_report(expects_reports=False)

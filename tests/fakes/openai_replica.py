@@ -91,7 +91,17 @@ class OpenAIReplica:
         self.received.append(Received(path, headers, body))
         self.running += 1
         self.peak_running = max(self.peak_running, self.running)
-        work = asyncio.ensure_future(self._work(scope, body, send))
+        over = False
+
+        async def send_and_count(message: Any) -> None:
+            """A request is over when its last byte leaves, not when this task next runs."""
+            nonlocal over
+            if message["type"] == "http.response.body" and not message.get("more_body") and not over:
+                over = True
+                self.running -= 1
+            await send(message)
+
+        work = asyncio.ensure_future(self._work(scope, body, send_and_count))
         left = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -103,7 +113,7 @@ class OpenAIReplica:
             self.finished += 1
         finally:
             left.cancel()
-            self.running -= 1
+            self.running -= not over
 
     async def _work(self, scope: Any, body: bytes, send: Any) -> None:
         path = scope["path"]

@@ -100,7 +100,8 @@ def load_static(path: Path) -> StaticFile:
         parsed = msgspec.convert(content, StaticFile)
     except msgspec.ValidationError as error:
         message, _, field = str(error).partition(" - at `$.")
-        raise ConfigError(f"{path}: {field.rstrip('`') or 'file'}: {message}") from error
+        where = f"{field.rstrip('`')}: " if field else ""
+        raise ConfigError(f"{path}: {where}{message}") from error
     _check(path, parsed)
     return parsed
 
