@@ -1,0 +1,316 @@
+// Attention over the paged cache with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022).
+#pragma once
+#include <math.h>
+
+#include "kernels.h"
+
+namespace OCT_ISA {
+
+template <int DType>
+OCT_INLINE VF kv_load(const void* data, int64_t at) {
+  if constexpr (DType == OCT_KV_F32) return f_load((const float*)data + at);
+  else if constexpr (DType == OCT_KV_BF16) return f_load_bf16((const uint16_t*)data + at);
+  else if constexpr (DType == OCT_KV_F16) return f_load_f16((const uint16_t*)data + at);
+  else return f_load_i8((const int8_t*)data + at);
+}
+
+// Rows of the cache (in units of head_dim) of keys first .. first + count - 1 of a sequence.
+OCT_INLINE void cache_rows(const oct_attention& a, const oct_batch& batch, int64_t seq, int64_t kv_head, int64_t first,
+                           int64_t count, int64_t* rows) {
+  const int32_t* table = batch.block_tables + seq * batch.max_blocks;
+  int64_t block = first / batch.block_size, offset = first % batch.block_size;
+  for (int64_t i = 0; i < count; i++) {
+    rows[i] = ((int64_t)table[block] * a.num_kv_heads + kv_head) * batch.block_size + offset;
+    if (++offset == batch.block_size) offset = 0, block++;
+  }
+}
+
+OCT_INLINE VF shaped_scores(VF scores, const oct_attention& a) {
+  scores = f_mul(scores, f_set(a.scale));
+  if (a.soft_cap > 0) scores = f_mul(f_tanh(f_mul(scores, f_set(1.0f / a.soft_cap))), f_set(a.soft_cap));
+  return scores;
+}
+
+// Replaces `count` (a multiple of 16) scores by exp(score - new maximum); returns the factor for what was summed before.
+OCT_INLINE float soften(float* scores, int64_t count, float* maximum, float* sum) {
+  VF largest = f_load(scores);
+  for (int64_t i = 16; i < count; i += 16) largest = f_max(largest, f_load(scores + i));
+  float before = *maximum, now = fmaxf(before, f_largest(largest));
+  if (now == -INFINITY) {  // nothing visible yet
+    for (int64_t i = 0; i < count; i += 16) f_store(scores + i, f_zero());
+    return 1.0f;
+  }
+  VF top = f_set(now), total = f_zero(), lowest = f_set(-80.0f);
+  for (int64_t i = 0; i < count; i += 16) {
+    VF shifted = f_sub(f_load(scores + i), top);
+    VF e = f_exp(shifted);
+    // exp clamps at -87: what lies below -80 (masked scores are -inf) must count as nothing.
+    e = f_mul(e, f_min(f_max(f_sub(shifted, lowest), f_zero()), f_set(1.0f)));
+    f_store(scores + i, e);
+    total = f_add(total, e);
+  }
+  float factor = before == -INFINITY ? 0.0f : expf(before - now);
+  *sum = *sum * factor + f_sum(total);
+  *maximum = now;
+  return factor;
+}
+
+// A sink is one more logit in the denominator; returns what the weighted values must be multiplied by.
+OCT_INLINE float closing_factor(const oct_attention& a, int64_t head, float maximum, float sum) {
+  if (!a.sinks) return sum > 0 ? 1.0f / sum : 0.0f;
+  float sink = a.sinks[head], top = fmaxf(maximum, sink);
+  float kept = maximum == -INFINITY ? 0.0f : expf(maximum - top);
+  return kept / (sum * kept + expf(sink - top));
+}
+
+// scores[g][0..15] of 16 keys (rows beyond `count` repeat the last) for every head of the group.
+template <int DType>
+OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const int64_t* rows, const float* query,
+                        int64_t group, float* scores, int64_t scores_stride) {
+  int64_t dim = a.head_dim;
+  for (int64_t g = 0; g < group; g++) {
+    VF acc[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) acc[j] = f_zero();
+    for (int64_t c = 0; c < dim; c += 16) {
+      VF q = f_load(query + g * dim + c);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++) acc[j] = f_fma(q, kv_load<DType>(cache.key, rows[j] * dim + c), acc[j]);
+    }
+    VF sums = f_sum16(acc);
+    if constexpr (DType == OCT_KV_INT8) {
+      float factors[16];
+      for (int j = 0; j < 16; j++) factors[j] = cache.key_scale[rows[j]];
+      sums = f_mul(sums, f_load(factors));
+    }
+    f_store(scores + g * scores_stride, shaped_scores(sums, a));
+  }
+}
+
+// acc[g][c .. c+15] = acc * factor[g] + sum over keys of p[g][key] * value[key], for up to 4 heads at once.
+template <int DType, int G>
+OCT_INLINE void weigh_values(const oct_kv_cache& cache, const int64_t* rows, int64_t count, int64_t dim,
+                             const float* p, int64_t p_stride, const float* factor, float* acc) {
+  for (int64_t c = 0; c < dim; c += 16) {
+    VF sum[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) sum[g] = f_mul(f_load(acc + g * dim + c), f_set(factor[g]));
+    for (int64_t k = 0; k < count; k++) {
+      VF v = kv_load<DType>(cache.value, rows[k] * dim + c);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) sum[g] = f_fma(v, f_set(p[g * p_stride + k]), sum[g]);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) f_store(acc + g * dim + c, sum[g]);
+  }
+}
+
+template <int DType>
+static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
+                      const AttentionTask& task, const float* query, float* out, float* partials) {
+  int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim;
+  float maximum[kMaxGroup], sum[kMaxGroup], factor[kMaxGroup];
+  float* acc = task.partial >= 0 ? partials + task.partial * group * (dim + 2) + 2 * group : out;
+  for (int64_t g = 0; g < group; g++) maximum[g] = -INFINITY, sum[g] = 0;
+  memset(acc, 0, sizeof(float) * group * dim);
+  float scores[kMaxGroup * kDecodeKeys];
+  int64_t rows[kDecodeKeys];
+  for (int64_t first = task.key_begin; first < task.key_end; first += kDecodeKeys) {
+    int64_t count = task.key_end - first < kDecodeKeys ? task.key_end - first : kDecodeKeys;
+    int64_t padded = (count + 15) & ~15;
+    cache_rows(a, batch, task.seq, task.kv_head, first, count, rows);
+    for (int64_t i = count; i < padded; i++) rows[i] = rows[count - 1];
+    for (int64_t i = 0; i < padded; i += 16)
+      score16<DType>(a, cache, rows + i, query, group, scores + i, kDecodeKeys);
+    for (int64_t g = 0; g < group; g++) {
+      float* row = scores + g * kDecodeKeys;
+      for (int64_t i = count; i < padded; i++) row[i] = -INFINITY;
+      factor[g] = soften(row, padded, maximum + g, sum + g);
+      if constexpr (DType == OCT_KV_INT8)
+        for (int64_t i = 0; i < count; i++) row[i] *= cache.value_scale[rows[i]];
+    }
+    int64_t g = 0;
+    for (; g + 4 <= group; g += 4)
+      weigh_values<DType, 4>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
+    if (group - g == 3)
+      weigh_values<DType, 3>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
+    else if (group - g == 2)
+      weigh_values<DType, 2>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
+    else if (group - g == 1)
+      weigh_values<DType, 1>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
+  }
+  if (task.partial >= 0) {
+    float* state = acc - 2 * group;
+    for (int64_t g = 0; g < group; g++) state[g] = maximum[g], state[group + g] = sum[g];
+    return;
+  }
+  for (int64_t g = 0; g < group; g++) {
+    VF last = f_set(closing_factor(a, task.kv_head * group + g, maximum[g], sum[g]));
+    for (int64_t c = 0; c < dim; c += 16) f_store(out + g * dim + c, f_mul(f_load(out + g * dim + c), last));
+  }
+}
+
+static void attend_decode(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
+                          const AttentionTask& task, const float* query, float* out, float* partials) {
+  switch (batch.kv_dtype) {
+    case OCT_KV_F32: return decode_of<OCT_KV_F32>(a, batch, cache, task, query, out, partials);
+    case OCT_KV_BF16: return decode_of<OCT_KV_BF16>(a, batch, cache, task, query, out, partials);
+    case OCT_KV_F16: return decode_of<OCT_KV_F16>(a, batch, cache, task, query, out, partials);
+    default: return decode_of<OCT_KV_INT8>(a, batch, cache, task, query, out, partials);
+  }
+}
+
+static void combine(const oct_attention& a, int kv_head, const float* partials, int64_t first, int64_t count,
+                    float* out) {
+  int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim, size = group * (dim + 2);
+  const float* base = partials + first * size;
+  for (int64_t g = 0; g < group; g++) {
+    float maximum = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < count; i++) maximum = fmaxf(maximum, base[i * size + g]);
+    memset(out + g * dim, 0, sizeof(float) * dim);
+    for (int64_t i = 0; i < count; i++) {
+      float m = base[i * size + g], factor = m == -INFINITY ? 0.0f : expf(m - maximum);
+      sum += factor * base[i * size + group + g];
+      const float* acc = base + i * size + 2 * group + g * dim;
+      for (int64_t c = 0; c < dim; c += 16)
+        f_store(out + g * dim + c, f_fma(f_load(acc + c), f_set(factor), f_load(out + g * dim + c)));
+    }
+    VF last = f_set(closing_factor(a, kv_head * group + g, maximum, sum));
+    for (int64_t c = 0; c < dim; c += 16) f_store(out + g * dim + c, f_mul(f_load(out + g * dim + c), last));
+  }
+}
+
+// c[R][16 N] (+)= a[R][depth] * b[depth][16 N].
+template <int R, int N>
+OCT_INLINE void micro(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                      bool add) {
+  VF acc[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) acc[r][n] = add ? f_load(c + r * ldc + 16 * n) : f_zero();
+  for (int64_t k = 0; k < depth; k++) {
+    VF column[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) column[n] = f_load(b + k * ldb + 16 * n);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      VF x = f_set(a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) acc[r][n] = f_fma(x, column[n], acc[r][n]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) f_store(c + r * ldc + 16 * n, acc[r][n]);
+}
+
+template <int N>
+OCT_INLINE void strip(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t depth, float* c,
+                      int64_t ldc, bool add) {
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) micro<6, N>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, add);
+  for (; r + 3 <= rows; r += 3) micro<3, N>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, add);
+  for (; r < rows; r++) micro<1, N>(a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, add);
+}
+
+// c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; columns a multiple of 16.
+static void product(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t depth, float* c,
+                    int64_t ldc, int64_t columns, bool add) {
+  constexpr int kWide = kMaxTile >= 8 ? 4 : 1;
+  int64_t n = 0;
+  for (; n + 16 * kWide <= columns; n += 16 * kWide) strip<kWide>(a, lda, rows, b + n, ldb, depth, c + n, ldc, add);
+  for (; n < columns; n += 16) strip<1>(a, lda, rows, b + n, ldb, depth, c + n, ldc, add);
+}
+
+// transposed[dim][kPrefillKeys] and values[kPrefillKeys][dim] of up to kPrefillKeys keys, zero beyond `count`.
+template <int DType>
+static void load_keys(const oct_attention& a, const oct_kv_cache& cache, const int64_t* rows, int64_t count,
+                      float* transposed, float* values) {
+  int64_t dim = a.head_dim, padded = (count + 15) & ~15;
+  for (int64_t first = 0; first < padded; first += 16) {
+    for (int64_t c = 0; c < dim; c += 16) {
+      VF tile[16];
+      for (int j = 0; j < 16; j++) {
+        int64_t k = first + j;
+        VF key = f_zero(), value = f_zero();
+        if (k < count) {
+          key = kv_load<DType>(cache.key, rows[k] * dim + c);
+          value = kv_load<DType>(cache.value, rows[k] * dim + c);
+          if constexpr (DType == OCT_KV_INT8) {
+            key = f_mul(key, f_set(cache.key_scale[rows[k]]));
+            value = f_mul(value, f_set(cache.value_scale[rows[k]]));
+          }
+        }
+        tile[j] = key;
+        f_store(values + k * dim + c, value);
+      }
+      f_transpose16(tile);
+      for (int j = 0; j < 16; j++) f_store(transposed + (c + j) * kPrefillKeys + first, tile[j]);
+    }
+  }
+}
+
+template <int DType>
+static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
+                       const AttentionTask& task, const float* query, int64_t query_stride, float* out,
+                       int64_t out_stride, float* scratch) {
+  int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim, num = task.count * group;
+  float* queries = scratch;
+  float* acc = queries + num * dim;
+  float* scores = acc + num * dim;
+  float* maximum = scores + num * kPrefillKeys;
+  float* sum = maximum + num;
+  float* transposed = sum + num;
+  float* values = transposed + dim * kPrefillKeys;
+  int64_t rows[kPrefillKeys];
+  for (int64_t i = 0; i < task.count; i++)
+    memcpy(queries + i * group * dim, query + (task.first + i) * query_stride + task.kv_head * group * dim,
+           sizeof(float) * group * dim);
+  memset(acc, 0, sizeof(float) * num * dim);
+  for (int64_t r = 0; r < num; r++) maximum[r] = -INFINITY, sum[r] = 0;
+  int64_t start = batch.seq_lens[task.seq] - batch.query_start_loc[task.seq + 1];  // position = start + token
+  for (int64_t first = task.key_begin; first < task.key_end; first += kPrefillKeys) {
+    int64_t count = task.key_end - first < kPrefillKeys ? task.key_end - first : kPrefillKeys;
+    int64_t padded = (count + 15) & ~15;
+    cache_rows(a, batch, task.seq, task.kv_head, first, count, rows);
+    load_keys<DType>(a, cache, rows, count, transposed, values);
+    product(queries, dim, num, transposed, kPrefillKeys, dim, scores, kPrefillKeys, padded, false);
+    for (int64_t r = 0; r < num; r++) {
+      float* row = scores + r * kPrefillKeys;
+      int64_t position = start + task.first + r / group;
+      for (int64_t i = 0; i < padded; i += 16) f_store(row + i, shaped_scores(f_load(row + i), a));
+      int64_t seen = position + 1 - first;  // keys of this stretch at or before the query
+      for (int64_t i = seen < 0 ? 0 : seen; i < padded; i++) row[i] = -INFINITY;
+      if (a.sliding_window) {
+        int64_t hidden = position - a.sliding_window + 1 - first;
+        for (int64_t i = 0; i < hidden && i < padded; i++) row[i] = -INFINITY;
+      }
+      float factor = soften(row, padded, maximum + r, sum + r);
+      if (factor != 1.0f)
+        for (int64_t c = 0; c < dim; c += 16)
+          f_store(acc + r * dim + c, f_mul(f_load(acc + r * dim + c), f_set(factor)));
+    }
+    product(scores, kPrefillKeys, num, values, dim, count, acc, dim, dim, true);
+  }
+  for (int64_t r = 0; r < num; r++) {
+    int64_t head = task.kv_head * group + r % group;
+    VF last = f_set(closing_factor(a, head, maximum[r], sum[r]));
+    float* to = out + (task.first + r / group) * out_stride + head * dim;
+    for (int64_t c = 0; c < dim; c += 16) f_store(to + c, f_mul(f_load(acc + r * dim + c), last));
+  }
+}
+
+static void attend_prefill(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
+                           const AttentionTask& task, const float* query, int64_t query_stride, float* out,
+                           int64_t out_stride, float* scratch) {
+  switch (batch.kv_dtype) {
+    case OCT_KV_F32: return prefill_of<OCT_KV_F32>(a, batch, cache, task, query, query_stride, out, out_stride, scratch);
+    case OCT_KV_BF16: return prefill_of<OCT_KV_BF16>(a, batch, cache, task, query, query_stride, out, out_stride, scratch);
+    case OCT_KV_F16: return prefill_of<OCT_KV_F16>(a, batch, cache, task, query, query_stride, out, out_stride, scratch);
+    default: return prefill_of<OCT_KV_INT8>(a, batch, cache, task, query, query_stride, out, out_stride, scratch);
+  }
+}
+
+}  // namespace OCT_ISA

@@ -1,0 +1,5 @@
+// The table of kernels in use.
+#pragma once
+#include "kernels.h"
+
+const KernelTable& kernels();

@@ -1,0 +1,20 @@
+// The kernels built for: avx512_bf16.
+#define OCT_ISA octavo_avx512_bf16
+#include "simd_avx512.h"
+
+#include "linear.h"
+
+#include "elementwise.h"
+
+#include "attention.h"
+
+#include "unpack.h"
+
+const KernelTable* kernels_avx512_bf16() {
+  using namespace OCT_ISA;
+  static const KernelTable table = {
+      "avx512_bf16", kMaxTile,   kHasBf16Dot,   linear,         prepare, gate,       rms_norm, gated,
+      rope_heads, store_kv, attend_decode, attend_prefill, combine, unpack_row,
+  };
+  return &table;
+}

@@ -1,0 +1,176 @@
+#include "pool.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+Cursor g_cursors[3][kMaxThreads];
+
+namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
+inline void relax() { __builtin_ia32_pause(); }
+#else
+inline void relax() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+#endif
+
+// Long enough for the host's work between two steps to pass unnoticed, short enough to leave the core to others.
+constexpr int kSpinsBeforeParking = 4000;
+// A member that waits this long was overtaken by another program: let it run.
+constexpr int kSpinsBeforeYielding = 20000;
+
+void park(std::atomic<uint32_t>& word, uint32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+void wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, kMaxThreads, nullptr, nullptr, 0);
+}
+
+struct Team {
+  std::mutex turn;  // held while a function runs or the team changes
+  int size = 1;
+  bool pin = false;
+  pid_t process = 0;
+  std::vector<std::thread> workers;
+  void (*function)(void*, Member&) = nullptr;
+  void* argument = nullptr;
+  alignas(64) std::atomic<uint32_t> generation{0};
+  alignas(64) std::atomic<int> parked{0};
+  alignas(64) std::atomic<bool> stopping{false};
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
+};
+
+// Never destroyed: worker threads may outlive static destructors.
+Team& team() {
+  static Team* instance = new Team;
+  return *instance;
+}
+
+void clear_cursors(int size) {
+  for (auto& set : g_cursors)
+    for (int i = 0; i < size; i++) set[i].next.store(0, std::memory_order_relaxed);
+}
+
+void work(int id, uint32_t seen) {
+  Team& t = team();
+  for (;;) {
+    for (int spins = 0; t.generation.load(std::memory_order_acquire) == seen; spins++) {
+      if (spins < kSpinsBeforeParking) {
+        relax();
+        continue;
+      }
+      t.parked.fetch_add(1);
+      park(t.generation, seen);
+      t.parked.fetch_sub(1);
+    }
+    seen++;
+    if (t.stopping.load(std::memory_order_acquire)) return;
+    Member member;
+    member.id = id;
+    member.size = t.size;
+    t.function(t.argument, member);
+    member.barrier();
+  }
+}
+
+void announce(Team& t) {
+  t.generation.fetch_add(1);
+  if (t.parked.load() > 0) wake_all(t.generation);
+}
+
+void stop_workers(Team& t) {
+  if (t.workers.empty()) return;
+  t.stopping.store(true);
+  announce(t);
+  for (auto& worker : t.workers) worker.join();
+  t.workers.clear();
+  t.stopping.store(false);
+}
+
+void pin_to(std::thread& thread, int index, const cpu_set_t& allowed) {
+  int count = CPU_COUNT(&allowed), wanted = index % count;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &allowed) || wanted-- > 0) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    pthread_setaffinity_np(thread.native_handle(), sizeof one, &one);
+    return;
+  }
+}
+
+void start_workers(Team& t) {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  bool known = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 0;
+  for (int id = 1; id < t.size; id++) {
+    t.workers.emplace_back(work, id, t.generation.load());
+    if (t.pin && known) pin_to(t.workers.back(), id, allowed);
+  }
+  t.process = getpid();
+}
+
+// A forked child has no worker threads: forget the parent's and start its own.
+void heal_after_fork(Team& t) {
+  if (t.process == getpid() || t.size == 1) return;
+  for (auto& worker : t.workers) worker.detach();
+  t.workers.clear();
+  t.arrived.store(0);
+  t.parked.store(0);
+  start_workers(t);
+}
+
+}  // namespace
+
+void Member::barrier() {
+  if (size == 1) return;
+  Team& t = team();
+  uint32_t phase = t.phase.load(std::memory_order_relaxed);
+  if (t.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    t.arrived.store(0, std::memory_order_relaxed);
+    t.phase.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; t.phase.load(std::memory_order_acquire) == phase; spins++) {
+    if (spins < kSpinsBeforeYielding) relax();
+    else sched_yield();
+  }
+}
+
+void run_team(void (*function)(void*, Member&), void* argument) {
+  Team& t = team();
+  std::lock_guard<std::mutex> lock(t.turn);
+  heal_after_fork(t);
+  clear_cursors(t.size);
+  t.function = function;
+  t.argument = argument;
+  if (t.size > 1) announce(t);
+  Member member;
+  member.id = 0;
+  member.size = t.size;
+  function(argument, member);
+  member.barrier();
+}
+
+void set_team_size(int threads, bool pin) {
+  if (threads < 1) threads = 1;
+  if (threads > kMaxThreads) threads = kMaxThreads;
+  Team& t = team();
+  std::lock_guard<std::mutex> lock(t.turn);
+  heal_after_fork(t);
+  if (threads == t.size && pin == t.pin) return;
+  stop_workers(t);
+  t.size = threads;
+  t.pin = pin;
+  start_workers(t);
+}
+
+int team_size() { return team().size; }

@@ -1,0 +1,167 @@
+"""`DecoderPlan` to native structs, and the call that runs a whole step."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from octavo_kernels.batch import AttentionBatch, PagedKVCache
+from octavo_kernels.cpu.attention import fill_batch, kv_struct
+from octavo_kernels.cpu.library import MAX_PARTS, Attention, KVCache, Layer, Matrix, Model, check, native
+from octavo_kernels.cpu.library import Batch as NativeBatch
+from octavo_kernels.cpu.weights import PackedWeight, pack
+from octavo_kernels.step import Activation, DecoderLayerPlan, DecoderPlan, UnsupportedPlanError
+from octavo_kernels.weights import Weight
+
+PHASES = ("embedding", "norms", "qkv", "rope", "attention", "output", "gate_up", "down", "lm_head")
+
+
+class NativeStep:
+    """One decoder, run by the native library: one call for a step, no Python in between."""
+
+    def __init__(self, plan: DecoderPlan) -> None:
+        self._builder = _PlanBuilder(plan)  # keeps the tensors that the structs point to alive
+        self._vocab_size = plan.vocab_size
+        self._head_shape = (plan.num_kv_heads, plan.head_dim)
+        self._num_layers = len(plan.layers)
+        handle = native.oct_step_create(ctypes.byref(self._builder.model))
+        if not handle:
+            raise UnsupportedPlanError(native.oct_last_error().decode())
+        self._handle = handle
+        weakref.finalize(self, native.oct_step_destroy, handle)
+        self._caches: Sequence[PagedKVCache] | None = None
+        self._cache_structs = (KVCache * self._num_layers)()
+        self._batch = NativeBatch()
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[PagedKVCache],
+        logits_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `octavo_kernels.step.CompiledStep`. One thread at a time."""
+        if caches is not self._caches:
+            self._use_caches(caches)
+        held = fill_batch(self._batch, batch, caches[0], token_ids)
+        wanted = logits_indices.contiguous()
+        count = wanted.shape[0]
+        logits = torch.empty(count, self._vocab_size)
+        check(
+            native.oct_step_run(
+                self._handle,
+                ctypes.byref(self._batch),
+                self._cache_structs,
+                wanted.data_ptr(),
+                count,
+                logits.data_ptr(),
+            )
+        )
+        del held
+        return logits
+
+    def profile(self, on: bool) -> dict[str, float]:
+        """Seconds in each phase since the last call, seen by the first thread; switches the measuring on or off."""
+        spent = (ctypes.c_int64 * len(PHASES))()
+        native.oct_step_profile(self._handle, int(on), spent, len(PHASES))
+        return {phase: nanoseconds * 1e-9 for phase, nanoseconds in zip(PHASES, spent, strict=True)}
+
+    def _use_caches(self, caches: Sequence[PagedKVCache]) -> None:
+        if len(caches) != self._num_layers:
+            raise ValueError(f"the model has {self._num_layers} layers, got {len(caches)} caches")
+        for i, cache in enumerate(caches):
+            if (cache.key.shape[1], cache.key.shape[3]) != self._head_shape or cache.key.dtype != caches[0].key.dtype:
+                raise ValueError(f"cache {i}: shape {tuple(cache.key.shape)} does not fit heads {self._head_shape}")
+            self._cache_structs[i] = kv_struct(cache)
+        self._caches = caches
+
+
+class _PlanBuilder:
+    """Turns a plan into structs; holds on to every tensor and weight they point to."""
+
+    def __init__(self, plan: DecoderPlan) -> None:
+        self._plan = plan
+        self._kept: list[torch.Tensor | PackedWeight] = []
+        self._cos_sin = self._floats(plan.cos_sin)
+        self._refuse_unsupported()
+        self._layers = (Layer * len(plan.layers))(*(self._layer(layer) for layer in plan.layers))
+        self.model = Model(
+            plan.hidden_size,
+            plan.intermediate_size,
+            plan.vocab_size,
+            len(plan.layers),
+            self._layers,
+            self._matrix(plan.embedding),
+            self._matrix(plan.lm_head),
+            self._floats(plan.final_norm),
+            plan.embedding_scale,
+            plan.rms_norm_eps,
+            int(plan.activation is Activation.GELU),
+        )
+
+    def _refuse_unsupported(self) -> None:
+        plan = self._plan
+        if plan.head_dim % 16 or plan.head_dim > 512:
+            raise UnsupportedPlanError(f"head_dim {plan.head_dim} is not a multiple of 16 up to 512")
+        if plan.intermediate_size % 32:
+            raise UnsupportedPlanError(f"intermediate_size {plan.intermediate_size} is not a multiple of 32")
+        if plan.num_heads // plan.num_kv_heads > 64:
+            raise UnsupportedPlanError(f"{plan.num_heads // plan.num_kv_heads} query heads share a KV head, above 64")
+        for layer in plan.layers:
+            if len(layer.qkv) > MAX_PARTS or len(layer.gate_up) not in (1, 2):
+                raise UnsupportedPlanError("projections are split in more parts than q, k, v or gate, up")
+
+    def _layer(self, layer: DecoderLayerPlan) -> Layer:
+        plan = self._plan
+        attention = Attention(
+            num_heads=plan.num_heads,
+            num_kv_heads=plan.num_kv_heads,
+            head_dim=plan.head_dim,
+            rotary_dim=plan.cos_sin.shape[1] if layer.use_rope else 0,
+            sliding_window=layer.sliding_window,
+            max_positions=plan.cos_sin.shape[0],
+            scale=plan.attention_scale,
+            eps=plan.rms_norm_eps,
+            cos_sin=self._cos_sin,
+            q_norm=self._floats(layer.q_norm),
+            k_norm=self._floats(layer.k_norm),
+        )
+        return Layer(
+            attention=attention,
+            input_norm=self._floats(layer.input_norm),
+            post_attention_norm=self._floats(layer.post_attention_norm),
+            qkv_bias=self._floats(layer.qkv_bias),
+            output_bias=self._floats(layer.output_bias),
+            qkv=self._parts(layer.qkv),
+            output=self._matrix(layer.output),
+            gate_up=self._parts(layer.gate_up),
+            down=self._matrix(layer.down),
+            num_qkv=len(layer.qkv),
+            num_gate_up=len(layer.gate_up),
+        )
+
+    def _parts(self, weights: tuple[Weight, ...]) -> ctypes.Array[Matrix]:
+        return (Matrix * MAX_PARTS)(*(self._matrix(weight) for weight in weights))
+
+    def _matrix(self, weight: Weight) -> Matrix:
+        packed = pack(weight)
+        if packed is None:
+            form = weight.dtype if isinstance(weight, torch.Tensor) else weight.format
+            raise UnsupportedPlanError(f"weights stored as {form} have no native layout")
+        self._kept.append(packed)
+        return packed.multiplied_with(self._plan.dtype)
+
+    def _floats(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        wide = tensor.detach().to(torch.float32).contiguous()
+        self._kept.append(wide)
+        return wide.data_ptr()
+
+
+def compile_step(plan: DecoderPlan) -> NativeStep:
+    """Raises `UnsupportedPlanError` naming what the native step cannot do."""
+    return NativeStep(plan)
