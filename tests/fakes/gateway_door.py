@@ -65,7 +65,7 @@ async def open_door(*entries: ModelEntry, **settings: Any) -> AsyncIterator[Door
     discovery = LocalDiscovery(registry)
     discovery.set_models(entries)
     await server.start()
-    async with aiohttp.ClientSession() as http:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         try:
             yield Door(server, discovery, http)
         finally:
