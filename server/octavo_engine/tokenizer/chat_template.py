@@ -17,7 +17,7 @@ MAX_TEMPLATE_CHARS = 1 << 20
 MAX_COMPILED = 32
 RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message"))
 LOOKS_INTO_CONTENT = re.compile(
-    r"in\s+\w+(\.content|\[['\"]content['\"]\])|(\.content|\[['\"]content['\"]\]|\bcontent)\s+is\s+(not\s+)?"
+    r"in\s+[\w.\[\]'\"]*(\.content|\[['\"]content['\"]\])|(\.content|\[['\"]content['\"]\]|\bcontent)\s+is\s+(not\s+)?"
     r"(string|iterable|sequence|mapping)"
 )
 

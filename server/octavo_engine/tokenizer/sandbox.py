@@ -7,6 +7,7 @@ output, loop turns and calls, the size of any single value, and time.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -27,6 +28,8 @@ MAX_VALUE_CHARS = 16 << 20
 MAX_STEPS = 2_000_000
 MAX_WIDTH = 1_000
 MAX_SECONDS = 5.0
+UNBOUNDED_FILTERS = ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr")
+WIDE_CONVERSION = re.compile(r"%[^%a-zA-Z]*(\d{4,}|\*)")
 UNBOUNDED_METHODS = frozenset(("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map", "translate"))
 
 
@@ -75,11 +78,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             "dict": dict,
             "range": _bounded_range,
         }
-        for name in ("center", "pprint", "random", "urlize", "wordwrap", "xmlattr", "filesizeformat", "format"):
+        for name in UNBOUNDED_FILTERS:
             del self.filters[name]
         self.filters |= {
             "tojson": _tojson,
             "indent": _bounded_indent,
+            "format": _bounded_format,
             "join": _bounded_join,
             "replace": _bounded_replace,
             "string": _as_text,
@@ -105,6 +109,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """`str.format` stays unsafe, whose widths nothing bounds."""
+
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Count every call; bound what strings may grow to."""
         _budget.get().step()
@@ -121,8 +128,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             raise SecurityError("the template multiplies a text or list too often")
         if operator == "**" and (abs(left) > 1_000_000 or abs(right) > 64):
             raise SecurityError("the template raises a number to a huge power")
-        if operator == "%" and isinstance(left, str):
-            raise SecurityError("the template formats text with %, which is not supported")
+        if operator == "%" and isinstance(left, str) and WIDE_CONVERSION.search(left):
+            raise SecurityError("the template formats text too widely")
         return _bounded(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -213,6 +220,12 @@ def _bounded_join(items: Iterable[Any], separator: str = "", attribute: str | in
             raise SecurityError(f"the template joins more than {MAX_VALUE_CHARS} characters")
         texts.append(text)
     return separator.join(texts)
+
+
+def _bounded_format(pattern: str, *args: Any) -> str:
+    if WIDE_CONVERSION.search(pattern):
+        raise SecurityError("the template formats text too widely")
+    return pattern % args
 
 
 def _bounded_replace(text: str, old: str, new: str, count: int = -1) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ STOP_TOKEN = ord("!")
 
 def _byte_tokenizer() -> FastTokenizer:
     """One token per byte, and an end token: the hardest case for characters."""
-    vocab = {char: byte for char, byte in byte_alphabet().items()}
+    vocab = byte_alphabet()
     tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])
@@ -49,7 +50,7 @@ def _stream(ids: Sequence[int], cuts: Sequence[int], sampling: SamplingParams, t
     """Push the tokens in pieces that end at `cuts`."""
     detokenizer = IncrementalDetokenizer(tokenizer, sampling)
     bounds = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    pieces = [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [ids[start:end] for start, end in pairwise(bounds)]
     deltas = [detokenizer.push(piece, index == len(pieces) - 1) for index, piece in enumerate(pieces)]
     return deltas, "".join(delta.text for delta in deltas)
 
