@@ -10,7 +10,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.embedding import EmbeddingQueue
-from octavo_engine.errors import ConfigError, InvalidRequestError
+from octavo_engine.errors import ConfigError, InvalidRequestError, QueueFullError
 from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
@@ -24,13 +24,18 @@ from octavo_engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
+from octavo_engine.rejection import rejection
 from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import request_seed
 from octavo_engine.sampler.sampler import ALL_EXCLUDED, Sampler
+from octavo_engine.sampler.state import TokenConstraint
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.scheduler import Scheduler, SchedulerLimits
 from octavo_engine.scheduler.sequence import Sequence as Seq
+from octavo_engine.structured.grammar_queue import GrammarQueue
+from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_engine.tokenizer.load import load_tokenizer
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
 MAX_RETRY_AFTER_S = 60.0
@@ -43,7 +48,13 @@ class EngineCore:
     ends the engine, with `isolation.StepFailedError` out of `step`.
     """
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        tokenizer: Callable[[], Tokenizer] | None = None,
+    ) -> None:
         info = runner.info
         self._runner = runner
         self._config = config
@@ -57,6 +68,7 @@ class EngineCore:
         self._embeddings = EmbeddingQueue(runner, self.scheduler.limits.max_num_batched_tokens)
         self._sampler = Sampler()
         self._eos = frozenset(info.eos_token_ids)
+        self._grammars = GrammarQueue(tokenizer or (lambda: load_tokenizer(info.path)), info.vocab_size, self._eos)
         self._outputs: list[SequenceOutput] = []
         self._finished = {reason.value: 0 for reason in FinishReason}
         self._num_steps = 0
@@ -68,7 +80,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._embeddings) or bool(self._outputs)
+        return self.scheduler.has_work or bool(self._embeddings or self._grammars or self._outputs)
 
     def add(self, request: AddRequest) -> None:
         """Queue a sequence. Raises `InvalidRequestError` or `QueueFullError`."""
@@ -77,13 +89,20 @@ class EngineCore:
         request.sampling.validate(self.model.vocab_size)
         if self.model.task != "generate":
             raise InvalidRequestError(f"{self.model.name} is an embedding model and cannot generate text", "model")
+        structured = request.sampling.structured
+        if structured is None:
+            self._enqueue(request, self._clock(), None)
+        else:
+            self._grammars.add(request, structured, self._clock())
+
+    def _enqueue(self, request: AddRequest, arrival_s: float, constraint: TokenConstraint | None) -> None:
         end_token_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             end_token_ids |= self._eos
         seed = request.sampling.seed
         if seed is None:
             seed = request_seed(self._config.seed, request.request_id)
-        seq = Seq(request, self._clock(), seed=seed, end_token_ids=end_token_ids)
+        seq = Seq(request, arrival_s, seed=seed, end_token_ids=end_token_ids, constraint=constraint)
         self.scheduler.add(seq, self.retry_after_s())
 
     def add_embedding(self, request: EmbedRequest) -> None:
@@ -100,6 +119,7 @@ class EngineCore:
                 self._finish(seq, FinishReason.ABORT)
             else:
                 self._embeddings.remove(request_id)
+                self._grammars.remove(request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences go on."""
@@ -114,6 +134,8 @@ class EngineCore:
         started = self._clock()
         for seq in self.scheduler.pop_expired(started):
             self._finish(seq, FinishReason.DEADLINE)
+        if self._grammars:
+            self._take_compiled()
         if self._embeddings:
             self._outputs.extend(self._embeddings.step())
         batch = self.scheduler.schedule(started)
@@ -130,7 +152,7 @@ class EngineCore:
             step=self._num_steps,
             time=time.time(),
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + len(self._embeddings),
+            num_waiting=scheduler.num_waiting + len(self._embeddings) + len(self._grammars),
             num_waiting_tokens=scheduler.num_waiting_tokens + self._embeddings.num_tokens,
             kv_blocks_total=self.pool.num_blocks,
             kv_blocks_used=self.pool.num_used,
@@ -159,8 +181,18 @@ class EngineCore:
             raise InvalidRequestError(f"prompt token ids must be between 0 and {self.model.vocab_size - 1}", "prompt")
 
     def _check_id(self, request_id: str) -> None:
-        if self.scheduler.get(request_id) is not None or request_id in self._embeddings:
+        if self.scheduler.get(request_id) is not None or request_id in self._embeddings or request_id in self._grammars:
             raise InvalidRequestError(f"request id {request_id!r} is in use by a request still running", "request_id")
+
+    def _take_compiled(self) -> None:
+        """Queue the sequences whose grammar is compiled; one that cannot be compiled ends with the reason."""
+        for request, arrival_s, compiled in self._grammars.pop_compiled(wait_for_one=not self.scheduler.has_work):
+            try:
+                if isinstance(compiled, InvalidRequestError):
+                    raise compiled
+                self._enqueue(request, arrival_s, compiled)
+            except (InvalidRequestError, QueueFullError) as error:
+                self._outputs.append(rejection(request.request_id, error))
 
     def _compute(self, batch: Batch) -> None:
         parts, failed = run_isolated(self._runner, batch, self.pool)
@@ -208,6 +240,8 @@ class EngineCore:
         stop_token: int | None = None
         if token in seq.end_token_ids and num_output >= sampling.min_tokens:
             reason, stop_token = FinishReason.STOP, token
+        elif seq.sampler.constraint is not None and _completes(seq.sampler.constraint, token):
+            reason = FinishReason.STOP
         elif num_output >= sampling.max_tokens or len(tokens) >= self._max_model_len:
             reason = FinishReason.LENGTH
         if reason is None and num_output > 1 and logprobs is None:
@@ -270,6 +304,11 @@ class EngineCore:
         if self._last_finish_s is not None:
             self._seconds_per_finish += 0.1 * (now - self._last_finish_s - self._seconds_per_finish)
         self._last_finish_s = now
+
+
+def _completes(constraint: TokenConstraint, token: int) -> bool:
+    """Move a constraint past a token that its own mask allowed; True when nothing may follow."""
+    return not constraint.accept(token) or constraint.is_complete
 
 
 def effective_max_model_len(model: ModelInfo) -> int:

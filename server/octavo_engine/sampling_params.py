@@ -13,6 +13,44 @@ MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1_024
 MAX_LOGIT_BIAS = 1_024
+MAX_GRAMMAR_CHARS = 65_536
+MAX_CHOICES = 1_024
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A language the output must belong to; exactly one field is set.
+
+    `json_schema` is a JSON Schema as text, `regex` a regular expression over the whole output, `grammar` a
+    context-free grammar in Lark's notation as llguidance reads it, `choice` a list of allowed outputs, `json_object`
+    any JSON object.
+    """
+
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: tuple[str, ...] | None = None
+    json_object: bool = False
+
+    def validate(self) -> None:
+        """Raise `InvalidRequestError` unless exactly one constraint of acceptable size is given."""
+        texts = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
+        given = [name for name, text in texts.items() if text is not None]
+        given += ["choice"] * (self.choice is not None) + ["json_object"] * self.json_object
+        if len(given) != 1:
+            raise InvalidRequestError(
+                "structured: exactly one of json_schema, regex, grammar, choice and json_object must be given, "
+                f"got {', '.join(given) or 'none'}",
+                "structured",
+            )
+        size = sum(len(text or "") for text in (*texts.values(), *(self.choice or ())))
+        if size > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"structured.{given[0]}: at most {MAX_GRAMMAR_CHARS} characters, got {size}", "structured"
+            )
+        if self.choice is not None and not (0 < len(self.choice) <= MAX_CHOICES and all(self.choice)):
+            raise InvalidRequestError(
+                f"structured.choice: must have 1 to {MAX_CHOICES} strings, none of them empty", "structured"
+            )
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -46,6 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise `InvalidRequestError` naming the first field out of range."""
@@ -73,6 +112,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise InvalidRequestError(
                     f"stop: each string must have 1 to {MAX_STOP_STRING_CHARS} characters, got {len(text)}", "stop"
                 )
+        if self.structured is not None:
+            self.structured.validate()
         self._validate_token_ids(vocab_size)
 
     def _validate_token_ids(self, vocab_size: int | None) -> None:

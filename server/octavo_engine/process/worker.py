@@ -21,7 +21,6 @@ from octavo_engine.messages import (
     EmbedRequest,
     Event,
     Failed,
-    FinishReason,
     Ready,
     ResetPrefixCache,
     SequenceOutput,
@@ -29,6 +28,7 @@ from octavo_engine.messages import (
     StepOutput,
 )
 from octavo_engine.process.parent import die_with_parent
+from octavo_engine.rejection import rejection
 
 if TYPE_CHECKING:
     from octavo_engine.engine import EngineCore
@@ -120,20 +120,8 @@ def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:
             else:
                 core.add_embedding(command)
         except (InvalidRequestError, QueueFullError) as error:
-            return [_rejection(command.request_id, error)]
+            return [rejection(command.request_id, error)]
     return []
-
-
-def _rejection(request_id: str, error: InvalidRequestError | QueueFullError) -> SequenceOutput:
-    return SequenceOutput(
-        request_id=request_id,
-        token_ids=[],
-        finish_reason=FinishReason.ERROR,
-        error=str(error),
-        error_kind=type(error).__name__,
-        error_param=error.param if isinstance(error, InvalidRequestError) else None,
-        retry_after_s=error.retry_after_s if isinstance(error, QueueFullError) else None,
-    )
 
 
 def _connect(

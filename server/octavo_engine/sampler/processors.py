@@ -28,6 +28,8 @@ def process_row(row: torch.Tensor, state: SamplerState) -> None:
             row[_ids(row, banned)] = EXCLUDED
     if state.end_token_ids and state.num_output_tokens < params.min_tokens:
         row[_ids(row, state.end_token_ids)] = EXCLUDED
+    if state.constraint is not None:
+        state.constraint.mask(row)
 
 
 def _penalise(row: torch.Tensor, state: SamplerState) -> None:

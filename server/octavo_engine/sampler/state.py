@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Protocol
+
+import torch
 
 from octavo_engine.sampling_params import SamplingParams
 
 GREEDY_TEMPERATURE = 1e-5
+
+
+class TokenConstraint(Protocol):
+    """A language that a sequence's output must belong to, at the place the output has reached."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow."""
+
+    def mask(self, row: torch.Tensor) -> None:
+        """Exclude from `row` ([vocab_size] float32) every token that cannot come next."""
+
+    def accept(self, token: int) -> bool:
+        """Move on past a chosen token; False if it could not come next."""
 
 
 class SamplerState:
@@ -14,6 +31,7 @@ class SamplerState:
 
     __slots__ = (
         "_num_counted",
+        "constraint",
         "end_token_ids",
         "has_processors",
         "is_greedy",
@@ -31,15 +49,17 @@ class SamplerState:
         tokens: list[int],
         num_prompt_tokens: int,
         end_token_ids: frozenset[int] = frozenset(),
+        constraint: TokenConstraint | None = None,
     ) -> None:
         self.params = params
         self.seed = seed
         self.tokens = tokens
         self.num_prompt_tokens = num_prompt_tokens
         self.end_token_ids = sorted(end_token_ids | set(params.stop_token_ids))
+        self.constraint = constraint
         self.is_greedy = params.temperature < GREEDY_TEMPERATURE
         self.has_processors = self.has_penalties or bool(
-            params.logit_bias or params.allowed_token_ids or params.bad_words_ids or params.min_tokens
+            params.logit_bias or params.allowed_token_ids or params.bad_words_ids or params.min_tokens or constraint
         )
         self.output_counts: Counter[int] = Counter()
         self._num_counted = num_prompt_tokens

@@ -7,7 +7,7 @@ import enum
 from octavo_engine.kv.block_manager import BlockTable
 from octavo_engine.kv.hashing import root_key
 from octavo_engine.messages import AddRequest, TokenLogprobs
-from octavo_engine.sampler.state import SamplerState
+from octavo_engine.sampler.state import SamplerState, TokenConstraint
 
 MAX_PRIORITY = 100
 
@@ -48,14 +48,22 @@ class Sequence:
     )
 
     def __init__(
-        self, request: AddRequest, arrival_s: float, *, seed: int = 0, end_token_ids: frozenset[int] = frozenset()
+        self,
+        request: AddRequest,
+        arrival_s: float,
+        *,
+        seed: int = 0,
+        end_token_ids: frozenset[int] = frozenset(),
+        constraint: TokenConstraint | None = None,
     ) -> None:
         self.request_id = request.request_id
         self.sampling = request.sampling
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
         self.table = BlockTable(root_key(request.cache_salt))
-        self.sampler = SamplerState(request.sampling, seed, self.tokens, self.num_prompt_tokens, end_token_ids)
+        self.sampler = SamplerState(
+            request.sampling, seed, self.tokens, self.num_prompt_tokens, end_token_ids, constraint
+        )
         self.end_token_ids = end_token_ids
         self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
