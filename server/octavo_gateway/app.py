@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib.metadata import version
 
 from octavo_gateway.access_log import log_exchange
-from octavo_gateway.asgi import TEXT, Receive, Scope, Send, header
+from octavo_gateway.asgi import HTML, TEXT, Receive, Scope, Send, header
 from octavo_gateway.dispatcher import Dispatcher, Turn
 from octavo_gateway.errors import (
     GatewayDrainingError,
@@ -35,6 +35,7 @@ from octavo_gateway.routing import PrefixIndex, Router, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.signals import GatewaySignals
 from octavo_gateway.upstream import UpstreamPool
+from octavo_gateway.web import PAGE_HEADERS, page, state_document
 
 log = logging.getLogger("octavo.gateway")
 
@@ -77,6 +78,8 @@ class Gateway:
         self._proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
         self._poller: asyncio.Task[None] | None = None
         self._pages: dict[str, Page] = {
+            "/": self._web_page,
+            "/api/state": self._state,
             "/health": self._ready,
             "/health/live": self._live,
             "/health/ready": self._ready,
@@ -269,6 +272,16 @@ class Gateway:
 
     async def _metrics_page(self, exchange: Exchange) -> None:
         await exchange.respond(200, self.metrics.page(), TEXT)
+
+    async def _web_page(self, exchange: Exchange) -> None:
+        await exchange.respond(200, page(), HTML, PAGE_HEADERS)
+
+    async def _state(self, exchange: Exchange) -> None:
+        entries = self.registry.snapshot.models.values()
+        document = state_document(
+            entries, self.loads, self.dispatcher.signals, draining=self.leaving, version=_version()
+        )
+        await exchange.respond(200, document, extra=[(b"cache-control", b"no-store")])
 
     async def _list_models(self, exchange: Exchange) -> None:
         data = [self._card(name) for name, _ in self.registry.snapshot.listing()]

@@ -14,6 +14,7 @@ Headers = list[tuple[bytes, bytes]]
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream"
+HTML = b"text/html; charset=utf-8"
 TEXT = b"text/plain; charset=utf-8"
 
 

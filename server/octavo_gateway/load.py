@@ -12,30 +12,35 @@ COLD_CONCURRENCY = 8
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """One reading of a replica's metrics. `capacity` is its max_num_seqs where the runtime tells it."""
+    """One reading of a replica's metrics.
+
+    `capacity` is its max_num_seqs where the runtime tells it, `generated_tokens` its count since it started.
+    """
 
     waiting: float
     running: float
     kv_cache_utilization: float
     at: float
     capacity: float | None = None
-    kv_capacity_tokens: float | None = None
+    generated_tokens: float | None = None
 
 
 class EndpointLoad:
     """Load of one replica. Times are seconds of the caller's monotonic clock."""
 
-    __slots__ = ("_in_flight_at_report", "expects_reports", "in_flight", "last_chosen", "report")
+    __slots__ = ("_in_flight_at_report", "expects_reports", "in_flight", "last_chosen", "report", "tokens_per_second")
 
     def __init__(self) -> None:
         self.in_flight = 0
         self.last_chosen = 0
         self.report: LoadReport | None = None
         self.expects_reports = True
+        self.tokens_per_second = 0.0
         self._in_flight_at_report = 0
 
     def update(self, report: LoadReport, in_flight_when_asked: int | None = None) -> None:
         """Take a new reading. Requests sent after it was asked for may be missing in it, so they are added to it."""
+        self.tokens_per_second = _token_rate(self.report, report)
         self.report = report
         self.expects_reports = True
         self._in_flight_at_report = self.in_flight if in_flight_when_asked is None else in_flight_when_asked
@@ -43,6 +48,7 @@ class EndpointLoad:
     def forget_report(self, expects_reports: bool) -> None:
         """Drop a stale reading; `expects_reports` is False for a runtime that has no metrics page."""
         self.report = None
+        self.tokens_per_second = 0.0
         self.expects_reports = expects_reports
 
     @property
@@ -84,6 +90,13 @@ class EndpointLoad:
         if self.waiting >= line.queue_depth:
             return True
         return self.outstanding > 0 and self.kv_cache_utilization >= line.kv_cache_utilization
+
+
+def _token_rate(before: LoadReport | None, now: LoadReport) -> float:
+    """Tokens generated per second between two readings; 0 across a restart of the replica."""
+    if before is None or before.generated_tokens is None or now.generated_tokens is None or now.at <= before.at:
+        return 0.0
+    return max(0.0, now.generated_tokens - before.generated_tokens) / (now.at - before.at)
 
 
 class LoadBook:

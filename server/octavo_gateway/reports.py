@@ -43,8 +43,14 @@ KV_CACHE_UTILIZATION = (
     "ray_vllm_kv_cache_usage_perc",
 )
 CAPACITY = ("octavo_max_num_seqs",)
+GENERATED_TOKENS = (
+    "octavo_generation_tokens_total",
+    "vllm:generation_tokens_total",
+    "sglang:generation_tokens_total",
+    "ray_vllm_generation_tokens_total",
+)
 
-_NAMES = (*WAITING, *RUNNING, *KV_CACHE_UTILIZATION, *CAPACITY)
+_NAMES = (*WAITING, *RUNNING, *KV_CACHE_UTILIZATION, *CAPACITY, *GENERATED_TOKENS)
 _SAMPLE = re.compile(
     rb"^(" + b"|".join(re.escape(name).encode() for name in _NAMES) + rb")(?:\{[^\n]*\})?[ \t]+([0-9.eE+-]+)",
     re.MULTILINE,
@@ -65,12 +71,14 @@ def parse_report(page: bytes, now: float) -> LoadReport | None:
         return None
     kv = _first(samples, KV_CACHE_UTILIZATION)
     capacity = _first(samples, CAPACITY)
+    generated = _first(samples, GENERATED_TOKENS)
     return LoadReport(
         waiting=sum(waiting or ()),
         running=sum(running or ()),
         kv_cache_utilization=sum(kv) / len(kv) if kv else 0.0,
         at=now,
         capacity=sum(capacity) if capacity else None,
+        generated_tokens=sum(generated) if generated else None,
     )
 
 
