@@ -3,7 +3,7 @@ call is chosen by device and by what each backend supports (see `octavo_kernels.
 
 from __future__ import annotations
 
-from octavo_kernels.reference import activation, attention, cascade, kv_cache, norm, quantize
+from octavo_kernels.reference import activation, attention, cascade, kv_cache, norm, quantize, sampling
 from octavo_kernels.reference import linear as _linear
 from octavo_kernels.reference import scaled_linear as _scaled_linear
 from octavo_kernels.registry import Op
@@ -34,3 +34,10 @@ pack_weight = Op(_linear.pack_weight)
 linear = Op(_linear.linear)
 scaled_linear = Op(_scaled_linear.scaled_linear)
 embedding = Op(_linear.embedding)
+
+# From logits to tokens
+apply_penalties = Op(sampling.apply_penalties)
+apply_bitmask = Op(sampling.apply_bitmask)
+sample = Op(sampling.sample)
+token_logprobs = Op(sampling.token_logprobs)
+verify_drafts = Op(sampling.verify_drafts)

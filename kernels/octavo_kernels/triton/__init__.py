@@ -11,8 +11,8 @@ except ModuleNotFoundError as error:
 
 DESCRIPTION = environment.require_device()
 
-from octavo_kernels.triton import activation, attention, fp8_gemm, kv_cache, linear, norm, rope  # noqa: E402
+from octavo_kernels.triton import activation, attention, fp8_gemm, kv_cache, linear, norm, rope, sampling  # noqa: E402
 
-__all__ = ["activation", "attention", "environment", "fp8_gemm", "kv_cache", "linear", "norm", "rope"]
+__all__ = ["activation", "attention", "environment", "fp8_gemm", "kv_cache", "linear", "norm", "rope", "sampling"]
 
 describe_backend("triton", DESCRIPTION)
