@@ -33,6 +33,7 @@ class Attention:
     sliding_window: int = 0
     soft_cap: float = 0.0
     sinks: torch.Tensor | None = None
+    causal: bool = True
 
     def __call__(self, x: torch.Tensor, batch: AttentionBatch, cache: PagedKVCache | None) -> torch.Tensor:
         """x: [T, hidden_size] -> [T, hidden_size]. Without a cache, sequences are whole and see only themselves."""
@@ -54,5 +55,5 @@ class Attention:
         if cache is not None:
             out = ops.paged_attention(query, cache, batch, self.scale, *mask)
         else:
-            out = ops.varlen_attention(query, key, value, batch.query_start_loc, self.scale, True, *mask)
+            out = ops.varlen_attention(query, key, value, batch.query_start_loc, self.scale, self.causal, *mask)
         return self.output(out.reshape(x.shape[0], -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,13 @@ from octavo_engine.layers.linear import Linear
 from octavo_kernels import ops
 from octavo_kernels.step import Activation
 
+GatedActivation = Callable[[torch.Tensor], torch.Tensor]  # [T, 2 * dim] -> [T, dim]
+
+GATED: dict[Activation, GatedActivation] = {
+    Activation.SILU: ops.silu_and_mul,
+    Activation.GELU: ops.gelu_and_mul,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
@@ -17,12 +25,7 @@ class GatedMLP:
 
     gate_up: Linear
     down: Linear
-    activation: Activation
+    activation: GatedActivation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(gated(self.activation, self.gate_up(x)))
-
-
-def gated(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2 * dim] -> [T, dim]."""
-    return ops.silu_and_mul(gate_up) if activation is Activation.SILU else ops.gelu_and_mul(gate_up)
+        return self.down(self.activation(self.gate_up(x)))

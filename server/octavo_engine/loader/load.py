@@ -13,12 +13,14 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 from octavo_engine.kv.sizing import num_kv_blocks
 from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
+from octavo_engine.loader.pooling_config import is_embedding_checkpoint, read_pooling
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.messages import LoadProgress, ModelInfo
 from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.interface import Model
 from octavo_engine.models.registry import find_architecture
 from octavo_engine.runner.machine import choose_device, choose_dtype, choose_kv_dtype, free_memory_bytes, usable_cpus
-from octavo_engine.runner.pooling import Pooling, PoolingMethod
+from octavo_engine.runner.pooling import PoolingMethod
 from octavo_engine.runner.torch_runner import TorchModelRunner, kv_bytes_per_token
 from octavo_engine.storage import resolve
 
@@ -60,12 +62,13 @@ def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModel
     max_model_len = _max_model_len(config, model_config)
     weights = WeightLoader(checkpoint, dtype, device, lambda done: phases.report(done, checkpoint.path.name))
     model = model_class(model_config, weights, max_model_len)
-    weights.finish()
+    weights.finish(model.ignored_tensors)
+    task = _task(config, checkpoint, model)
     info = ModelInfo(
         name=config.served_model_names[0] if config.served_model_names else path.stem,
         path=str(path),
         architecture=architecture,
-        task="generate" if config.task == "auto" else config.task,
+        task=task,
         max_model_len=max_model_len,
         vocab_size=model_config.vocab_size,
         hidden_size=model_config.hidden_size,
@@ -82,7 +85,8 @@ def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModel
             model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, kv_dtype
         ),
     )
-    return TorchModelRunner(model, info, kv_dtype, _pooling(checkpoint))
+    default = PoolingMethod.LAST if model.can_generate else PoolingMethod.MEAN
+    return TorchModelRunner(model, info, kv_dtype, read_pooling(path, default))
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -96,9 +100,13 @@ def _num_blocks(config: EngineConfig, info: ModelInfo) -> int:
     return num_kv_blocks(config, info, free_memory_bytes(torch.device(info.device)))
 
 
-def _pooling(checkpoint: Checkpoint) -> Pooling:
-    """Decoders pool their last token unless the checkpoint says otherwise."""
-    return Pooling(PoolingMethod.LAST, normalize=True)
+def _task(config: EngineConfig, checkpoint: Checkpoint, model: Model) -> str:
+    """`auto` embeds where the model cannot generate or sentence-transformers laid the checkpoint out."""
+    if config.task == "generate" and not model.can_generate:
+        raise ConfigError(f"task: {model.config.architecture} is an embedding model; use task=embed or auto")
+    if config.task != "auto":
+        return config.task
+    return "embed" if not model.can_generate or is_embedding_checkpoint(checkpoint.path) else "generate"
 
 
 class _Phases:

@@ -27,7 +27,10 @@ _DTYPES = (
 
 
 class SafetensorsCheckpoint:
-    """A folder with config.json and safetensors files; tensors stay views of the mapped files."""
+    """A folder with config.json and safetensors files; tensors stay views of the mapped files.
+
+    A decoder saved without its head has names without `model.` in front; here they get it.
+    """
 
     norms_hold_one = False
 
@@ -36,10 +39,12 @@ class SafetensorsCheckpoint:
         self.config = RawConfig(_config_values(path), str(path / "config.json"))
         self._files = {file: _open(file) for file in _files(path)}
         self._place = self._index()
-        self.names = frozenset(self._place)
+        self._prefix = "" if "embed_tokens.weight" not in self._place else "model."
+        self.names = frozenset(self._prefix + name for name in self._place)
         self.is_quantized = self.config.section("quantization_config") is not None
 
     def get(self, name: str) -> Weight:
+        name = name.removeprefix(self._prefix)
         if name not in self._place:
             raise ModelLoadError(f"{self.path}: tensor {name!r} is missing")
         file = self._place[name]

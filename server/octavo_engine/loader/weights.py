@@ -54,6 +54,17 @@ class WeightLoader:
         """A small dense tensor (bias, sinks) in the activations' type."""
         return self._account(self._dense(name, shape).to(self.device, self.dtype, copy=True))
 
+    def dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A stack of matrices as stored, for a model to take apart and `pack`."""
+        return self._dense(name, shape)
+
+    def raw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Codes of a format of the model's own, as stored."""
+        tensor = self._get(name)
+        if isinstance(tensor, QuantizedWeight) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise self._wrong_shape(name, tuple(tensor.shape), shape)
+        return tensor
+
     def rows(self, name: str, shape: tuple[int, int]) -> Weight:
         """An embedding table, left in the form of the file: rows are looked up, never multiplied."""
         weight = self._matrix(name, shape)
@@ -63,8 +74,13 @@ class WeightLoader:
         """A projection that stands alone, ready for `ops.linear`."""
         return self.pack(self._matrix(name, shape))
 
-    def linear(self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
-        """Projections of one input fused into one. outputs: prefix -> out_features, in the order of the result."""
+    def linear(
+        self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False, exact: bool = False
+    ) -> Linear:
+        """Projections of one input fused into one. outputs: prefix -> out_features, in the order of the result.
+
+        exact: never quantized on the fly (routers and gates, small and sensitive).
+        """
         parts = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
         biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
         fused = tuple(self.pack(part) for part in _concatenate(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo_engine.errors import ModelLoadError
@@ -75,13 +76,15 @@ def decoder_config(
     *,
     tie_by_default: bool = False,
     attention_scale: float | None = None,
+    default_activation: Activation = Activation.SILU,
     **particular: object,
 ) -> ModelConfig:
     """The fields every decoder shares, read under their usual names; `particular` ones are the family's own."""
     heads, kv_heads, dim = head_layout(raw)
-    activation = _ACTIVATIONS.get(raw.text("hidden_act", raw.text("hidden_activation", "silu")))
+    name = "hidden_activation" if raw.has("hidden_activation") else "hidden_act"
+    activation = _ACTIVATIONS.get(raw.text(name)) if raw.has(name) else default_activation
     if activation is None:
-        raise raw.wrong("hidden_act", f"one of {', '.join(_ACTIVATIONS)}")
+        raise raw.wrong(name, f"one of {', '.join(_ACTIVATIONS)}")
     config = ModelConfig(
         architecture=architecture,
         hidden_size=raw.integer("hidden_size"),
@@ -119,3 +122,23 @@ def num_layers(raw: RawConfig) -> int:
 def uniform_layers(raw: RawConfig, *, sliding_window: int = 0) -> tuple[LayerConfig, ...]:
     """All layers alike, with the rope of the configuration."""
     return (LayerConfig(sliding_window, rope_config(raw)),) * num_layers(raw)
+
+
+def sliding_layers(
+    raw: RawConfig,
+    window: int,
+    is_local: Sequence[bool],
+    *,
+    full_rope: RopeConfig | None = None,
+    local_rope: RopeConfig | None = None,
+) -> tuple[LayerConfig, ...]:
+    """Layers some of which see a window only: those `layer_types` names, or `is_local` where it is absent.
+
+    The ropes of both kinds are the configuration's own unless given.
+    """
+    kinds = raw.texts("layer_types", tuple("sliding_attention" if local else "full_attention" for local in is_local))
+    if len(kinds) != len(is_local) or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise raw.wrong("layer_types", f"{len(is_local)} of sliding_attention and full_attention")
+    full = LayerConfig(0, full_rope or rope_config(raw))
+    local = LayerConfig(window, local_rope or full.rope)
+    return tuple(local if kind == "sliding_attention" else full for kind in kinds)

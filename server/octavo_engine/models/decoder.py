@@ -6,27 +6,29 @@ A family subclasses `Decoder` and overrides what is particular to it: `configure
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from octavo_engine.errors import InvalidRequestError
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.embedding import Embedding, LMHead
-from octavo_engine.layers.mlp import GatedMLP
+from octavo_engine.layers.mlp import GATED, GatedMLP
+from octavo_engine.layers.moe import MoE
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.rope import cos_sin_table
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, ModelConfig
-from octavo_engine.models.raw_config import RawConfig
+from octavo_engine.models.interface import Model
 from octavo_engine.models.rope_config import RopeConfig
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.step import DecoderLayerPlan, DecoderPlan
+from octavo_kernels.weights import Weight
 
 Residual = torch.Tensor | None
-MLP = GatedMLP
+MLP = GatedMLP | MoE
 
 
 class Layer(Protocol):
@@ -55,8 +57,10 @@ class DecoderLayer:
         return self.mlp(x), residual
 
 
-class Decoder(ABC):
-    """A causal language model. Weights are loaded by the constructor and never change."""
+class Decoder(Model):
+    """A causal language model. `mlp_name`: what a layer's MLP is called in the checkpoint."""
+
+    mlp_name = "mlp"
 
     def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
         self.config = config
@@ -68,36 +72,29 @@ class Decoder(ABC):
         self.embedding = Embedding(table, weights.dtype, scale)
         self.layers = tuple(self.make_layer(weights, index) for index in range(config.num_layers))
         self.final_norm = self.make_norm(weights, "model.norm")
-        tied = config.tie_word_embeddings
-        head = weights.pack(table) if tied else weights.matrix("lm_head.weight", shape)
-        self.lm_head = LMHead(head, config.final_soft_cap)
-
-    @classmethod
-    @abstractmethod
-    def configure(cls, raw: RawConfig, architecture: str) -> ModelConfig:
-        """The model's settings from its configuration file."""
+        self.can_generate = not config.architecture.endswith("Model")
+        self.lm_head = self._make_head(weights, table) if self.can_generate else None
 
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
     ) -> torch.Tensor:
-        """[T] int64 -> final hidden states [T, hidden_size]; caches: one for each layer."""
         x, residual = self.embedding(token_ids), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, batch, cache)
         return self.final_norm.add(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[L, hidden_size] -> [L, vocab_size] float32."""
+        if self.lm_head is None:
+            raise InvalidRequestError(f"{self.config.architecture} has no head and cannot generate text", "model")
         return self.lm_head(hidden)
 
     def plan(self) -> DecoderPlan | None:
-        """The whole step as plain structs for a backend to compile, or None where the layers are particular."""
         layers = tuple(
             _layer_plan(layer, config) for layer, config in zip(self.layers, self.config.layers, strict=True)
         )
         plain = [layer for layer in layers if layer is not None]
         config = self.config
-        if len(plain) != len(layers) or config.final_soft_cap or len(self._ropes) > 1:
+        if self.lm_head is None or len(plain) != len(layers) or config.final_soft_cap or len(self._ropes) > 1:
             return None
         cos_sin = next(iter(self._ropes.values()), self.final_norm.weight.new_zeros((0, 0), dtype=torch.float32))
         return DecoderPlan(
@@ -119,21 +116,27 @@ class Decoder(ABC):
             lm_head=self.lm_head.weight,
         )
 
+    def _make_head(self, weights: WeightLoader, table: Weight) -> LMHead:
+        config = self.config
+        if config.tie_word_embeddings:
+            return LMHead(weights.pack(table), config.final_soft_cap)
+        head = weights.matrix("lm_head.weight", (config.vocab_size, config.hidden_size))
+        return LMHead(head, config.final_soft_cap)
+
     def make_layer(self, weights: WeightLoader, index: int) -> Layer:
         prefix, config = f"model.layers.{index}", self.config.layers[index]
         return DecoderLayer(
             self.make_norm(weights, f"{prefix}.input_layernorm"),
             self.make_attention(weights, f"{prefix}.self_attn", config),
             self.make_norm(weights, f"{prefix}.post_attention_layernorm"),
-            self.make_mlp(weights, f"{prefix}.mlp", config),
+            self.make_mlp(weights, f"{prefix}.{self.mlp_name}", config),
         )
 
     def make_attention(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> Attention:
         config = self.config
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        outputs = {f"{prefix}.q_proj": q_size, f"{prefix}.k_proj": kv_size, f"{prefix}.v_proj": kv_size}
+        q_size = config.num_heads * config.head_dim
         return Attention(
-            weights.linear(outputs, config.hidden_size, bias=config.qkv_bias),
+            weights.linear(self.qkv_outputs(prefix), config.hidden_size, bias=config.qkv_bias),
             weights.linear({f"{prefix}.o_proj": config.hidden_size}, q_size, bias=config.output_bias),
             config.num_heads,
             config.num_kv_heads,
@@ -149,13 +152,20 @@ class Decoder(ABC):
 
     def make_mlp(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> MLP:
         config = self.config
-        gate_up = {f"{prefix}.{name}_proj": config.intermediate_size for name in ("gate", "up")}
-        down = {f"{prefix}.down_proj": config.hidden_size}
         return GatedMLP(
-            weights.linear(gate_up, config.hidden_size, bias=config.mlp_bias),
-            weights.linear(down, config.intermediate_size, bias=config.mlp_bias),
-            config.activation,
+            weights.linear(self.gate_up_outputs(prefix), config.hidden_size, bias=config.mlp_bias),
+            weights.linear({f"{prefix}.down_proj": config.hidden_size}, config.intermediate_size, bias=config.mlp_bias),
+            GATED[config.activation],
         )
+
+    def qkv_outputs(self, prefix: str) -> dict[str, int]:
+        """The projections that make query, key and value, with their sizes."""
+        q_size, kv_size = (heads * self.config.head_dim for heads in (self.config.num_heads, self.config.num_kv_heads))
+        return {f"{prefix}.q_proj": q_size, f"{prefix}.k_proj": kv_size, f"{prefix}.v_proj": kv_size}
+
+    def gate_up_outputs(self, prefix: str) -> dict[str, int]:
+        """The projections that make gate and up, with their sizes."""
+        return {f"{prefix}.{name}_proj": self.config.intermediate_size for name in ("gate", "up")}
 
     def make_norm(self, weights: WeightLoader, prefix: str) -> RMSNorm:
         weight = weights.vector(f"{prefix}.weight", self.config.hidden_size, offset=self.config.norm_offset)

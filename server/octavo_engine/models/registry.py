@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from octavo_engine.errors import ModelLoadError
-from octavo_engine.models.decoder import Decoder
+from octavo_engine.models.bert import BertModel, RobertaModel
+from octavo_engine.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
+from octavo_engine.models.gpt_oss import GptOssForCausalLM
+from octavo_engine.models.interface import Model
 from octavo_engine.models.llama import LlamaForCausalLM
+from octavo_engine.models.mistral import MistralForCausalLM, MixtralForCausalLM
+from octavo_engine.models.phi import Phi3ForCausalLM
+from octavo_engine.models.qwen import Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from octavo_engine.models.raw_config import RawConfig
+from octavo_engine.models.smollm3 import SmolLM3ForCausalLM
 
-ARCHITECTURES: dict[str, type[Decoder]] = {
+ARCHITECTURES: dict[str, type[Model]] = {
+    "BertForMaskedLM": BertModel,
+    "BertModel": BertModel,
+    "Gemma2ForCausalLM": Gemma2ForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "GptOssForCausalLM": GptOssForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "MixtralForCausalLM": MixtralForCausalLM,
+    "Phi3ForCausalLM": Phi3ForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen2MoeForCausalLM": Qwen2MoeForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
+    "RobertaModel": RobertaModel,
+    "SmolLM3ForCausalLM": SmolLM3ForCausalLM,
+    "XLMRobertaModel": RobertaModel,
 }
 
 
-def find_architecture(raw: RawConfig) -> tuple[str, type[Decoder]]:
-    """(name, class) of the first architecture the configuration names that is known here."""
+def find_architecture(raw: RawConfig) -> tuple[str, type[Model]]:
+    """(name, class) of the first architecture the configuration names that is known here.
+
+    A decoder without its head (`Qwen3Model`) is run by the class of the one with it.
+    """
     names = raw.texts("architectures", ())
     for name in names:
-        if name in ARCHITECTURES:
-            return name, ARCHITECTURES[name]
+        headed = name.removesuffix("Model") + "ForCausalLM"
+        for known in (name, headed):
+            if known in ARCHITECTURES:
+                return name, ARCHITECTURES[known]
     found = ", ".join(names) if names else "none named"
     raise ModelLoadError(
-        f"{raw.origin}: architectures {found}: not supported; known are {', '.join(sorted(ARCHITECTURES))}"
+        f"{raw.origin}: architectures: {found}: not supported; known are {', '.join(sorted(ARCHITECTURES))}"
     )

@@ -43,13 +43,13 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
 
-def rope_config(raw: RawConfig, section: RawConfig | None = None) -> RopeConfig:
+def rope_config(raw: RawConfig, section: RawConfig | None = None, *, default_theta: float = 10_000.0) -> RopeConfig:
     """Rotary settings, in the present form (`rope_parameters`) or the former one (`rope_theta` and `rope_scaling`).
 
     section: the object to read instead of `rope_parameters` (models with several ropes).
     """
     rope = section or raw.section("rope_parameters") or raw.section("rope_scaling") or RawConfig({}, raw.origin)
-    theta = rope.number("rope_theta", raw.number("rope_theta", 10_000.0))
+    theta = rope.number("rope_theta", raw.number("rope_theta", default_theta))
     partial = rope.number("partial_rotary_factor", raw.number("partial_rotary_factor", 1.0))
     rotary_dim = int(head_layout(raw)[2] * partial)
     if theta <= 0 or rotary_dim < 2 or rotary_dim % 2:

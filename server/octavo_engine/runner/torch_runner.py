@@ -9,7 +9,7 @@ import torch
 
 from octavo_engine.errors import ConfigError, InvalidRequestError
 from octavo_engine.messages import ModelInfo
-from octavo_engine.models.decoder import Decoder
+from octavo_engine.models.interface import Model
 from octavo_engine.runner.batch_builder import build_packed, build_step
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.pooling import Pooling
@@ -28,9 +28,9 @@ def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype:
 
 
 class TorchModelRunner:
-    """Runs a decoder through `octavo_kernels`; a backend that compiles whole steps takes over if it can."""
+    """Runs a model through `octavo_kernels`; a backend that compiles whole steps takes over if it can."""
 
-    def __init__(self, model: Decoder, info: ModelInfo, kv_dtype: torch.dtype, pooling: Pooling) -> None:
+    def __init__(self, model: Model, info: ModelInfo, kv_dtype: torch.dtype, pooling: Pooling) -> None:
         self.model = model
         self._info = info
         self._device = torch.device(info.device)

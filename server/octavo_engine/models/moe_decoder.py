@@ -1,0 +1,56 @@
+"""Decoders whose MLPs are mixtures of experts."""
+
+from __future__ import annotations
+
+from octavo_engine.layers.mlp import GATED, GatedMLP
+from octavo_engine.layers.moe import MoE, SharedExpert
+from octavo_engine.loader.weights import WeightLoader
+from octavo_engine.models.config import LayerConfig, MoEConfig
+from octavo_engine.models.decoder import MLP, Decoder
+from octavo_engine.models.raw_config import RawConfig
+
+
+class MoEDecoder(Decoder):
+    """Reads a router and experts where a layer has them. `router_name` and `expert_names` (gate, up, down) are those
+    of the family's files, under the layer's MLP."""
+
+    router_name = "gate"
+    expert_names = ("gate_proj", "up_proj", "down_proj")
+    router_bias = False
+
+    def make_mlp(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> MLP:
+        moe = layer.moe
+        if moe is None:
+            return super().make_mlp(weights, prefix, layer)
+        router = {f"{prefix}.{self.router_name}": moe.num_experts}
+        return MoE(
+            weights.linear(router, self.config.hidden_size, bias=self.router_bias, exact=True),
+            self.make_experts(weights, f"{prefix}.experts", moe),
+            moe.top_k,
+            moe.renormalize,
+            self.make_shared_expert(weights, prefix),
+        )
+
+    def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig) -> tuple[GatedMLP, ...]:
+        return tuple(
+            self.make_expert(weights, f"{prefix}.{index}", moe.intermediate_size) for index in range(moe.num_experts)
+        )
+
+    def make_expert(self, weights: WeightLoader, prefix: str, size: int) -> GatedMLP:
+        gate, up, down = (f"{prefix}.{name}" for name in self.expert_names)
+        hidden = self.config.hidden_size
+        return GatedMLP(
+            weights.linear({gate: size, up: size}, hidden),
+            weights.linear({down: hidden}, size),
+            GATED[self.config.activation],
+        )
+
+    def make_shared_expert(self, weights: WeightLoader, prefix: str) -> SharedExpert | None:
+        return None
+
+
+def moe_config(raw: RawConfig, size_key: str, *, renormalize: bool) -> MoEConfig:
+    """Numbers of experts under the two names in use. size_key: the field with an expert's width."""
+    count = raw.integer("num_local_experts", raw.integer("num_experts", 0, low=0), high=4096)
+    top_k = raw.integer("num_experts_per_tok", high=count)
+    return MoEConfig(count, top_k, raw.integer(size_key), renormalize)
