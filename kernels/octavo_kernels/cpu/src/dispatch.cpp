@@ -15,23 +15,27 @@ struct Choice {
 
 bool always() { return true; }
 
-#ifdef OCT_X86
-bool has_avx2() {
+#if defined(OCT_HAS_AVX2) || defined(OCT_HAS_AVX512)
+[[maybe_unused]] bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 const Choice kChoices[] = {
-#ifdef OCT_X86
+#ifdef OCT_HAS_AVX512_BF16
     {"avx512_bf16", kernels_avx512_bf16, has_avx512_bf16},
+#endif
+#ifdef OCT_HAS_AVX512
     {"avx512", kernels_avx512, has_avx512},
+#endif
+#ifdef OCT_HAS_AVX2
     {"avx2", kernels_avx2, has_avx2},
 #endif
     {"portable", kernels_portable, always},

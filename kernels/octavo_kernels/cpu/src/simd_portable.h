@@ -1,4 +1,4 @@
-// Sixteen-lane vectors in plain C++: correct on any processor, vectorised as far as the compiler manages.
+// Sixteen-lane vectors in the compiler's own vector types: correct on any processor.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -11,18 +11,12 @@ namespace OCT_ISA {
 constexpr int kMaxTile = 2;
 constexpr bool kHasBf16Dot = false;
 
-struct VF {
-  float v[16];
-};
-struct VI {
-  int32_t v[16];
-};
-struct VB {
-  uint8_t v[64];
-};
+typedef float VF __attribute__((vector_size(64)));
+typedef int32_t VI __attribute__((vector_size(64)));
+typedef uint32_t VU __attribute__((vector_size(64)));
+typedef uint8_t VB __attribute__((vector_size(64)));
 
 #define OCT_LANES for (int i = 0; i < 16; i++)
-#define OCT_BYTES for (int i = 0; i < 64; i++)
 
 OCT_INLINE float bits_to_float(uint32_t bits) {
   float x;
@@ -34,7 +28,7 @@ OCT_INLINE uint32_t float_to_bits(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
-OCT_INLINE float half_to_float(uint16_t h) {
+static inline float half_to_float(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
   if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
     float magnitude = (float)mantissa * 5.9604644775390625e-8f;
@@ -43,7 +37,7 @@ OCT_INLINE float half_to_float(uint16_t h) {
   if (exponent == 31) return bits_to_float(sign | 0x7f800000 | (mantissa << 13));
   return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
-OCT_INLINE uint16_t float_to_half(float x) {
+static inline uint16_t float_to_half(float x) {
   uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds to 65536 or more
@@ -51,166 +45,112 @@ OCT_INLINE uint16_t float_to_half(float x) {
   uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
   return (uint16_t)(sign | ((rounded - 0x38000000) >> 13));
 }
-OCT_INLINE uint16_t float_to_bf16(float x) {
+static inline uint16_t float_to_bf16(float x) {
   uint32_t bits = float_to_bits(x);
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-OCT_INLINE VF f_set(float x) {
-  VF r;
-  OCT_LANES r.v[i] = x;
-  return r;
+template <class V, class T>
+OCT_INLINE V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
-OCT_INLINE VF f_zero() { return f_set(0.0f); }
-OCT_INLINE VF f_load(const float* p) {
-  VF r;
-  memcpy(r.v, p, 64);
-  return r;
-}
-OCT_INLINE void f_store(float* p, VF x) { memcpy(p, x.v, 64); }
-#define OCT_BINARY(name, expression)  \
-  OCT_INLINE VF name(VF a, VF b) {    \
-    VF r;                             \
-    OCT_LANES r.v[i] = (expression);  \
-    return r;                         \
-  }
-OCT_BINARY(f_add, a.v[i] + b.v[i])
-OCT_BINARY(f_sub, a.v[i] - b.v[i])
-OCT_BINARY(f_mul, a.v[i] * b.v[i])
-OCT_BINARY(f_div, a.v[i] / b.v[i])
-OCT_BINARY(f_max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
-OCT_BINARY(f_min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
-#undef OCT_BINARY
-OCT_INLINE VF f_abs(VF a) {
-  VF r;
-  OCT_LANES r.v[i] = fabsf(a.v[i]);
-  return r;
-}
-OCT_INLINE VF f_fma(VF a, VF b, VF c) {
-  VF r;
-  OCT_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
-  return r;
-}
+
+OCT_INLINE VF f_zero() { return VF{}; }
+OCT_INLINE VF f_set(float x) { return VF{} + x; }
+OCT_INLINE VF f_load(const float* p) { return load_as<VF>(p); }
+OCT_INLINE void f_store(float* p, VF x) { memcpy(p, &x, 64); }
+OCT_INLINE VF f_add(VF a, VF b) { return a + b; }
+OCT_INLINE VF f_sub(VF a, VF b) { return a - b; }
+OCT_INLINE VF f_mul(VF a, VF b) { return a * b; }
+OCT_INLINE VF f_div(VF a, VF b) { return a / b; }
+OCT_INLINE VF f_max(VF a, VF b) { return a > b ? a : b; }
+OCT_INLINE VF f_min(VF a, VF b) { return a < b ? a : b; }
+OCT_INLINE VF f_abs(VF a) { return (VF)((VU)a & 0x7fffffffu); }
+OCT_INLINE VF f_fma(VF a, VF b, VF c) { return a * b + c; }
 OCT_INLINE float f_sum(VF a) {
   float s = 0;
-  OCT_LANES s += a.v[i];
+  OCT_LANES s += a[i];
   return s;
 }
 OCT_INLINE float f_largest(VF a) {
-  float m = a.v[0];
-  OCT_LANES m = a.v[i] > m ? a.v[i] : m;
+  float m = a[0];
+  OCT_LANES m = a[i] > m ? a[i] : m;
   return m;
 }
-OCT_INLINE VI f_round(VF a) {
-  VI r;
-  OCT_LANES r.v[i] = (int32_t)rintf(a.v[i]);
-  return r;
+OCT_INLINE VI f_round(VF a) {  // to nearest even: adding 1.5 * 2^23 leaves no bits behind the point
+  VF magic = f_set(12582912.0f);
+  return __builtin_convertvector((a + magic) - magic, VI);
 }
-OCT_INLINE VF f_from(VI a) {
-  VF r;
-  OCT_LANES r.v[i] = (float)a.v[i];
-  return r;
-}
-OCT_INLINE VF f_pow2(VI n) {
-  VF r;
-  OCT_LANES r.v[i] = bits_to_float((uint32_t)(n.v[i] + 127) << 23);
-  return r;
-}
+OCT_INLINE VF f_from(VI a) { return __builtin_convertvector(a, VF); }
+OCT_INLINE VF f_pow2(VI n) { return (VF)((n + 127) << 23); }
 OCT_INLINE VF f_load_f16(const uint16_t* p) {
   VF r;
-  OCT_LANES r.v[i] = half_to_float(p[i]);
+  OCT_LANES r[i] = half_to_float(p[i]);
   return r;
 }
 OCT_INLINE VF f_load_bf16(const uint16_t* p) {
-  VF r;
-  OCT_LANES r.v[i] = bits_to_float((uint32_t)p[i] << 16);
-  return r;
+  VU r;
+  OCT_LANES r[i] = p[i];
+  return (VF)(r << 16);
 }
 OCT_INLINE VF f_load_i8(const int8_t* p) {
-  VF r;
-  OCT_LANES r.v[i] = (float)p[i];
-  return r;
+  VI r;
+  OCT_LANES r[i] = p[i];
+  return f_from(r);
 }
 OCT_INLINE VF f_load_u8(const uint8_t* p) {
-  VF r;
-  OCT_LANES r.v[i] = (float)p[i];
-  return r;
+  VI r;
+  OCT_LANES r[i] = p[i];
+  return f_from(r);
 }
-OCT_INLINE void f_store_f16(uint16_t* p, VF x) { OCT_LANES p[i] = float_to_half(x.v[i]); }
-OCT_INLINE void f_store_bf16(uint16_t* p, VF x) { OCT_LANES p[i] = float_to_bf16(x.v[i]); }
-OCT_INLINE void i_store_i8(int8_t* p, VI x) {
-  OCT_LANES p[i] = (int8_t)(x.v[i] > 127 ? 127 : x.v[i] < -128 ? -128 : x.v[i]);
-}
+OCT_INLINE void f_store_f16(uint16_t* p, VF x) { OCT_LANES p[i] = float_to_half(x[i]); }
+OCT_INLINE void f_store_bf16(uint16_t* p, VF x) { OCT_LANES p[i] = float_to_bf16(x[i]); }
+OCT_INLINE void i_store_i8(int8_t* p, VI x) { OCT_LANES p[i] = (int8_t)(x[i] > 127 ? 127 : x[i] < -128 ? -128 : x[i]); }
 
-OCT_INLINE VI i_zero() {
-  VI r;
-  OCT_LANES r.v[i] = 0;
-  return r;
-}
-OCT_INLINE VI i_add(VI a, VI b) {
-  VI r;
-  OCT_LANES r.v[i] = a.v[i] + b.v[i];
-  return r;
-}
+OCT_INLINE VI i_zero() { return VI{}; }
+OCT_INLINE VI i_add(VI a, VI b) { return a + b; }
 OCT_INLINE int i_sum(VI a) {
   int s = 0;
-  OCT_LANES s += a.v[i];
+  OCT_LANES s += a[i];
   return s;
 }
 
-OCT_INLINE VB b_load(const uint8_t* p) {
-  VB r;
-  memcpy(r.v, p, 64);
-  return r;
-}
-OCT_INLINE VB b_and(VB a, uint8_t mask) {
-  VB r;
-  OCT_BYTES r.v[i] = a.v[i] & mask;
-  return r;
-}
-OCT_INLINE VB b_or(VB a, VB b) {
-  VB r;
-  OCT_BYTES r.v[i] = a.v[i] | b.v[i];
-  return r;
-}
+OCT_INLINE VB b_load(const uint8_t* p) { return load_as<VB>(p); }
+OCT_INLINE VB b_and(VB a, uint8_t mask) { return a & mask; }
+OCT_INLINE VB b_or(VB a, VB b) { return a | b; }
 template <int N>
 OCT_INLINE VB b_shr(VB a) {
-  VB r;
-  OCT_BYTES r.v[i] = (uint8_t)(a.v[i] >> N);
-  return r;
+  return a >> (uint8_t)N;
 }
 template <int N>
 OCT_INLINE VB b_shl(VB a) {
-  VB r;
-  OCT_BYTES r.v[i] = (uint8_t)(a.v[i] << N);
-  return r;
+  return a << (uint8_t)N;
+}
+// Byte J of every lane.
+template <int J>
+OCT_INLINE VI byte_of(VB a) {
+  VU lanes;
+  memcpy(&lanes, &a, 64);
+  return (VI)((lanes >> (8 * J)) & 0xffu);
 }
 OCT_INLINE VI dot4(VI acc, VB u, const int8_t* a) {
-  OCT_LANES {
-    int s = 0;
-    for (int j = 0; j < 4; j++) s += (int)u.v[4 * i + j] * (int)a[j];
-    acc.v[i] += s;
-  }
-  return acc;
+  return acc + byte_of<0>(u) * a[0] + byte_of<1>(u) * a[1] + byte_of<2>(u) * a[2] + byte_of<3>(u) * a[3];
 }
 template <int J>
 OCT_INLINE VF b_float(VB a) {
-  VF r;
-  OCT_LANES r.v[i] = (float)a.v[4 * i + J];
-  return r;
-}
-OCT_INLINE float bf16_at(const VB& a, int byte) {
-  return bits_to_float(((uint32_t)a.v[byte] << 16) | ((uint32_t)a.v[byte + 1] << 24));
+  return f_from(byte_of<J>(a));
 }
 OCT_INLINE VF bf16_low(VB a) {
-  VF r;
-  OCT_LANES r.v[i] = bf16_at(a, 4 * i);
-  return r;
+  VU lanes;
+  memcpy(&lanes, &a, 64);
+  return (VF)(lanes << 16);
 }
 OCT_INLINE VF bf16_high(VB a) {
-  VF r;
-  OCT_LANES r.v[i] = bf16_at(a, 4 * i + 2);
-  return r;
+  VU lanes;
+  memcpy(&lanes, &a, 64);
+  return (VF)(lanes & 0xffff0000u);
 }
 OCT_INLINE VF dot2_bf16(VF acc, VB w, const uint16_t* a) {
   VF low = f_set(bits_to_float((uint32_t)a[0] << 16)), high = f_set(bits_to_float((uint32_t)a[1] << 16));
@@ -220,16 +160,19 @@ OCT_INLINE void prefetch(const void*) {}
 
 OCT_INLINE VF f_sum16(VF* x) {
   VF r;
-  OCT_LANES r.v[i] = f_sum(x[i]);
+  OCT_LANES r[i] = f_sum(x[i]);
   return r;
 }
 OCT_INLINE void f_transpose16(VF* x) {
-  VF t[16];
-  OCT_LANES t[i] = x[i];
-  OCT_LANES for (int j = 0; j < 16; j++) x[i].v[j] = t[j].v[i];
+  float rows[16][16];
+  memcpy(rows, x, sizeof rows);
+  OCT_LANES {
+    VF column;
+    for (int j = 0; j < 16; j++) column[j] = rows[j][i];
+    x[i] = column;
+  }
 }
 
 #undef OCT_LANES
-#undef OCT_BYTES
 
 }  // namespace OCT_ISA
