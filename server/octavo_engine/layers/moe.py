@@ -38,7 +38,7 @@ class MoE:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         probabilities, chosen = route(self.router(x), self.top_k, self.renormalize)
         out = torch.zeros_like(x) if self.shared is None else self.shared(x)
-        for expert in chosen.unique().tolist():
+        for expert in torch.unique(chosen).tolist():
             tokens, slot = (chosen == expert).nonzero(as_tuple=True)
             share = probabilities[tokens, slot].unsqueeze(1).to(x.dtype)
             out.index_add_(0, tokens, self.experts[expert](x[tokens]) * share)

@@ -41,6 +41,7 @@ class BertModel(Model):
     """Bidirectional encoder with learned positions; embeds, never generates."""
 
     can_generate = False
+    ignored_tensors = ("pooler.", "cls.", "lm_head.")  # heads of pre-training
     first_position = 0
 
     def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
@@ -78,11 +79,6 @@ class BertModel(Model):
             layers=(LayerConfig(0, None),) * num_layers(raw),
             tie_word_embeddings=True,
         )
-
-    @property
-    def ignored_tensors(self) -> tuple[str, ...]:
-        """The pooler and language-modelling heads of pre-training are of no use here."""
-        return ("pooler.", "cls.", "lm_head.")
 
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]

@@ -10,6 +10,8 @@ import psutil
 import torch
 
 from octavo_engine.errors import ConfigError
+from octavo_kernels import registry
+from octavo_kernels.registry import REFERENCE
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -26,16 +28,22 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device, *, quantized: bool = False) -> torch.dtype:
     """What activations and dense weights are computed in, where `auto` leaves the choice.
 
-    GPU: bfloat16 where the hardware has it. CPU: float32 beside quantized weights, whose kernels read so few bytes
-    that precision is free; else bfloat16 where the CPU multiplies it natively (AVX-512 BF16, AMX: 1.5 to 3 times as
-    fast as float32 from batch 1 up), else float32, because emulated bfloat16 is slower.
+    GPU: bfloat16 where the hardware has it. CPU, quantized weights: bfloat16 where native kernels multiply them (they
+    accumulate in float32 and take int8 activations), else float32, for plain torch makes such weights dense once and
+    precision then costs only memory. CPU, dense weights: bfloat16 where the CPU multiplies it natively (AVX-512 BF16,
+    AMX: 1.5 to 3 times as fast as float32 from batch 1 up), else float32, because emulated bfloat16 is slower.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    native = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
-    return torch.bfloat16 if native and not quantized else torch.float32
+    fast = has_native_kernels() if quantized else bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return torch.bfloat16 if fast else torch.float32
+
+
+def has_native_kernels() -> bool:
+    """Whether a compiled backend runs on the CPU here."""
+    return any(status.available and status.name != REFERENCE for status in registry.status("cpu"))
 
 
 def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 
 from octavo_engine.errors import ConfigError
 from octavo_engine.runner import machine
+from octavo_kernels.registry import use_backends
 
 CPU = torch.device("cpu")
 
@@ -40,20 +41,29 @@ def test_no_limit_leaves_what_the_machine_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "quantized", "expected"),
-    [
-        ({"avx2"}, False, torch.float32),
-        ({"avx512_bf16"}, False, torch.bfloat16),
-        ({"amx_bf16"}, False, torch.bfloat16),
-        ({"amx_bf16"}, True, torch.float32),
-    ],
+    ("flags", "expected"),
+    [({"avx2"}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)],
 )
-def test_bfloat16_is_chosen_only_where_a_cpu_multiplies_it(
-    flags: set[str], quantized: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_dense_weights_compute_in_bfloat16_only_where_the_cpu_multiplies_it(
+    flags: set[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
 
-    assert machine.choose_dtype("auto", CPU, quantized=quantized) == expected
+    assert machine.choose_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_quantized_weights_compute_in_bfloat16_only_with_native_kernels(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_native_kernels", lambda: native)
+
+    assert machine.choose_dtype("auto", CPU, quantized=True) == expected
+
+
+def test_the_reference_alone_is_no_native_kernel() -> None:
+    with use_backends("reference"):
+        assert not machine.has_native_kernels()
 
 
 def test_a_named_dtype_is_taken_as_it_is() -> None:
