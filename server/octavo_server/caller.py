@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -40,7 +41,11 @@ class Caller:
 
 def caller_of(request: Request) -> Caller:
     """Read the caller's headers; raises a 400 naming the header that is malformed."""
-    headers = request.headers
+    return caller_from(request.headers, request.scope.get("state", {}).get("arrived_at"))
+
+
+def caller_from(headers: Mapping[str, str], arrived_at: float | None = None) -> Caller:
+    """The same from headers or gRPC metadata with lower-case names."""
     tenant = headers.get(TENANT_HEADER, "")
     if len(tenant) > LIMITS.identifier_chars:
         raise bad_request(f"{TENANT_HEADER}: at most {LIMITS.identifier_chars} characters", TENANT_HEADER)
@@ -51,7 +56,7 @@ def caller_of(request: Request) -> Caller:
         tenant=tenant,
         priority=_integer(headers.get(PRIORITY_HEADER), PRIORITY_HEADER, LIMITS.priority),
         deadline_s=None if deadline_ms is None else deadline_ms / 1_000,
-        arrived_at=request.scope.get("state", {}).get("arrived_at") or time.monotonic(),
+        arrived_at=time.monotonic() if arrived_at is None else arrived_at,
         traceparent=headers.get("traceparent"),
     )
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TypeVar
 
 from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDeadError
 from octavo_engine.messages import EngineStats
 from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_server.embedding import Embedder
 from octavo_server.errors import unavailable
 from octavo_server.generation import Generator
 from octavo_server.lifecycle import Lifecycle, Phase
 from octavo_server.metrics import Metrics
+from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.served_model import ServedModel
 from octavo_server.settings import ServeSettings
 from octavo_server.text_pool import TextPool
 
 VERSION = version("octavo")
+T = TypeVar("T")
 TokenizerLoader = Callable[[str], Tokenizer]
 
 logger = logging.getLogger("octavo.server")
@@ -33,9 +37,11 @@ class Replica:
         self.lifecycle = Lifecycle()
         self.text = TextPool()
         self.metrics = Metrics(self._current_stats, VERSION)
+        self.inference_statistics = ModelStatistics()
         self._load_tokenizer = load_tokenizer
         self._served: ServedModel | None = None
         self._generator: Generator | None = None
+        self._embedder: Embedder | None = None
 
     async def start(self) -> None:
         """Load the model and become ready; raises what `EngineClient.start` raises."""
@@ -45,21 +51,23 @@ class Replica:
         names = self.settings.served_model_names or (info.name,)
         self._served = ServedModel(info, tokenizer, names, self.settings.read_chat_template())
         self._generator = Generator(self.engine, tokenizer, self.metrics.for_model(self._served.name))
+        self._embedder = Embedder(self.engine, self._served, self.text)
         self.lifecycle.become_ready()
 
     @property
     def served(self) -> ServedModel:
         """The loaded model; raises a retryable 503 while there is none."""
-        if self._served is None:
-            raise unavailable("The model is still loading; retry shortly.", 5.0, "starting")
-        return self._served
+        return _loaded(self._served)
 
     @property
     def generator(self) -> Generator:
         """Runs sequences; raises a retryable 503 while no model is loaded."""
-        if self._generator is None:
-            raise unavailable("The model is still loading; retry shortly.", 5.0, "starting")
-        return self._generator
+        return _loaded(self._generator)
+
+    @property
+    def embedder(self) -> Embedder:
+        """Makes vectors; raises a retryable 503 while no model is loaded."""
+        return _loaded(self._embedder)
 
     def health_problem(self) -> str | None:
         """Why the process should be restarted, or None while it is well (loading counts as well)."""
@@ -80,3 +88,9 @@ class Replica:
 
     def _current_stats(self) -> tuple[str, EngineStats] | None:
         return None if self._served is None else (self._served.name, self.engine.stats)
+
+
+def _loaded(part: T | None) -> T:
+    if part is None:
+        raise unavailable("The model is still loading; retry shortly.", 5.0, "starting")
+    return part

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
+import grpc
 import uvicorn
 import uvloop
 
@@ -20,6 +21,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, OctavoError
 from octavo_server.app import build_app
 from octavo_server.logs import configure_logging
+from octavo_server.oip.grpc_server import start_grpc_server
 from octavo_server.replica import Replica, TokenizerLoader
 from octavo_server.settings import ServeSettings
 
@@ -52,6 +54,11 @@ async def _run(settings: ServeSettings, make_engine: EngineFactory, load_tokeniz
         return _fail(str(error))
     signals = _Signals()
     replica = Replica(settings, make_engine(settings.engine_config()), load_tokenizer)
+    try:
+        grpc_server = await _start_grpc(replica)
+    except ConfigError as error:
+        listener.close()
+        return _fail(str(error))
     server = _HttpServer(_http_config(replica))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
@@ -59,9 +66,20 @@ async def _run(settings: ServeSettings, make_engine: EngineFactory, load_tokeniz
         return await _live(replica, signals)
     finally:
         server.should_exit = True
+        if grpc_server is not None:
+            await grpc_server.stop(0.0)
         await replica.close(0.0 if signals.second.is_set() else ENGINE_SHUTDOWN_S)
         server.force_exit = signals.second.is_set()
         await serving
+
+
+async def _start_grpc(replica: Replica) -> grpc.aio.Server | None:
+    settings = replica.settings
+    if not settings.grpc_port:
+        return None
+    server, port = await start_grpc_server(replica, settings.host, settings.grpc_port)
+    logger.info("listening on grpc://%s:%d", settings.host, port)
+    return server
 
 
 async def _live(replica: Replica, signals: _Signals) -> int:
