@@ -30,6 +30,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: int = 0
     max_num_partial_prefills: int = 4
     enable_prefix_caching: bool = True
+    itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: by device
+    priority_ageing_s: float = 10.0  # after this wait, worse priorities get their share of admissions too
+    tenant_weights: dict[str, float] = {}  # shares of tenants that compete; 1 for those not named
     max_queued_requests: int = 1_024
     max_queued_tokens: int = 1_000_000
     num_threads: int = 0
@@ -53,6 +56,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for field in ("max_model_len", "num_kv_blocks", "kv_cache_memory_bytes", "max_num_batched_tokens"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"{field}: must not be negative, got {getattr(self, field)}")
+        for field in ("itl_target_s", "priority_ageing_s"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"{field}: must not be negative, got {getattr(self, field)}")
+        for tenant, weight in self.tenant_weights.items():
+            if weight <= 0:
+                raise ConfigError(f"tenant_weights[{tenant}]: must be above 0, got {weight}")
         choices = {
             "device": ("auto", "cpu", "cuda"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),

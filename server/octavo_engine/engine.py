@@ -31,14 +31,15 @@ from octavo_engine.sampler.noise import request_seed
 from octavo_engine.sampler.sampler import ALL_EXCLUDED, Sampler
 from octavo_engine.sampler.state import TokenConstraint
 from octavo_engine.scheduler.batch import Batch
-from octavo_engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
 from octavo_engine.structured.grammar_queue import GrammarQueue
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
-MAX_RETRY_AFTER_S = 60.0
+DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
 
 
 class EngineCore:
@@ -75,8 +76,6 @@ class EngineCore:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._step_time_s = 0.0
-        self._last_finish_s: float | None = None
-        self._seconds_per_finish = 1.0
 
     @property
     def has_work(self) -> bool:
@@ -103,7 +102,7 @@ class EngineCore:
         if seed is None:
             seed = request_seed(self._config.seed, request.request_id)
         seq = Seq(request, arrival_s, seed=seed, end_token_ids=end_token_ids, constraint=constraint)
-        self.scheduler.add(seq, self.retry_after_s())
+        self.scheduler.add(seq)
 
     def add_embedding(self, request: EmbedRequest) -> None:
         """Queue a text to pool. Raises `InvalidRequestError`."""
@@ -124,10 +123,6 @@ class EngineCore:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences go on."""
         self.pool.reset_cache()
-
-    def retry_after_s(self) -> float:
-        """When a refused client should come back: about the time in which one sequence ends."""
-        return min(MAX_RETRY_AFTER_S, max(1.0, self._seconds_per_finish))
 
     def step(self) -> StepOutput:
         """Compute one batch. Raises `StepFailedError` when the runner itself is broken."""
@@ -163,7 +158,8 @@ class EngineCore:
             generation_tokens=self._generation_tokens,
             requests_finished=dict(self._finished),
             step_time_s=self._step_time_s,
-            retry_after_s=self.retry_after_s(),
+            retry_after_s=scheduler.retry_after_s,
+            queued_work_s=scheduler.queued_work_s,
         )
 
     def check_prompt(self, prompt: Sequence[int], room: int = 1) -> None:
@@ -195,6 +191,7 @@ class EngineCore:
                 self._outputs.append(rejection(request.request_id, error))
 
     def _compute(self, batch: Batch) -> None:
+        started = self._clock()
         parts, failed = run_isolated(self._runner, batch, self.pool)
         for seq, error in failed:
             self._fail(seq, f"the model could not compute this request: {error}")
@@ -220,6 +217,8 @@ class EngineCore:
             for index, seq in enumerate(sampled_seqs):
                 entry = logprobs[index] if logprobs is not None else None
                 self._append(seq, sampled.token_ids[index], entry)
+        if not failed:
+            self.scheduler.observe(batch, self._clock() - started)
 
     def _append(self, seq: Seq, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a sampled token, report it, and end the sequence if it is the last one."""
@@ -234,6 +233,7 @@ class EngineCore:
         tokens = seq.tokens
         tokens.append(token)
         self._generation_tokens += 1
+        self.scheduler.fairness.charge_output(seq.tenant)
         num_output = len(tokens) - seq.num_prompt_tokens
         sampling = seq.sampling
         reason: FinishReason | None = None
@@ -300,10 +300,6 @@ class EngineCore:
     def _end(self, seq: Seq, reason: FinishReason) -> None:
         self.scheduler.finish(seq)
         self._finished[reason.value] += 1
-        now = self._clock()
-        if self._last_finish_s is not None:
-            self._seconds_per_finish += 0.1 * (now - self._last_finish_s - self._seconds_per_finish)
-        self._last_finish_s = now
 
 
 def _completes(constraint: TokenConstraint, token: int) -> bool:
@@ -331,6 +327,9 @@ def scheduler_limits(config: EngineConfig, device: str) -> SchedulerLimits:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=budget,
         max_num_partial_prefills=config.max_num_partial_prefills,
+        itl_target_s=config.itl_target_s or DEFAULT_ITL_TARGET_S.get(kind, 0.2),
+        ageing_s=config.priority_ageing_s,
+        tenant_weights=config.tenant_weights,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
     )

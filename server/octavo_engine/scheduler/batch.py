@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.scheduler.sequence import Sequence
+from octavo_engine.scheduler.step_time import StepLoad
 
 
 @dataclass(slots=True)
@@ -15,11 +16,13 @@ class Batch:
     sequences: list[Sequence]
     slices: list[SequenceSlice]
     num_tokens: int = 0
+    decode_context: int = 0
+    prefill_pairs: int = 0
 
     def __len__(self) -> int:
         return len(self.slices)
 
     @property
-    def num_context_tokens(self) -> int:
-        """KV positions the step reads, summed over sequences."""
-        return sum(piece.start + len(piece.token_ids) for piece in self.slices)
+    def load(self) -> StepLoad:
+        """The step as the step-time model sees it."""
+        return StepLoad(self.num_tokens, self.decode_context, self.prefill_pairs)

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 from octavo_engine.errors import QueueFullError
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.scheduler.batch import Batch
+from octavo_engine.scheduler.fairness import VirtualTokens
+from octavo_engine.scheduler.forecast import Forecast, OutputLengths
+from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.sequence import Sequence, SequenceState
+from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Bounds of a step and of the queue; see `EngineConfig` for the fields of the same name.
-
-    A sequence that does not fit may be overtaken by at most `max_overtakes` later ones, looking no further than
-    `overtake_window` sequences behind it. `watermark` is the share of blocks that admission leaves free for the
-    growth of running sequences. One step of priority is worth `priority_step_s` seconds of waiting, so that a stream
-    of urgent requests delays the others and never starves them. `max_logits_rows` bounds the positions of a step whose
-    logits are kept for prompt log-probabilities.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_partial_prefills: int = 4
-    max_queued_requests: int = 1_024
-    max_queued_tokens: int = 1_000_000
-    priority_step_s: float = 10.0
-    max_overtakes: int = 32
-    overtake_window: int = 8
-    watermark: float = 0.01
-    max_logits_rows: int = 512
 
 
 class Scheduler:
@@ -58,7 +38,11 @@ class Scheduler:
         self.prefix_hits = 0
         self._sequences: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
-        self._waiting = WaitingQueue()
+        self.fairness = VirtualTokens(limits.tenant_weights)
+        self.step_time = StepTimeModel()
+        self.lengths = OutputLengths()
+        self._forecast = Forecast(self.step_time, self.lengths, limits.max_num_seqs)
+        self._waiting = WaitingQueue(self.fairness, ageing_s=limits.ageing_s)
         self._deadlines: list[tuple[float, str]] = []
         self._head_blocked = False
 
@@ -78,6 +62,16 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def queued_work_s(self) -> float:
+        """Seconds of work that wait, by the step-time model."""
+        return self._forecast.queued_work_s(len(self._waiting), self._waiting.num_tokens, len(self._running))
+
+    @property
+    def retry_after_s(self) -> float:
+        """When a client that is refused now should come back."""
+        return self._forecast.retry_after_s(len(self._waiting), self._waiting.num_tokens, len(self._running))
+
     def get(self, request_id: str) -> Sequence | None:
         return self._sequences.get(request_id)
 
@@ -85,11 +79,11 @@ class Scheduler:
         """Every sequence that has not ended."""
         return list(self._sequences.values())
 
-    def add(self, seq: Sequence, retry_after_s: float = 1.0) -> None:
+    def add(self, seq: Sequence) -> None:
         """Queue a sequence; raises `QueueFullError` when a bound is reached and no place in the batch is free."""
-        self._check_queue(seq.num_prompt_tokens, retry_after_s)
-        seq.rank = (seq.arrival_s + seq.priority * self.limits.priority_step_s, seq.arrival_s)
+        self._check_queue(seq.num_prompt_tokens)
         self._sequences[seq.request_id] = seq
+        self.fairness.enter(seq.tenant)
         self._waiting.push(seq)
         if seq.deadline_s is not None:
             heapq.heappush(self._deadlines, (seq.deadline_s, seq.request_id))
@@ -104,6 +98,8 @@ class Scheduler:
         else:
             return
         seq.state = SequenceState.FINISHED
+        self.fairness.leave(seq.tenant)
+        self.lengths.observe(seq.tenant, seq.num_output_tokens)
         del self._sequences[seq.request_id]
 
     def pop_expired(self, now: float) -> list[Sequence]:
@@ -119,7 +115,6 @@ class Scheduler:
         """Choose the next step's tokens; an empty batch means there is nothing to do."""
         preempted = self._reserve_decode_blocks()
         batch = Batch([], [])
-        budget = self.limits.max_num_batched_tokens
         prefills: list[Sequence] = []
         sequences, slices = batch.sequences, batch.slices
         for seq in self._running.values():
@@ -129,15 +124,20 @@ class Scheduler:
                 slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1))
             else:
                 prefills.append(seq)
-        budget -= len(slices)
+        batch.decode_context = sum(piece.start for piece in slices)
+        budget = self._prefill_budget(batch, prefills)
         if preempted:
             self._head_blocked = True
         else:
             self._admit(prefills, budget, now)
+        batch.num_tokens = len(slices)
         if prefills:
-            budget -= self._add_prefills(batch, prefills, budget)
-        batch.num_tokens = self.limits.max_num_batched_tokens - budget
+            self._add_prefills(batch, prefills, budget)
         return batch
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Learn how long a step took."""
+        self.step_time.observe(batch.load, seconds)
 
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """Record that the next `num_tokens` tokens of `seq` are in the cache now; full blocks become findable."""
@@ -146,8 +146,9 @@ class Scheduler:
         if seq.num_computed - table.num_published * self.blocks.pool.block_size >= self.blocks.pool.block_size:
             self.blocks.publish(table, seq.tokens, seq.num_computed)
 
-    def _check_queue(self, num_tokens: int, retry_after_s: float) -> None:
+    def _check_queue(self, num_tokens: int) -> None:
         limits = self.limits
+        retry_after_s = self.retry_after_s
         places = 0 if self._head_blocked else limits.max_num_seqs - len(self._running)
         queued = len(self._waiting) - places
         if queued >= limits.max_queued_requests:
@@ -183,6 +184,17 @@ class Scheduler:
         self.num_preemptions += 1
         self._waiting.push(seq)
 
+    def _prefill_budget(self, batch: Batch, prefills: list[Sequence]) -> int:
+        """Tokens this step has for prefills: what the budget leaves, cut so that decodes keep their latency target."""
+        limits = self.limits
+        budget = limits.max_num_batched_tokens - len(batch.slices)
+        if not batch.slices or not limits.itl_target_s:
+            return budget
+        decode = StepLoad(len(batch.slices), batch.decode_context)
+        start = min((seq.num_computed for seq in prefills), default=0)
+        fitting = self.step_time.prefill_tokens_within(limits.itl_target_s, decode, start)
+        return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
+
     def _admit(self, prefills: list[Sequence], budget: int, now: float) -> None:
         """Move waiting sequences that fit into `prefills`, in order of rank, a blocked one overtaken within bounds."""
         limits = self.limits
@@ -201,6 +213,7 @@ class Scheduler:
                 continue
             for passed in blocked:
                 passed.num_overtaken += 1
+            self._waiting.admitted(seq, now)
             planned += seq.num_uncomputed
             prefills.append(seq)
         self._head_blocked = bool(blocked)
@@ -220,6 +233,7 @@ class Scheduler:
         if seq.first_scheduled_s is None:
             seq.first_scheduled_s = now
             seq.num_cached_tokens = seq.num_computed
+            self.fairness.charge_prompt(seq.tenant, seq.num_uncomputed)
         seq.state = SequenceState.RUNNING
         self._running[seq.request_id] = seq
         return True
@@ -227,8 +241,8 @@ class Scheduler:
     def _watermark_blocks(self) -> int:
         return max(1, int(self.limits.watermark * self.blocks.pool.num_blocks))
 
-    def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> int:
-        """Share the budget: a fair part for each of the first few, what is left over in order; return what was used."""
+    def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> None:
+        """Share the budget: a fair part for each of the first few, what is left over in order."""
         prefills.sort(key=lambda seq: seq.rank)
         wanted = self._wanted_tokens(prefills)
         share = max(1, budget // min(len(prefills), self.limits.max_num_partial_prefills))
@@ -245,7 +259,8 @@ class Scheduler:
             if chunks[index]:
                 batch.sequences.append(prefills[index])
                 batch.slices.append(_prefill_slice(prefills[index], chunks[index]))
-        return budget - left
+                batch.prefill_pairs += chunks[index] * (prefills[index].num_computed + chunks[index] // 2)
+        batch.num_tokens += budget - left
 
     def _wanted_tokens(self, prefills: list[Sequence]) -> list[int]:
         """Tokens each prefill could use; those that report prompt log-probabilities share a bound of their own."""

@@ -22,7 +22,7 @@ class Sequence:
     """Tokens, KV blocks and progress of one request.
 
     `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache.
-    `rank` orders sequences, smaller first; the scheduler sets it.
+    `rank` orders sequences that run, smaller first: the worst is preempted when memory runs out.
     """
 
     __slots__ = (
@@ -43,6 +43,7 @@ class Sequence:
         "sampling",
         "state",
         "table",
+        "tenant",
         "tokens",
         "wants_prompt_logprobs",
     )
@@ -57,6 +58,7 @@ class Sequence:
         constraint: TokenConstraint | None = None,
     ) -> None:
         self.request_id = request.request_id
+        self.tenant = request.tenant
         self.sampling = request.sampling
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
@@ -72,7 +74,7 @@ class Sequence:
         self.num_preemptions = 0
         self.num_overtaken = 0
         self.priority = max(-MAX_PRIORITY, min(MAX_PRIORITY, request.priority))
-        self.rank = (arrival_s, arrival_s)
+        self.rank = (self.priority, arrival_s)
         self.arrival_s = arrival_s
         self.first_scheduled_s: float | None = None
         self.deadline_s = None if request.deadline_s is None else arrival_s + request.deadline_s

@@ -1,0 +1,32 @@
+"""Bounds of a step and of the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """See `EngineConfig` for the fields of the same name.
+
+    A sequence that does not fit may be overtaken by at most `max_overtakes` later ones, looking no further than
+    `overtake_window` sequences behind it. `watermark` is the share of blocks that admission leaves free for the
+    growth of running sequences. `max_logits_rows` bounds the positions of a step whose logits are kept for prompt
+    log-probabilities. Beside running decodes a step gets at least `min_prefill_tokens` of prefill, whatever the
+    latency target says.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_partial_prefills: int = 4
+    max_queued_requests: int = 1_024
+    max_queued_tokens: int = 1_000_000
+    itl_target_s: float = 0.0
+    ageing_s: float = 10.0
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    min_prefill_tokens: int = 32
+    max_overtakes: int = 32
+    overtake_window: int = 8
+    watermark: float = 0.01
+    max_logits_rows: int = 512

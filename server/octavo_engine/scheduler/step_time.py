@@ -1,0 +1,108 @@
+"""How long a step takes, learned while the engine runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# Units that bring every feature near 1, so that the recursion is well conditioned.
+_SCALE = (1.0, 1 / 256, 1 / 8_192, 1 / 65_536)
+_FORGETTING = 0.998
+_INITIAL_VARIANCE = 100.0
+_CLIP = 4.0
+_READY_AFTER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What a step computes. `decode_context`: KV positions that one-token slices read. `prefill_pairs`: pairs of a new
+    token and a position it attends to, over the longer slices."""
+
+    num_tokens: int
+    decode_context: int = 0
+    prefill_pairs: int = 0
+
+
+class StepTimeModel:
+    """`seconds = a + b * num_tokens + c * decode_context + d * prefill_pairs`, fitted by recursive least squares.
+
+    Old steps are forgotten slowly, so the fit follows a throttled processor or a changed neighbour. A residual beyond
+    four times the usual one counts as that much only: a page fault or a paused container does not spoil the fit.
+    """
+
+    def __init__(self) -> None:
+        self._weights = [0.0] * 4
+        self._covariance = [[_INITIAL_VARIANCE * (i == j) for j in range(4)] for i in range(4)]
+        self._usual_error = 0.0
+        self._num_observed = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Enough steps were seen to predict with."""
+        return self._num_observed >= _READY_AFTER
+
+    @property
+    def seconds_per_token(self) -> float:
+        """What one more prefill token adds, attention aside; 0 before it is known."""
+        return max(0.0, self._weights[1]) * _SCALE[1]
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from a step that took `seconds`."""
+        features = _features(load)
+        error = seconds - sum(w * x for w, x in zip(self._weights, features, strict=True))
+        self._num_observed += 1
+        if self._num_observed > _READY_AFTER:
+            bound = _CLIP * max(self._usual_error, 1e-6)
+            clipped = max(-bound, min(bound, error))
+            # The bound widens while errors stay large: a lasting change is learned within some tens of steps.
+            self._usual_error += 0.05 * (min(abs(error), 2 * bound) - self._usual_error)
+            error = clipped
+        else:
+            self._usual_error += (abs(error) - self._usual_error) / self._num_observed
+        self._update(features, error)
+
+    def predict(self, load: StepLoad) -> float:
+        """Seconds the step should take; 0 before anything is known."""
+        return sum(max(0.0, w) * x for w, x in zip(self._weights, _features(load), strict=True))
+
+    def prefill_tokens_within(self, seconds: float, decode: StepLoad, start: int) -> int | None:
+        """Prefill tokens, at positions from `start` on, that fit a step of `seconds` beside `decode`.
+
+        None when the model does not know yet or sees no cost. Solves `a' + b' n + d n^2 / 2 = seconds` for n.
+        """
+        if not self.is_ready:
+            return None
+        spare = seconds - self.predict(decode)
+        quadratic = max(0.0, self._weights[3]) * _SCALE[3]
+        linear = self.seconds_per_token + quadratic * start
+        if spare <= 0:
+            return 0
+        if quadratic > 1e-15:
+            root = math.sqrt(linear * linear + 2 * quadratic * spare)
+            return int((root - linear) / quadratic)
+        return int(spare / linear) if linear > 1e-12 else None
+
+    def _update(self, features: tuple[float, ...], error: float) -> None:
+        covariance = self._covariance
+        projected = [sum(p * x for p, x in zip(row, features, strict=True)) for row in covariance]
+        norm = _FORGETTING + sum(x * p for x, p in zip(features, projected, strict=True))
+        gain = [p / norm for p in projected]
+        self._weights = [w + g * error for w, g in zip(self._weights, gain, strict=True)]
+        trace = 0.0
+        for i in range(4):
+            row = covariance[i]
+            for j in range(4):
+                row[j] = (row[j] - gain[i] * projected[j]) / _FORGETTING
+            trace += row[i]
+        if trace > 4 * _INITIAL_VARIANCE:  # what the load does not show must not grow without bound
+            shrink = 4 * _INITIAL_VARIANCE / trace
+            self._covariance = [[value * shrink for value in row] for row in covariance]
+
+
+def _features(load: StepLoad) -> tuple[float, float, float, float]:
+    return (
+        1.0,
+        load.num_tokens * _SCALE[1],
+        load.decode_context * _SCALE[2],
+        load.prefill_pairs * _SCALE[3],
+    )
