@@ -3,7 +3,7 @@ call is chosen by device and by what each backend supports (see `octavo_kernels.
 
 from __future__ import annotations
 
-from octavo_kernels.reference import activation, attention, cascade, kv_cache, norm, quantize, sampling
+from octavo_kernels.reference import activation, attention, cascade, kv_cache, lora, mla, moe, norm, quantize, sampling
 from octavo_kernels.reference import linear as _linear
 from octavo_kernels.reference import scaled_linear as _scaled_linear
 from octavo_kernels.registry import Op
@@ -20,6 +20,7 @@ rope_and_store_kv = Op(kv_cache.rope_and_store_kv)
 paged_attention = Op(attention.paged_attention)
 varlen_attention = Op(attention.varlen_attention)
 cascade_attention = Op(cascade.cascade_attention)
+mla_attention = Op(mla.mla_attention)
 copy_blocks = Op(kv_cache.copy_blocks)
 
 # Gated activations
@@ -34,6 +35,11 @@ pack_weight = Op(_linear.pack_weight)
 linear = Op(_linear.linear)
 scaled_linear = Op(_scaled_linear.scaled_linear)
 embedding = Op(_linear.embedding)
+add_lora = Op(lora.add_lora)
+
+# Mixture of experts
+route_experts = Op(moe.route_experts)
+moe_mlp = Op(moe.moe_mlp)
 
 # From logits to tokens
 apply_penalties = Op(sampling.apply_penalties)

@@ -11,8 +11,33 @@ except ModuleNotFoundError as error:
 
 DESCRIPTION = environment.require_device()
 
-from octavo_kernels.triton import activation, attention, fp8_gemm, kv_cache, linear, norm, rope, sampling  # noqa: E402
+from octavo_kernels.triton import (  # noqa: E402
+    activation,
+    attention,
+    fp8_gemm,
+    kv_cache,
+    linear,
+    lora,
+    mla,
+    moe,
+    norm,
+    rope,
+    sampling,
+)
 
-__all__ = ["activation", "attention", "environment", "fp8_gemm", "kv_cache", "linear", "norm", "rope", "sampling"]
+__all__ = [
+    "activation",
+    "attention",
+    "environment",
+    "fp8_gemm",
+    "kv_cache",
+    "linear",
+    "lora",
+    "mla",
+    "moe",
+    "norm",
+    "rope",
+    "sampling",
+]
 
 describe_backend("triton", DESCRIPTION)
