@@ -13,14 +13,14 @@ from octavo_server import observation
 from octavo_server.boundary import RequestBoundary
 from octavo_server.errors import INTERNAL_ERROR, ApiError
 from octavo_server.oip import http as open_inference
-from octavo_server.openai import chat, completions, models, tokens
+from octavo_server.openai import chat, completions, embeddings, models, ranking, tokens
 from octavo_server.replica import VERSION, Replica
 
 
 def build_app(replica: Replica) -> RequestBoundary:
     """Every route behind the request boundary."""
     app = FastAPI(title="Octavo", version=VERSION, redoc_url=None)
-    for face in (observation, models, chat, completions, tokens, open_inference):
+    for face in (observation, models, chat, completions, tokens, embeddings, ranking, open_inference):
         app.include_router(face.router(replica))
 
     @app.exception_handler(ApiError)

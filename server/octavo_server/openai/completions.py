@@ -34,6 +34,7 @@ from octavo_server.openai.sequences import (
     sequence_requests,
     truncate,
 )
+from octavo_server.openai.texts import TextInput, text_inputs
 from octavo_server.openai.tokens import check_token_ids
 from octavo_server.parsing import parse
 from octavo_server.replica import Replica
@@ -126,19 +127,11 @@ def _prepare(served: ServedModel, request: CompletionRequest) -> list[Prompt]:
     return prompts
 
 
-def _prompts(request: CompletionRequest) -> list[tuple[str, str | list[int]]]:
+def _prompts(request: CompletionRequest) -> list[tuple[str, TextInput]]:
     """Each prompt with the name of its field."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return [("prompt", prompt)]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return [("prompt", ids)]
-    if ids or len({type(item) for item in prompt}) > 1:
-        raise bad_request("prompt: must be a string, a list of strings, token ids, or a list of token ids", "prompt")
-    if len(prompt) > LIMITS.prompts:
-        raise bad_request(f"prompt: at most {LIMITS.prompts} prompts, got {len(prompt)}", "prompt")
-    return [(f"prompt[{i}]", item) for i, item in enumerate(prompt) if not isinstance(item, int)]
+    prompts = text_inputs(request.prompt, "prompt", LIMITS.prompts)
+    single = isinstance(request.prompt, str) or isinstance(request.prompt[0], int)
+    return [("prompt" if single else f"prompt[{i}]", prompt) for i, prompt in enumerate(prompts)]
 
 
 def _best(texts: Sequence[SequenceText], n: int, best_of: int) -> list[SequenceText]:

@@ -1,0 +1,193 @@
+"""`/score` and `/rerank`: how near texts are to each other, by the cosine of their vectors."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo_server.caller import Caller, caller_of
+from octavo_server.embedding import TextVector
+from octavo_server.errors import bad_request
+from octavo_server.json_response import JsonResponse
+from octavo_server.limits import LIMITS
+from octavo_server.openai.embeddings import EmbeddingUsage
+from octavo_server.openai.request_types import ModelName
+from octavo_server.parsing import parse
+from octavo_server.replica import Replica
+
+Texts = Annotated[list[str], Meta(min_length=1, max_length=LIMITS.embed_inputs)]
+Truncation = Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None
+
+
+class ScoreRequest(Struct, frozen=True, kw_only=True):
+    """One text against many, or many against as many; both pairs of names are in use."""
+
+    model: ModelName | None = None
+    queries: str | Texts | None = None
+    documents: str | Texts | None = None
+    text_1: str | Texts | None = None
+    text_2: str | Texts | None = None
+    truncate_prompt_tokens: Truncation = None
+
+
+class Score(Struct, frozen=True):
+    """One pair's score."""
+
+    index: int
+    score: float
+    object: Literal["score"] = "score"
+
+
+class ScoreResponse(Struct, frozen=True, kw_only=True):
+    """Scores in the order of the pairs."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
+class RerankRequest(Struct, frozen=True, kw_only=True):
+    """Cohere's and Jina's shape."""
+
+    query: str
+    documents: Annotated[list[str | dict[str, Any]], Meta(min_length=1, max_length=LIMITS.embed_inputs)]
+    model: ModelName | None = None
+    top_n: Annotated[int, Meta(ge=0, le=LIMITS.max_tokens)] | None = None
+    return_documents: bool | None = None
+    max_tokens_per_doc: Annotated[int, Meta(ge=1, le=LIMITS.max_tokens)] | None = None
+    truncate_prompt_tokens: Truncation = None
+
+
+class Document(Struct, frozen=True):
+    """A document's text."""
+
+    text: str
+
+
+class RankedDocument(Struct, frozen=True):
+    """Where a document was in the request and how relevant it is."""
+
+    index: int
+    document: Document | None
+    relevance_score: float
+
+
+class RerankResponse(Struct, frozen=True, kw_only=True):
+    """Documents, the most relevant first."""
+
+    id: str
+    model: str
+    usage: EmbeddingUsage
+    results: list[RankedDocument]
+
+
+def router(replica: Replica) -> APIRouter:
+    """Score and rerank under all the names in use."""
+    routes = APIRouter(tags=["embed"])
+
+    @routes.post("/v1/score")
+    @routes.post("/score")
+    async def score(http: Request) -> Response:
+        """Score pairs of texts."""
+        served = replica.served
+        request = parse(await http.body(), ScoreRequest).request
+        model = served.check_name(request.model)
+        served.require_task("embed", "/score")
+        first, second = _pairs(request)
+        left, right = await _vectors(
+            replica, first, second, caller_of(http), ("queries", "documents"), request.truncate_prompt_tokens
+        )
+        scores = [
+            Score(index, cosine(left[index if len(left) > 1 else 0].values, vector.values))
+            for index, vector in enumerate(right)
+        ]
+        return JsonResponse(
+            ScoreResponse(id=f"score-{uuid.uuid4().hex}", model=model, data=scores, usage=_usage([*left, *right]))
+        )
+
+    @routes.post("/rerank")
+    @routes.post("/v1/rerank")
+    @routes.post("/v2/rerank")
+    async def rerank(http: Request) -> Response:
+        """Sort documents by their relevance to a query."""
+        served = replica.served
+        request = parse(await http.body(), RerankRequest).request
+        model = served.check_name(request.model)
+        served.require_task("embed", "/rerank")
+        texts = [_document(document, index) for index, document in enumerate(request.documents)]
+        truncate = request.max_tokens_per_doc or request.truncate_prompt_tokens
+        (query,), vectors = await _vectors(
+            replica, [request.query], texts, caller_of(http), ("query", "documents"), truncate
+        )
+        ranked = sorted(
+            ((cosine(query.values, vector.values), index) for index, vector in enumerate(vectors)),
+            key=lambda item: (-item[0], item[1]),
+        )
+        shown = request.return_documents is not False
+        results = [
+            RankedDocument(index, Document(texts[index]) if shown else None, value)
+            for value, index in ranked[: request.top_n or None]
+        ]
+        return JsonResponse(
+            RerankResponse(
+                id=f"rerank-{uuid.uuid4().hex}", model=model, usage=_usage([query, *vectors]), results=results
+            )
+        )
+
+    return routes
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """In [-1, 1]; 0 when one of them is zero."""
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    if norms == 0:
+        return 0.0
+    return max(-1.0, min(1.0, sum(x * y for x, y in zip(a, b, strict=True)) / norms))
+
+
+async def _vectors(
+    replica: Replica,
+    first: list[str],
+    second: list[str],
+    caller: Caller,
+    params: tuple[str, str],
+    truncate: int | None,
+) -> tuple[list[TextVector], list[TextVector]]:
+    left = await replica.embedder.embed_texts(first, caller, param=params[0], truncate=truncate)
+    right = await replica.embedder.embed_texts(second, caller, param=params[1], truncate=truncate)
+    return left, right
+
+
+def _pairs(request: ScoreRequest) -> tuple[list[str], list[str]]:
+    first = request.queries if request.queries is not None else request.text_1
+    second = request.documents if request.documents is not None else request.text_2
+    if first is None:
+        raise bad_request("queries: missing; give queries and documents, or text_1 and text_2", "queries")
+    if second is None:
+        raise bad_request("documents: missing; give queries and documents, or text_1 and text_2", "documents")
+    left = [first] if isinstance(first, str) else first
+    right = [second] if isinstance(second, str) else second
+    if len(left) not in (1, len(right)):
+        raise bad_request(f"queries: must be one text or as many as documents ({len(right)})", "queries")
+    return left, right
+
+
+def _document(document: str | dict[str, Any], index: int) -> str:
+    text = document if isinstance(document, str) else document.get("text")
+    if not isinstance(text, str):
+        raise bad_request(f"documents[{index}].text: expected a string", f"documents[{index}].text")
+    return text
+
+
+def _usage(vectors: Sequence[TextVector]) -> EmbeddingUsage:
+    total = sum(vector.num_tokens for vector in vectors)
+    return EmbeddingUsage(total, total)
