@@ -11,10 +11,10 @@ class SchedulerLimits:
     """See `EngineConfig` for the fields of the same name.
 
     A sequence that does not fit may be overtaken by at most `max_overtakes` later ones, looking no further than
-    `overtake_window` sequences behind it. `watermark` is the share of blocks that admission leaves free for the
-    growth of running sequences. `max_logits_rows` bounds the positions of a step whose logits are kept for prompt
-    log-probabilities. Beside running decodes a step gets at least `min_prefill_tokens` of prefill, whatever the
-    latency target says.
+    `overtake_window` sequences behind it. Admission leaves blocks free for the growth of running sequences: the
+    greater of `watermark`, a share of all blocks, and `growth_reserve`, a share of the growth that is expected.
+    `max_logits_rows` bounds the positions of a step whose logits are kept for prompt log-probabilities. Beside running
+    decodes a step gets at least `min_prefill_tokens` of prefill, whatever the latency target says.
     """
 
     max_num_seqs: int
@@ -29,4 +29,5 @@ class SchedulerLimits:
     max_overtakes: int = 32
     overtake_window: int = 8
     watermark: float = 0.01
+    growth_reserve: float = 0.5
     max_logits_rows: int = 512

@@ -199,17 +199,18 @@ class Scheduler:
         """Move waiting sequences that fit into `prefills`, in order of rank, a blocked one overtaken within bounds."""
         limits = self.limits
         planned = sum(seq.num_uncomputed for seq in prefills)
+        reserve = self._growth_blocks() if self._waiting else 0
         blocked: list[Sequence] = []
         while len(self._running) < limits.max_num_seqs and len(blocked) < limits.overtake_window:
             if planned >= budget and len(prefills) >= limits.max_num_partial_prefills:
                 break
+            if blocked and blocked[0].num_overtaken >= limits.max_overtakes:
+                break
             seq = self._waiting.pop()
             if seq is None:
                 break
-            if not self._try_start(seq, now):
+            if not self._try_start(seq, reserve if self._running else 0, now):
                 blocked.append(seq)
-                if seq.num_overtaken >= limits.max_overtakes:
-                    break
                 continue
             for passed in blocked:
                 passed.num_overtaken += 1
@@ -220,10 +221,9 @@ class Scheduler:
         for seq in blocked:
             self._waiting.push(seq)
 
-    def _try_start(self, seq: Sequence, now: float) -> bool:
+    def _try_start(self, seq: Sequence, reserve: int, now: float) -> bool:
         blocks = self.blocks
         cached = [] if seq.wants_prompt_logprobs else blocks.match_prefix(seq.table, seq.tokens)
-        reserve = self._watermark_blocks() if self._running else 0
         if blocks.num_free_after(cached, len(seq.tokens)) < reserve:
             return False
         blocks.allocate(seq.table, cached, len(seq.tokens))
@@ -238,8 +238,13 @@ class Scheduler:
         self._running[seq.request_id] = seq
         return True
 
-    def _watermark_blocks(self) -> int:
-        return max(1, int(self.limits.watermark * self.blocks.pool.num_blocks))
+    def _growth_blocks(self) -> int:
+        """Blocks that admission leaves free for what runs: a share of the growth its tenants' past outputs promise."""
+        growth = 0.0
+        for seq in self._running.values():
+            growth += max(0.0, self.lengths.expected(seq.tenant, seq.sampling.max_tokens) - seq.num_output_tokens)
+        expected = int(self.limits.growth_reserve * growth) // self.blocks.pool.block_size
+        return max(1, int(self.limits.watermark * self.blocks.pool.num_blocks), expected)
 
     def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> None:
         """Share the budget: a fair part for each of the first few, what is left over in order."""

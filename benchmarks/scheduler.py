@@ -1,0 +1,101 @@
+"""Our scheduler against first come, first served with a constant token budget, on a simulated clock.
+
+The step costs are those of an 8B model in bfloat16 on one H200 (engine.md's formulas: 4 ms to read the weights, 20 us a
+prefill token, attention on top); nothing is computed. Run: python benchmarks/scheduler.py [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+
+from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.simulation import SimulatedRequest, Simulation, SimulationResult
+from octavo_engine.scheduler.step_time import StepLoad
+
+OURS = SchedulerLimits(max_num_seqs=128, max_num_batched_tokens=8_192, itl_target_s=0.05)
+FCFS = SchedulerLimits(
+    max_num_seqs=128,
+    max_num_batched_tokens=8_192,
+    max_num_partial_prefills=1,
+    max_overtakes=0,
+    overtake_window=1,
+    watermark=0.0,
+    growth_reserve=0.0,
+)
+NUM_BLOCKS = 12_000
+
+
+def step_seconds(load: StepLoad) -> float:
+    return 0.004 + 20e-6 * load.num_tokens + 30e-9 * load.decode_context + 1.5e-9 * load.prefill_pairs
+
+
+def prompt(rng: random.Random, length: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(2, 30_000) for _ in range(length))
+
+
+def chat_with_long_prompts(rng: random.Random) -> list[SimulatedRequest]:
+    """Short chats at 12 requests a second, and a 32,000-token prompt every 5 seconds."""
+    requests = [
+        SimulatedRequest(f"chat{i}", i / 12, prompt(rng, rng.randint(50, 600)), rng.randint(50, 250))
+        for i in range(480)
+    ]
+    return requests + [SimulatedRequest(f"long{i}", 2 + 5 * i, prompt(rng, 32_000), 100) for i in range(8)]
+
+
+def noisy_neighbour(rng: random.Random) -> list[SimulatedRequest]:
+    """One tenant sends 600 requests at once; another sends two a second."""
+    flood = [
+        SimulatedRequest(f"flood{i}", 1.0, prompt(rng, rng.randint(500, 3_000)), rng.randint(200, 500), "flood")
+        for i in range(600)
+    ]
+    quiet = [SimulatedRequest(f"quiet{i}", 2 + i / 2, prompt(rng, 300), 100, "quiet") for i in range(60)]
+    return flood + quiet
+
+
+def memory_pressure(rng: random.Random) -> list[SimulatedRequest]:
+    """More context than the cache holds: preemption and heads that do not fit."""
+    return [
+        SimulatedRequest(f"r{i}", i / 20, prompt(rng, rng.choice([200, 800, 12_000])), rng.randint(300, 900))
+        for i in range(300)
+    ]
+
+
+def is_short(request: SimulatedRequest) -> bool:
+    return len(request.prompt) < 1_000 and request.tenant != "flood"
+
+
+def report(title: str, policy: str, results: list[SimulationResult]) -> None:
+    def mean(measure: Callable[[SimulationResult], float]) -> float:
+        return sum(measure(result) for result in results) / len(results)
+
+    tokens = mean(lambda r: sum(len(t.token_times_s) for t in r.timelines.values()))
+    print(
+        f"{title:24} {policy:5} {mean(lambda r: r.ttft_s(is_short, 0.5)) * 1e3:9.0f} "
+        f"{mean(lambda r: r.ttft_s(is_short, 0.99)) * 1e3:9.0f} "
+        f"{mean(lambda r: r.gap_s(lambda _: True, 0.5)) * 1e3:8.1f} "
+        f"{mean(lambda r: r.gap_s(lambda _: True, 0.99)) * 1e3:8.1f} {mean(lambda r: r.seconds):8.1f} "
+        f"{tokens / mean(lambda r: r.seconds):8.0f} {mean(lambda r: r.num_preemptions):8.0f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=2)
+    seeds = range(parser.parse_args().seeds)
+    print(
+        f"{'workload':24} {'':5} {'ttft p50':>9} {'ttft p99':>9} {'itl p50':>8} {'itl p99':>8} {'total s':>8} "
+        f"{'tok/s':>8} {'preempt':>8}   (ms; ttft of short requests)"
+    )
+    for trace in (chat_with_long_prompts, noisy_neighbour, memory_pressure):
+        for policy, limits in (("fcfs", FCFS), ("ours", OURS)):
+            results = []
+            for seed in seeds:
+                simulation = Simulation(limits, num_blocks=NUM_BLOCKS, step_seconds=step_seconds)
+                results.append(simulation.run(trace(random.Random(seed))))
+            report(trace.__name__.replace("_", " "), policy, results)
+
+
+if __name__ == "__main__":
+    main()

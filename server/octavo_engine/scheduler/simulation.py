@@ -1,0 +1,156 @@
+"""A simulated engine around the real scheduler: judges policies on a trace, on a clock of its own."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from octavo_engine.errors import QueueFullError
+from octavo_engine.kv.block_manager import BlockManager
+from octavo_engine.kv.block_pool import BlockPool
+from octavo_engine.messages import AddRequest
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.scheduler.batch import Batch
+from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.scheduler import Scheduler
+from octavo_engine.scheduler.sequence import Sequence
+from octavo_engine.scheduler.step_time import StepLoad
+
+GENERATED_TOKEN = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRequest:
+    """An arrival of a trace; it generates exactly `num_output_tokens` unless its deadline ends it."""
+
+    name: str
+    arrival_s: float
+    prompt: tuple[int, ...]
+    num_output_tokens: int
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When the tokens of one request came."""
+
+    request: SimulatedRequest
+    token_times_s: list[float] = field(default_factory=list)
+    finished_s: float | None = None
+    rejected: bool = False
+    expired: bool = False
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_times_s[0] - self.request.arrival_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Times between consecutive tokens."""
+        return [later - earlier for earlier, later in pairwise(self.token_times_s)]
+
+
+@dataclass(slots=True)
+class SimulationResult:
+    timelines: dict[str, Timeline]
+    num_steps: int
+    seconds: float
+    num_preemptions: int
+
+    def ttft_s(self, of: Callable[[SimulatedRequest], bool], quantile: float) -> float:
+        """A quantile of the time to the first token over some requests."""
+        times = [t.ttft_s for t in self.timelines.values() if t.token_times_s and of(t.request)]
+        return _quantile(times, quantile)
+
+    def gap_s(self, of: Callable[[SimulatedRequest], bool], quantile: float) -> float:
+        """A quantile of the inter-token latency over some requests."""
+        return _quantile([gap for t in self.timelines.values() if of(t.request) for gap in t.gaps_s], quantile)
+
+
+class Simulation:
+    """Runs a trace to its end; `step_seconds` is the true cost of a step, which the scheduler has to learn."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        step_seconds: Callable[[StepLoad], float],
+        enable_caching: bool = True,
+        on_step: Callable[[Scheduler, Batch], None] | None = None,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, block_size, enable_caching=enable_caching)
+        self.scheduler = Scheduler(limits, BlockManager(self.pool))
+        self._step_seconds = step_seconds
+        self._on_step = on_step
+        self._now = 0.0
+        self._timelines: dict[str, Timeline] = {}
+
+    def run(self, requests: Iterable[SimulatedRequest], max_steps: int = 1_000_000) -> SimulationResult:
+        """Feed every request at its time and step until all have ended; raises `RuntimeError` if they never do."""
+        arrivals = [(request.arrival_s, index, request) for index, request in enumerate(requests)]
+        heapq.heapify(arrivals)
+        num_steps = 0
+        while arrivals or self.scheduler.has_work:
+            if not self.scheduler.has_work:
+                self._now = max(self._now, arrivals[0][0])
+            while arrivals and arrivals[0][0] <= self._now:
+                self._add(heapq.heappop(arrivals)[2])
+            self._step()
+            num_steps += 1
+            if num_steps > max_steps:
+                raise RuntimeError(f"not done after {max_steps} steps: {self.scheduler.sequences()[:5]}")
+        return SimulationResult(self._timelines, num_steps, self._now, self.scheduler.num_preemptions)
+
+    def _add(self, request: SimulatedRequest) -> None:
+        timeline = self._timelines[request.name] = Timeline(request)
+        sampling = SamplingParams(max_tokens=request.num_output_tokens, temperature=0.0)
+        message = AddRequest(
+            request_id=request.name,
+            prompt_token_ids=list(request.prompt),
+            sampling=sampling,
+            tenant=request.tenant,
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+        )
+        try:
+            self.scheduler.add(Sequence(message, request.arrival_s))
+        except QueueFullError:
+            timeline.rejected = True
+
+    def _step(self) -> None:
+        for seq in self.scheduler.pop_expired(self._now):
+            self._timelines[seq.request_id].expired = True
+            self.scheduler.finish(seq)
+        batch = self.scheduler.schedule(self._now)
+        if self._on_step is not None:
+            self._on_step(self.scheduler, batch)
+        if not batch.slices:
+            return
+        seconds = self._step_seconds(batch.load)
+        self._now += seconds
+        self.scheduler.observe(batch, seconds)
+        for seq, piece in zip(batch.sequences, batch.slices, strict=True):
+            self.scheduler.advance(seq, len(piece.token_ids))
+            if seq.num_computed == len(seq.tokens):
+                self._append(seq)
+
+    def _append(self, seq: Sequence) -> None:
+        timeline = self._timelines[seq.request_id]
+        seq.tokens.append(GENERATED_TOKEN)
+        timeline.token_times_s.append(self._now)
+        self.scheduler.fairness.charge_output(seq.tenant)
+        if seq.num_output_tokens >= timeline.request.num_output_tokens:
+            timeline.finished_s = self._now
+            self.scheduler.finish(seq)
+
+
+def _quantile(values: list[float], quantile: float) -> float:
+    if not values:
+        return float("nan")
+    return sorted(values)[min(len(values) - 1, int(quantile * len(values)))]

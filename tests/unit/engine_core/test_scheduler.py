@@ -1,0 +1,325 @@
+"""The scheduler on a simulated clock: budget, order, fairness, latency target and memory."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo_engine.kv.block_manager import BlockManager
+from octavo_engine.kv.block_pool import BlockPool
+from octavo_engine.messages import AddRequest
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.scheduler.batch import Batch
+from octavo_engine.scheduler.fairness import OUTPUT_TOKEN_COST, VirtualTokens
+from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.scheduler import Scheduler
+from octavo_engine.scheduler.sequence import Sequence
+from octavo_engine.scheduler.simulation import SimulatedRequest, Simulation
+from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.scheduler.waiting_queue import WaitingQueue
+
+
+def true_cost(load: StepLoad) -> float:
+    return 0.004 + 20e-6 * load.num_tokens + 30e-9 * load.decode_context + 1.5e-9 * load.prefill_pairs
+
+
+def limits(**changes: object) -> SchedulerLimits:
+    return SchedulerLimits(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, **changes})  # type: ignore[arg-type]
+
+
+def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(2, 30_000) for _ in range(count))
+
+
+def sequence(name: str, arrival_s: float = 0.0, prompt: int = 4, **fields: object) -> Sequence:
+    message = AddRequest(
+        request_id=name,
+        prompt_token_ids=[1] * prompt,
+        sampling=SamplingParams(),
+        **fields,  # type: ignore[arg-type]
+    )
+    return Sequence(message, arrival_s)
+
+
+# ---------------------------------------------------------------- the step
+
+
+TRACE = st.lists(
+    st.builds(
+        lambda name, arrival, prompt, output, tenant, priority: (name, arrival, prompt, output, tenant, priority),
+        st.uuids().map(str),
+        st.floats(0.0, 1.0),
+        st.integers(1, 300),
+        st.integers(1, 40),
+        st.sampled_from(["a", "b", "c"]),
+        st.integers(-1, 1),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(trace=TRACE, num_blocks=st.integers(24, 60), itl_target_s=st.sampled_from([0.0, 0.005, 0.05]))
+def test_every_request_gets_all_its_tokens_and_every_decode_one_a_step(
+    trace: list[tuple[str, float, int, int, str, int]], num_blocks: int, itl_target_s: float
+) -> None:
+    rng = random.Random(len(trace))
+    requests = [
+        SimulatedRequest(name, arrival, tokens(rng, prompt), output, tenant, priority)
+        for name, arrival, prompt, output, tenant, priority in trace
+    ]
+    decoding: set[str] = set()
+
+    def check(scheduler: Scheduler, batch: Batch) -> None:
+        assert batch.num_tokens == sum(len(piece.token_ids) for piece in batch.slices) <= 64
+        assert scheduler.num_running <= 8
+        assert bool(batch.slices) == bool(scheduler.num_running)
+        in_batch = {seq.request_id for seq in batch.sequences}
+        still_running = {seq.request_id for seq in scheduler.sequences() if seq.table.blocks}
+        assert decoding & still_running <= in_batch
+        decoding.clear()
+        decoding.update(
+            seq.request_id
+            for seq, piece in zip(batch.sequences, batch.slices, strict=True)
+            if piece.start + len(piece.token_ids) == len(seq.tokens)
+        )
+
+    simulation = Simulation(
+        limits(itl_target_s=itl_target_s), num_blocks=num_blocks, step_seconds=true_cost, on_step=check
+    )
+    result = simulation.run(requests, max_steps=20_000)
+    assert all(len(t.token_times_s) == t.request.num_output_tokens for t in result.timelines.values())
+    assert simulation.pool.num_used == 0
+
+
+def test_a_short_prompt_is_not_held_up_by_long_ones() -> None:
+    rng = random.Random(0)
+    long = [SimulatedRequest(f"long{i}", 0.0, tokens(rng, 4_000), 5) for i in range(3)]
+    short = SimulatedRequest("short", 0.001, tokens(rng, 12), 5)
+    result = Simulation(limits(), num_blocks=2_000, step_seconds=true_cost).run([*long, short])
+    assert result.timelines["short"].ttft_s < 0.02
+    alone = Simulation(limits(), num_blocks=2_000, step_seconds=true_cost).run(long)
+    slowest = max(result.timelines[request.name].ttft_s for request in long)
+    assert slowest < 1.15 * max(alone.timelines[request.name].ttft_s for request in long)
+
+
+def test_prefill_chunks_keep_the_latency_target_of_running_decodes() -> None:
+    rng = random.Random(1)
+    decodes = [SimulatedRequest(f"chat{i}", 0.0, tokens(rng, 50), 400) for i in range(8)]
+    long = [SimulatedRequest(f"long{i}", 0.5 + i / 2, tokens(rng, 20_000), 1) for i in range(3)]
+    wide = limits(max_num_seqs=16, max_num_batched_tokens=4_096, itl_target_s=0.02)
+    result = Simulation(wide, num_blocks=8_000, step_seconds=true_cost).run([*decodes, *long])
+    assert result.gap_s(lambda r: r.name.startswith("chat"), 0.99) < 0.025
+    constant = limits(max_num_seqs=16, max_num_batched_tokens=4_096)
+    careless = Simulation(constant, num_blocks=8_000, step_seconds=true_cost).run([*decodes, *long])
+    assert careless.gap_s(lambda r: r.name.startswith("chat"), 0.99) > 0.08
+    assert result.seconds < 1.1 * careless.seconds
+
+
+def test_a_head_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
+    rng = random.Random(2)
+    first = SimulatedRequest("first", 0.0, tokens(rng, 400), 200)
+    big = SimulatedRequest("big", 0.01, tokens(rng, 700), 5)
+    small = [SimulatedRequest(f"small{i}", 0.02, tokens(rng, 30), 3) for i in range(40)]
+    started: list[str] = []
+
+    def note(_: Scheduler, batch: Batch) -> None:
+        started.extend(seq.request_id for seq in batch.sequences if seq.request_id not in started)
+
+    Simulation(limits(max_overtakes=10), num_blocks=64, step_seconds=true_cost, on_step=note).run([first, big, *small])
+    assert started[0] == "first"
+    assert started.index("big") == 1 + 10
+
+
+def test_requests_past_their_deadline_end_without_holding_memory() -> None:
+    rng = random.Random(3)
+    requests = [SimulatedRequest(f"r{i}", 0.0, tokens(rng, 200), 200, deadline_s=0.2) for i in range(20)]
+    simulation = Simulation(limits(), num_blocks=200, step_seconds=true_cost)
+    result = simulation.run(requests)
+    assert all(t.expired for t in result.timelines.values())
+    assert simulation.pool.num_used == 0
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def order(queue: WaitingQueue, now: float = 0.0) -> list[str]:
+    names = []
+    while (seq := queue.pop()) is not None:
+        queue.admitted(seq, now)
+        names.append(seq.request_id)
+    return names
+
+
+def queue(**settings: float) -> WaitingQueue:
+    return WaitingQueue(VirtualTokens(), **settings)  # type: ignore[arg-type]
+
+
+def test_better_priority_goes_first_and_equals_in_order_of_arrival() -> None:
+    waiting = queue()
+    for name, arrival, priority in (("c", 0.0, 1), ("b", 2.0, 0), ("a", 1.0, 0), ("d", 3.0, -1)):
+        waiting.push(sequence(name, arrival, priority=priority))
+    assert order(waiting) == ["d", "a", "b", "c"]
+
+
+def test_the_earliest_deadline_of_a_tenant_goes_first() -> None:
+    waiting = queue()
+    for name, deadline in (("none", None), ("late", 30.0), ("soon", 5.0)):
+        waiting.push(sequence(name, deadline_s=deadline))
+    assert order(waiting) == ["soon", "late", "none"]
+
+
+def test_a_preempted_sequence_goes_before_new_ones_of_its_priority() -> None:
+    waiting = queue()
+    resumed = sequence("resumed", 5.0)
+    resumed.num_preemptions = 1
+    for seq in (sequence("new", 0.0), resumed, sequence("urgent", 9.0, priority=-1)):
+        waiting.push(seq)
+    assert order(waiting) == ["urgent", "resumed", "new"]
+
+
+def test_a_worse_priority_gets_its_share_once_it_has_waited() -> None:
+    waiting = queue(ageing_s=10.0, max_passes=3)
+    waiting.push(sequence("patient", 0.0, priority=5))
+    for i in range(12):
+        waiting.push(sequence(f"urgent{i}", 1.0))
+    assert order(waiting, now=5.0).index("patient") == 12
+    waiting.push(sequence("patient", 0.0, priority=5))
+    for i in range(12):
+        waiting.push(sequence(f"urgent{i}", 1.0))
+    assert order(waiting, now=20.0).index("patient") == 3
+
+
+def test_removed_sequences_are_skipped_and_not_counted() -> None:
+    waiting = queue()
+    seqs = [sequence(f"r{i}", float(i)) for i in range(5)]
+    for seq in seqs:
+        waiting.push(seq)
+    waiting.remove(seqs[0])
+    waiting.remove(seqs[3])
+    assert (len(waiting), waiting.num_tokens) == (3, 12)
+    assert order(waiting) == ["r1", "r2", "r4"]
+
+
+def test_pushing_a_blocked_head_again_and_again_keeps_the_queue_small() -> None:
+    waiting = queue()
+    for i in range(3):
+        waiting.push(sequence(f"r{i}", float(i)))
+    for _ in range(100):
+        blocked = [waiting.pop() for _ in range(3)]
+        for seq in blocked:
+            assert seq is not None
+            waiting.push(seq)
+    assert order(waiting) == ["r0", "r1", "r2"]
+
+
+# ---------------------------------------------------------------- fairness
+
+
+def test_a_flooding_tenant_does_not_delay_a_quiet_one() -> None:
+    rng = random.Random(4)
+    flood = [SimulatedRequest(f"flood{i}", 0.0, tokens(rng, 100), 30, "flood") for i in range(300)]
+    quiet = [SimulatedRequest(f"quiet{i}", 0.2 + i / 10, tokens(rng, 100), 30, "quiet") for i in range(20)]
+    result = Simulation(limits(), num_blocks=500, step_seconds=true_cost).run([*flood, *quiet])
+    assert result.ttft_s(lambda r: r.tenant == "quiet", 0.99) < 0.5
+    assert result.ttft_s(lambda r: r.tenant == "flood", 0.99) > 3.0
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_backlogged_tenants_receive_service_by_weight(weight: float) -> None:
+    rng = random.Random(5)
+    requests = [
+        SimulatedRequest(f"{tenant}{i}", 0.0, tokens(rng, length), output, tenant)
+        for tenant, length, output in (("a", 20, 40), ("b", 200, 10))
+        for i in range(150)
+    ]
+    service = {"a": 0.0, "b": 0.0}
+
+    def count(scheduler: Scheduler, batch: Batch) -> None:
+        if min(sum(seq.tenant == name for seq in scheduler.sequences()) for name in service) < 20:
+            return
+        for seq, piece in zip(batch.sequences, batch.slices, strict=True):
+            generates = piece.start >= seq.num_prompt_tokens
+            service[seq.tenant] += OUTPUT_TOKEN_COST if generates else len(piece.token_ids)
+
+    fair = limits(tenant_weights={"a": weight})
+    Simulation(fair, num_blocks=500, step_seconds=true_cost, enable_caching=False, on_step=count).run(requests)
+    assert service["a"] / service["b"] == pytest.approx(weight, rel=0.25)
+
+
+def test_an_idle_tenant_earns_no_credit() -> None:
+    counters = VirtualTokens()
+    counters.enter("busy")
+    counters.charge_prompt("busy", 1_000)
+    counters.pick("busy")
+    counters.enter("back")
+    assert counters.service("back") == 1_000
+
+
+def test_a_tenant_cannot_shed_its_debt_by_leaving() -> None:
+    counters = VirtualTokens()
+    counters.enter("a")
+    counters.charge_output("a", 50)
+    counters.leave("a")
+    counters.enter("a")
+    assert counters.service("a") == 50 * OUTPUT_TOKEN_COST
+
+
+# ---------------------------------------------------------------- the forecast
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1_000), noise=st.floats(0.0, 0.1))
+def test_the_step_time_model_learns_the_cost_despite_noise_and_outliers(seed: int, noise: float) -> None:
+    rng = random.Random(seed)
+    model = StepTimeModel()
+    for step in range(400):
+        load = StepLoad(rng.randint(1, 2_000), rng.randint(0, 100_000), rng.randint(0, 1_000_000))
+        seconds = true_cost(load) * rng.uniform(1 - noise, 1 + noise)
+        model.observe(load, seconds * (20 if step > 20 and rng.random() < 0.01 else 1))
+    for load in (StepLoad(8, 4_000), StepLoad(512, 10_000, 100_000), StepLoad(2_000, 0, 900_000)):
+        assert model.predict(load) == pytest.approx(true_cost(load), rel=0.25, abs=0.004)
+
+
+def test_the_model_follows_a_machine_that_becomes_slower() -> None:
+    rng = random.Random(0)
+    model = StepTimeModel()
+    for factor, steps in ((1.0, 200), (3.0, 600)):
+        for _ in range(steps):
+            load = StepLoad(rng.randint(1, 500), rng.randint(0, 10_000), rng.randint(0, 100_000))
+            model.observe(load, factor * true_cost(load))
+    assert model.predict(StepLoad(256)) == pytest.approx(3 * true_cost(StepLoad(256)), rel=0.2)
+
+
+def test_chunks_are_cut_to_the_time_that_is_left() -> None:
+    rng = random.Random(0)
+    model = StepTimeModel()
+    assert model.prefill_tokens_within(0.02, StepLoad(1), 0) is None
+    for _ in range(300):
+        load = StepLoad(rng.randint(1, 2_000), rng.randint(0, 50_000), rng.randint(0, 1_000_000))
+        model.observe(load, true_cost(load))
+    decode = StepLoad(8, 8_000)
+    chunk = model.prefill_tokens_within(0.02, decode, 5_000)
+    assert chunk is not None
+    taken = true_cost(StepLoad(8 + chunk, 8_000, chunk * 5_000 + chunk * chunk // 2))
+    assert taken == pytest.approx(0.02, rel=0.1)
+    assert model.prefill_tokens_within(0.001, decode, 0) == 0
+
+
+def test_queued_work_and_the_time_to_come_back_grow_with_the_queue() -> None:
+    scheduler = Scheduler(limits(max_queued_requests=100), BlockManager(BlockPool(500, 16)))
+    for _ in range(50):
+        scheduler.step_time.observe(StepLoad(64), 0.5)
+        scheduler.step_time.observe(StepLoad(8), 0.1)
+    assert scheduler.queued_work_s == 0.0
+    work = []
+    for i in range(30):
+        scheduler.add(sequence(f"r{i}", prompt=50))
+        work.append(scheduler.queued_work_s)
+    assert work == sorted(work)
+    assert work[-1] > 10.0
+    assert 1.0 <= scheduler.retry_after_s <= 60.0
