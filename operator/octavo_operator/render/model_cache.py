@@ -15,6 +15,7 @@ USER = 65_532
 CACHE_LABEL = "serving.octavo.dev/modelcache"
 BACKOFF_LIMIT = 6
 MAX_JOB_NAME = 52
+DOWNLOAD_CONTAINER = "download"
 
 
 def claim_name(cache: ModelCache) -> str:
@@ -105,7 +106,7 @@ def _container(cache: ModelCache, facts: Facts) -> dict[str, Any]:
         name = "HF_TOKEN" if cache.spec.storage_uri.startswith("hf://") else "OCTAVO_STORAGE_TOKEN"
         env.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}})
     return {
-        "name": "download",
+        "name": DOWNLOAD_CONTAINER,
         "image": facts.engine_image or DEFAULT_ENGINE_IMAGE,
         "command": command,
         "env": env,

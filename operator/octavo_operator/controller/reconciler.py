@@ -1,0 +1,257 @@
+"""Bring one InferenceService to its wanted state: plan, render, compare, write what differs, say what is seen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from octavo_operator.api.errors import FieldError, ManifestErrors
+from octavo_operator.api.inference_service import InferenceService, InferenceServiceSpec
+from octavo_operator.api.kubernetes import ObjectMeta
+from octavo_operator.api.model import ModelSpec
+from octavo_operator.api.model_cache import ModelCache
+from octavo_operator.api.serving_runtime import ClusterServingRuntime, ServingRuntime
+from octavo_operator.api.validation import parse
+from octavo_operator.autoscale.decide import Decision
+from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
+from octavo_operator.controller.events import EventRecorder
+from octavo_operator.controller.kinds import (
+    CHILDREN,
+    CLUSTER_SERVING_RUNTIME,
+    DEPLOYMENT,
+    INFERENCE_SERVICE,
+    MODEL_CACHE,
+    POD,
+    SERVING_RUNTIME,
+    kind_of,
+)
+from octavo_operator.controller.settings import OperatorSettings
+from octavo_operator.controller.store import Key, Store
+from octavo_operator.desired import Runtime, with_presets
+from octavo_operator.diff import reconcile, stamped
+from octavo_operator.observation import Observation, observe
+from octavo_operator.plan import Facts, Plan, Unplannable, plan
+from octavo_operator.plan.runtime import choose_runtime
+from octavo_operator.plan.values import ModelClaim
+from octavo_operator.render import Owner, render_plan
+from octavo_operator.render.labels import SERVICE_LABEL
+from octavo_operator.render.model_cache import MODEL_PATH, claim_name
+from octavo_operator.status import Judgement, Status, service_status, without_change
+
+log = logging.getLogger("octavo.operator")
+SCALING_STATUS_EVERY_S = 30.0
+
+
+@dataclass
+class ServiceState:
+    """What the operator remembers of a service between looks; all of it can be lost without harm."""
+
+    plan: Plan | None = None
+    decision: Decision | None = None
+    replicas: int | None = None  # the autoscaler's number
+    status_written: float = 0.0
+    conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
+
+
+class Reconciler:
+    """Reconciles services from the store; the only writer of what they own and of their status."""
+
+    def __init__(
+        self,
+        client: KubeClient,
+        store: Store,
+        events: EventRecorder,
+        settings: OperatorSettings,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._store = store
+        self._events = events
+        self._settings = settings
+        self._now = now
+        self.states: dict[Key, ServiceState] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One look at a service. Returns after how many seconds to look again; raises `ApiError` to be retried."""
+        namespace, name = key
+        raw = self._store.get(INFERENCE_SERVICE, namespace, name)
+        if raw is None or raw["metadata"].get("deletionTimestamp"):
+            self.states.pop(key, None)
+            return None
+        state = self.states.setdefault(key, ServiceState())
+        try:
+            service = parse(InferenceService, raw)
+        except ManifestErrors as wrong:
+            await self._refuse_unreadable(raw, wrong)
+            return None
+        refusal: Unplannable | None = None
+        apply_error = ""
+        runtime_kind = "ClusterServingRuntime"
+        try:
+            state.plan, runtime_kind = self.plan(service)
+            apply_error = await self._apply(raw, service, state)
+        except Unplannable as error:
+            state.plan, refusal = None, error
+        judgement = Judgement(
+            service=service,
+            plan=state.plan,
+            refusal=refusal,
+            observation=self.observe(key),
+            now=self._now(),
+            gateway_url=self._settings.gateway_url,
+            decision=state.decision,
+            apply_error=apply_error,
+            runtime_kind=runtime_kind,
+        )
+        await self._write_status(raw, service_status(judgement), state)
+        return self._settings.resync_s
+
+    def plan(self, service: InferenceService) -> tuple[Plan, str]:
+        """The plan of a service and the kind of its runtime. Raises `Unplannable`."""
+        runtime = choose_runtime(service, with_presets(self._runtimes()))
+        facts = Facts(engine_image=self._settings.engine_image, model_claims=self._claims(service.namespace))
+        return plan(service, runtime, facts), runtime.kind
+
+    def observe(self, key: Key) -> Observation:
+        """What is seen of a service."""
+        namespace, name = key
+        deployment = self._store.get(DEPLOYMENT, namespace, name)
+        return observe(deployment, self._store.labelled(POD, namespace, SERVICE_LABEL, name))
+
+    async def _apply(self, raw: Object, service: InferenceService, state: ServiceState) -> str:
+        """Write what differs. Returns why the API server refused an object, if it did."""
+        if state.plan is None or (state.plan.waiting_for and not self._exists(service)):
+            return ""
+        owner = Owner(raw["kind"], service.name, raw["metadata"]["uid"])
+        desired = stamped(render_plan(state.plan, owner, self._replicas(service, state)))
+        changes = reconcile(desired, self._observed(service), owner.uid)
+        for obj in changes.apply:
+            kind = kind_of(obj)
+            try:
+                self._keep(kind, await self._client.apply(kind, obj))
+            except ApiError as error:
+                if kind.kind == "PodMonitor" and error.is_missing:
+                    return "spec.observability.podMonitor: the Prometheus operator's PodMonitor is not installed"
+                if not error.is_refusal:
+                    raise
+                return f"{obj['kind']} {obj['metadata']['name']}: {error.message}"
+            log.info("applied %s %s/%s", obj["kind"], service.namespace, obj["metadata"]["name"])
+        for obj in changes.delete:
+            metadata = obj["metadata"]
+            await self._client.delete(kind_of(obj), metadata.get("namespace"), metadata["name"], metadata.get("uid"))
+            log.info("deleted %s %s/%s", obj["kind"], service.namespace, metadata["name"])
+        return ""
+
+    def _keep(self, kind: Kind, applied: Object) -> None:
+        """Take up what the server answered, so that the next look does not write again before the watch tells."""
+        if kind in CHILDREN:
+            self._store.put(kind, applied)
+
+    def _replicas(self, service: InferenceService, state: ServiceState) -> int | None:
+        """The number to apply: the autoscaler's, else what runs now within the bounds, else the plan's first."""
+        if state.plan is None or not state.plan.workloads:
+            return None
+        workload = state.plan.workloads[0]
+        if not workload.scaling.scales:
+            return workload.replicas.initial
+        if state.replicas is not None:
+            return state.replicas
+        existing = self._store.get(DEPLOYMENT, service.namespace, service.name)
+        if existing is None:
+            return workload.replicas.initial
+        current = int((existing.get("spec") or {}).get("replicas", workload.replicas.initial))
+        return min(max(current, workload.replicas.min), workload.replicas.max)
+
+    def _observed(self, service: InferenceService) -> Iterator[Object]:
+        for kind in CHILDREN:
+            for obj in self._store.labelled(kind, service.namespace, SERVICE_LABEL, service.name):
+                yield {"apiVersion": kind.api_version, "kind": kind.kind, **obj}
+
+    def _exists(self, service: InferenceService) -> bool:
+        return self._store.get(DEPLOYMENT, service.namespace, service.name) is not None
+
+    def _runtimes(self) -> Iterator[Runtime]:
+        """Every readable runtime; one that is not valid is left out, and its own status says so."""
+        yield from _readable(ServingRuntime, self._store.all(SERVING_RUNTIME))
+        yield from _readable(ClusterServingRuntime, self._store.all(CLUSTER_SERVING_RUNTIME))
+
+    def _claims(self, namespace: str) -> dict[str, ModelClaim]:
+        claims = {}
+        for raw in self._store.all(MODEL_CACHE):
+            if raw["metadata"].get("namespace") != namespace:
+                continue
+            cache = parse(ModelCache, raw)
+            phase = cache.status.phase if cache.status else "Pending"
+            claims[cache.metadata.name] = ModelClaim(
+                claim_name(cache), MODEL_PATH, ready=phase == "Ready", message=f"the download is {phase}"
+            )
+        return claims
+
+    async def _refuse_unreadable(self, raw: Object, wrong: ManifestErrors) -> None:
+        """A spec that this version cannot read, such as one stored under an older CRD: say so, change nothing."""
+        metadata = raw["metadata"]
+        key = (metadata.get("namespace") or "", metadata["name"])
+        refusal = Unplannable("InvalidSpec", [FieldError(e.path, e.message, e.value) for e in wrong.errors])
+        judgement = Judgement(_unreadable(raw), None, refusal, self.observe(key), self._now())
+        await self._write_status(raw, service_status(judgement), self.states.setdefault(key, ServiceState()))
+
+    async def _write_status(self, raw: Object, status: Status, state: ServiceState) -> None:
+        old = raw.get("status")
+        now = self._now()
+        if without_change(old, status):
+            stale = now - state.status_written >= SCALING_STATUS_EVERY_S
+            if (old or {}).get("scaling") == status.get("scaling") or not stale:
+                return
+        metadata = raw["metadata"]
+        try:
+            answer = await self._client.patch_status(
+                INFERENCE_SERVICE, metadata.get("namespace"), metadata["name"], status
+            )
+        except ApiError as error:
+            if error.is_missing:
+                return  # deleted meanwhile
+            raise
+        self._store.put(INFERENCE_SERVICE, answer)
+        state.status_written = now
+        await self._tell(raw, status, state)
+
+    async def _tell(self, raw: Object, status: Status, state: ServiceState) -> None:
+        """An Event for every aspect that changed for people: became ready, broke, or was decided anew."""
+        for condition in status["conditions"]:
+            type_, told = condition["type"], (condition["status"], condition["reason"])
+            if type_ not in ("Ready", "RuntimeResolved", "Degraded") or state.conditions.get(type_) == told:
+                continue
+            first = type_ not in state.conditions
+            state.conditions[type_] = told
+            bad = (condition["status"] == "True") == (type_ == "Degraded")
+            if first and not bad:
+                continue
+            await self._events.tell(
+                raw, condition["reason"], condition["message"] or f"{type_} is {condition['status']}", warning=bad
+            )
+
+
+def _unreadable(raw: Object) -> InferenceService:
+    """A stand-in for a service whose spec cannot be read: its name is known, its wishes are not."""
+    metadata = raw["metadata"]
+    return InferenceService.model_construct(
+        metadata=ObjectMeta.model_construct(
+            name=metadata["name"], namespace=metadata.get("namespace"), generation=metadata.get("generation")
+        ),
+        spec=InferenceServiceSpec(model=ModelSpec(storage_uri="")),
+        status=None,
+    )
+
+
+_R = TypeVar("_R", ServingRuntime, ClusterServingRuntime)
+
+
+def _readable(model: type[_R], objects: Iterable[Object]) -> Iterator[_R]:
+    for raw in objects:
+        try:
+            yield parse(model, raw)
+        except ManifestErrors as wrong:
+            log.warning("%s %s is not valid: %s", model.__name__, raw["metadata"]["name"], wrong)

@@ -1,0 +1,164 @@
+"""The scaling loop: scrape replicas and gateways, decide for each service, hand the number to the reconciler."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+
+import aiohttp
+
+from octavo_operator.autoscale.decide import decide
+from octavo_operator.autoscale.history import History
+from octavo_operator.autoscale.metrics import Page, parse_page
+from octavo_operator.autoscale.observer import Observer
+from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
+from octavo_operator.controller.reconciler import Reconciler, ServiceState
+from octavo_operator.controller.settings import OperatorSettings
+from octavo_operator.controller.store import Key, Store
+from octavo_operator.observation import Observation
+from octavo_operator.plan.values import Workload
+from octavo_operator.render.labels import COMPONENT
+from octavo_operator.status import start_seconds
+
+log = logging.getLogger("octavo.operator.scaling")
+MAX_PAGE_BYTES = 4 * 1024 * 1024
+ADDRESS_ANNOTATION = "serving.octavo.dev/address"  # host:port of a replica that is no pod, in development and tests
+
+
+class ScalingLoop:
+    """One decision per service and interval. `on_decision` hears the keys whose decision is new."""
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        store: Store,
+        settings: OperatorSettings,
+        on_decision: Callable[[Key], None],
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._reconciler = reconciler
+        self._store = store
+        self._settings = settings
+        self._on_decision = on_decision
+        self._now = now
+        self._observers: dict[Key, Observer] = {}
+        self._histories: dict[Key, History] = {}
+        self._limit = asyncio.Semaphore(settings.scrape_concurrency)
+        self.last_round_s = 0.0
+
+    async def run(self) -> None:
+        """Decide every interval until cancelled."""
+        async with aiohttp.ClientSession() as http:
+            while True:
+                began = time.monotonic()
+                await self.round(http)
+                self.last_round_s = time.monotonic() - began
+                await asyncio.sleep(max(0.1, self._settings.scaling_interval_s - self.last_round_s))
+
+    async def round(self, http: aiohttp.ClientSession) -> None:
+        """One decision for every service that this operator scales."""
+        keys = {
+            key: state
+            for key, state in self._reconciler.states.items()
+            if state.plan and state.plan.workloads and state.plan.workloads[0].scaling.scales
+        }
+        for gone in (self._observers.keys() | self._histories.keys()) - keys.keys():
+            self._observers.pop(gone, None)
+            self._histories.pop(gone, None)
+        gateways = await self._gateway_pages(http)
+        await asyncio.gather(*(self._decide(key, state, http, gateways) for key, state in keys.items()))
+
+    async def _decide(self, key: Key, state: ServiceState, http: aiohttp.ClientSession, gateways: list[Page]) -> None:
+        if state.plan is None or self._store.get(DEPLOYMENT, *key) is None:
+            return
+        workload = state.plan.workloads[0]
+        observation = self._reconciler.observe(key)
+        observer = self._observers.setdefault(key, Observer(workload.metrics, self._now()))
+        await self._scrape(observer, observation, workload, key, http)
+        now = self._now()
+        deployment = observation.deployment
+        held, arrivals = gateway_signals(gateways, workload)
+        times = start_seconds(observation.pods)
+        signals = observer.signals(
+            current=deployment.wanted if deployment else 0,
+            ready=[pod.name for pod in observation.ready],
+            pending=len(observation.pending),
+            unschedulable=len(observation.unschedulable),
+            now=now,
+            held=held,
+            arrivals=arrivals,
+            changing=bool(deployment and deployment.rolling),
+            cold_start_s=median(times) if times else None,
+        )
+        history = self._histories.get(key) or self._restore(key, now)
+        decision = decide(signals, workload.scaling, history, now)
+        self._histories[key] = decision.history
+        if decision.replicas != signals.current:
+            log.info("%s/%s: %s", *key, decision.message)
+        state.decision, state.replicas = decision, decision.replicas
+        self._on_decision(key)
+
+    def _restore(self, key: Key, now: float) -> History:
+        raw = self._store.get(INFERENCE_SERVICE, *key) or {}
+        learned = ((raw.get("status") or {}).get("scaling") or {}).get("learned") or {}
+        return History.restore(learned, now)
+
+    async def _scrape(
+        self, observer: Observer, observation: Observation, workload: Workload, key: Key, http: aiohttp.ClientSession
+    ) -> None:
+        port = workload.metrics.port or workload.port
+        targets = {pod.name: self._address(key, pod.name, pod.ip, port) for pod in observation.ready}
+        pages = await asyncio.gather(
+            *(self._page(http, f"http://{address}{workload.metrics.path}") for address in targets.values())
+        )
+        for name, text in zip(targets, pages, strict=True):
+            if text is not None:
+                observer.add_page(name, text, self._now())
+
+    def _address(self, key: Key, pod: str, ip: str, port: int) -> str:
+        raw = self._store.get(POD, key[0], pod) or {"metadata": {}}
+        annotated = (raw["metadata"].get("annotations") or {}).get(ADDRESS_ANNOTATION)
+        return annotated or (f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}")
+
+    async def _gateway_pages(self, http: aiohttp.ClientSession) -> list[Page]:
+        """Metrics of every gateway of the installation; one that does not answer is left out this time."""
+        addresses = []
+        for pod in self._store.labelled(POD, self._settings.own_namespace, COMPONENT, "gateway"):
+            annotated = (pod["metadata"].get("annotations") or {}).get(ADDRESS_ANNOTATION)
+            ip = (pod.get("status") or {}).get("podIP")
+            if annotated or ip:
+                addresses.append(annotated or f"{ip}:{GATEWAY_PORT}")
+        texts = await asyncio.gather(*(self._page(http, f"http://{address}/metrics") for address in addresses))
+        return [parse_page(text, self._now()) for text in texts if text is not None]
+
+    async def _page(self, http: aiohttp.ClientSession, url: str) -> str | None:
+        """A metrics page; None when the replica does not answer in time."""
+        timeout = aiohttp.ClientTimeout(total=self._settings.scrape_timeout_s)
+        async with self._limit:
+            try:
+                async with http.get(url, timeout=timeout) as answer:
+                    if answer.status != 200:
+                        return None
+                    body = await answer.content.read(MAX_PAGE_BYTES)
+                    return body.decode(errors="replace")
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                return None
+
+
+GATEWAY_PORT = 8080
+
+
+def gateway_signals(pages: Iterable[Page], workload: Workload) -> tuple[int, float | None]:
+    """(held requests, arrivals ever) of a service over all gateways; arrivals None when no gateway knows it."""
+    held, arrivals, known = 0.0, 0.0, False
+    for page in pages:
+        for model in workload.model_names[:1]:
+            labels: Mapping[str, str] = {"model": model, "namespace": workload.namespace}
+            held += sum(sample.value for sample in page.find("octavo_gateway_requests_held", labels))
+            counted = page.find("octavo_gateway_arrivals_total", labels)
+            arrivals += sum(sample.value for sample in counted)
+            known = known or bool(counted)
+    return round(held), arrivals if known else None

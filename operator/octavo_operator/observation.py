@@ -1,0 +1,156 @@
+"""What the cluster shows of a service, read from raw objects into plain values. Pure."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from octavo_operator.render.labels import ENGINE_CONTAINER
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PodView:
+    """One replica's pod. Times are Unix seconds; `exit_*` describe the engine's last end."""
+
+    name: str
+    ip: str = ""
+    phase: str = "Pending"
+    ready: bool = False
+    started: bool = False
+    scheduled: bool = False
+    deleting: bool = False
+    created_at: float = 0.0
+    ready_at: float | None = None
+    restarts: int = 0
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    exit_code: int | None = None
+    exit_reason: str = ""
+    exit_message: str = ""
+    unscheduled_message: str = ""
+    template_hash: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a replica that serves or will serve."""
+        return not self.deleting and self.phase not in ("Failed", "Succeeded")
+
+    @property
+    def failing(self) -> bool:
+        """Whether it will not become ready without something changing."""
+        broken = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError")
+        return self.waiting_reason in (*broken, "CreateContainerError", "CrashLoopBackOff", "RunContainerError")
+
+    @property
+    def unschedulable(self) -> bool:
+        return not self.scheduled and bool(self.unscheduled_message)
+
+
+@dataclass(frozen=True)
+class DeploymentView:
+    """The Deployment of a service; None where it does not exist yet."""
+
+    generation: int = 0
+    observed_generation: int = 0
+    wanted: int = 0
+    replicas: int = 0
+    updated: int = 0
+    ready: int = 0
+    available: int = 0
+    failure_reason: str = ""  # why pods cannot be created: quota, admission
+    failure_message: str = ""
+    deadline_exceeded: bool = False
+
+    @property
+    def rolling(self) -> bool:
+        """Whether a rollout is in progress."""
+        return self.observed_generation < self.generation or self.updated < self.wanted or self.replicas > self.updated
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything seen of a service at one time."""
+
+    deployment: DeploymentView | None = None
+    pods: tuple[PodView, ...] = ()
+
+    @property
+    def ready(self) -> tuple[PodView, ...]:
+        return tuple(p for p in self.pods if p.counts and p.ready)
+
+    @property
+    def unschedulable(self) -> tuple[PodView, ...]:
+        return tuple(p for p in self.pods if p.counts and p.unschedulable)
+
+    @property
+    def pending(self) -> tuple[PodView, ...]:
+        """Replicas on their way: neither ready, nor failing, nor without a node to run on."""
+        return tuple(p for p in self.pods if p.counts and not p.ready and not p.failing and not p.unschedulable)
+
+
+def observe(deployment: Raw | None, pods: Iterable[Raw]) -> Observation:
+    """The observation of a service."""
+    views = sorted((pod_view(pod) for pod in pods), key=lambda pod: pod.name)
+    return Observation(None if deployment is None else deployment_view(deployment), tuple(views))
+
+
+def pod_view(pod: Raw, container: str = ENGINE_CONTAINER) -> PodView:
+    """One pod, judged by this container."""
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    engine: Raw = next((c for c in status.get("containerStatuses") or [] if c["name"] == container), {})
+    waiting = (engine.get("state") or {}).get("waiting") or {}
+    ended = (engine.get("state") or {}).get("terminated") or (engine.get("lastState") or {}).get("terminated") or {}
+    scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
+    is_ready = ready.get("status") == "True"
+    unscheduled = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", "SchedulingGated")
+    return PodView(
+        name=metadata["name"],
+        ip=status.get("podIP") or "",
+        phase=status.get("phase") or "Pending",
+        ready=is_ready,
+        started=bool(engine.get("started")),
+        scheduled=scheduled.get("status") == "True",
+        deleting=bool(metadata.get("deletionTimestamp")),
+        created_at=seconds(metadata.get("creationTimestamp")) or 0.0,
+        ready_at=seconds(ready.get("lastTransitionTime")) if is_ready else None,
+        restarts=int(engine.get("restartCount") or 0),
+        waiting_reason=waiting.get("reason") or "",
+        waiting_message=waiting.get("message") or "",
+        exit_code=ended.get("exitCode"),
+        exit_reason=ended.get("reason") or "",
+        exit_message=ended.get("message") or "",
+        unscheduled_message=scheduled.get("message", "") if unscheduled else "",
+        template_hash=(metadata.get("labels") or {}).get("pod-template-hash", ""),
+    )
+
+
+def deployment_view(deployment: Raw) -> DeploymentView:
+    """One Deployment."""
+    status, spec = deployment.get("status") or {}, deployment.get("spec") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    failure, progress = conditions.get("ReplicaFailure", {}), conditions.get("Progressing", {})
+    failed = failure.get("status") == "True"
+    return DeploymentView(
+        generation=int(deployment["metadata"].get("generation") or 0),
+        observed_generation=int(status.get("observedGeneration") or 0),
+        wanted=int(spec.get("replicas") or 0),
+        replicas=int(status.get("replicas") or 0),
+        updated=int(status.get("updatedReplicas") or 0),
+        ready=int(status.get("readyReplicas") or 0),
+        available=int(status.get("availableReplicas") or 0),
+        failure_reason=failure.get("reason", "") if failed else "",
+        failure_message=failure.get("message", "") if failed else "",
+        deadline_exceeded=progress.get("reason") == "ProgressDeadlineExceeded",
+    )
+
+
+def seconds(time: str | None) -> float | None:
+    """Unix seconds of a Kubernetes time."""
+    if not time:
+        return None
+    return dt.datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp()

@@ -1,0 +1,61 @@
+"""`octavo operator`: reconcile InferenceServices on a Kubernetes cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated
+
+import typer
+
+from octavo_operator.api.errors import OctavoOperatorError
+from octavo_operator.controller.run import run
+from octavo_operator.controller.settings import OperatorSettings
+
+
+def operator(
+    namespace: Annotated[
+        list[str] | None,
+        typer.Option("--namespace", "-n", help="Work in this namespace only; repeatable. Default: all namespaces."),
+    ] = None,
+    own_namespace: Annotated[
+        str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the operator: its lease, gateways and tenants.")
+    ] = "octavo-system",
+    leader_election: Annotated[
+        bool, typer.Option(help="Work only while holding the lease, so that several replicas may run.")
+    ] = True,
+    engine_image: Annotated[
+        str | None, typer.Option(envvar="OCTAVO_ENGINE_IMAGE", help="Image of Octavo's own engine.")
+    ] = None,
+    gateway_url: Annotated[
+        str, typer.Option(envvar="OCTAVO_GATEWAY_URL", help="Base address for clients, shown in status.url.")
+    ] = "",
+    scaling_interval: Annotated[float, typer.Option(min=0.5, help="Seconds between scaling decisions.")] = 5.0,
+    scrape_concurrency: Annotated[int, typer.Option(min=1, help="Replicas asked for metrics at once.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Services reconciled at once.")] = 8,
+    health_port: Annotated[int, typer.Option(help="Port of /healthz, /readyz and /metrics.")] = 8081,
+    log_level: Annotated[str, typer.Option(envvar="OCTAVO_LOG_LEVEL", help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Run the Kubernetes operator until it is told to stop.
+
+    Connects as the pod's service account, or with KUBECONFIG or ~/.kube/config.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
+    settings = OperatorSettings(
+        namespaces=tuple(namespace or ()),
+        own_namespace=own_namespace,
+        leader_election=leader_election,
+        engine_image=engine_image,
+        gateway_url=gateway_url,
+        scaling_interval_s=scaling_interval,
+        scrape_concurrency=scrape_concurrency,
+        workers=workers,
+        health_port=health_port,
+    )
+    try:
+        code = asyncio.run(run(settings))
+    except OctavoOperatorError as error:
+        typer.echo(f"octavo operator: {error}", err=True)
+        code = 1
+    raise typer.Exit(code)
