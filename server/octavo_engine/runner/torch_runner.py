@@ -11,6 +11,7 @@ from octavo_engine.errors import ConfigError, InvalidRequestError
 from octavo_engine.messages import ModelInfo
 from octavo_engine.models.interface import Model
 from octavo_engine.runner.batch_builder import build_packed, build_step
+from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.pooling import Pooling
 from octavo_kernels import ops, registry
@@ -111,10 +112,16 @@ class TorchModelRunner:
         plan = self.model.plan()
         compiled = compile_step(plan) if plan is not None else None
         self._step = compiled[1] if compiled else None
-        self._step_backend = compiled[0] if compiled else ""
+        self._step_backend = f"{compiled[0]} (whole step)" if compiled else ""
+        if compiled is None and self._device.type == "cuda" and self._info.task == "generate":
+            capture = capture_cuda_graph()
+            model, longest = self.model, self._info.max_model_len
+            self._step = DecodeGraphs(model.forward, model.logits, longest, self._device, capture)
 
     def _describe_backend(self) -> str:
-        if self._step is not None:
-            return f"{self._step_backend} (whole step)"
+        if self._step_backend:
+            return self._step_backend
         used = {choice.backend for choice in registry.choices() if choice.device == self._device.type}
+        if isinstance(self._step, DecodeGraphs):
+            used.add(f"no CUDA graphs: {self._step.unavailable}" if self._step.unavailable else "CUDA graphs")
         return ", ".join(sorted(used))
