@@ -19,8 +19,22 @@ from octavo_gateway.errors import ConfigError
 from octavo_gateway.registry import Registry
 from octavo_gateway.server import GatewayServer
 from octavo_gateway.settings import GatewaySettings, load_settings
+from octavo_gateway.tenancy import hash_key
+from octavo_gateway.tenancy import new_key as make_key
+from octavo_gateway.tenancy.keys import format_hash
+from octavo_gateway.tenancy.source import TenantFiles, load_tenants
+from octavo_gateway.usage import Ledger, LedgerError, PriceTable
 
 log = logging.getLogger("octavo.gateway")
+
+
+def _print_new_key(wanted: bool) -> None:
+    if wanted:
+        key = make_key()
+        typer.echo(f"key:  {key}   (give it to the tenant; it is not stored)")
+        typer.echo(f"hash: {format_hash(hash_key(key))}   (put it into the tenant's Secret)")
+        raise typer.Exit
+
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="YAML file with `models:` (and optionally `settings:`).", exists=False)
@@ -55,6 +69,23 @@ def gateway(
     access_log: Annotated[
         bool | None, typer.Option(help="Log one line per request, without its text.", show_default="on")
     ] = None,
+    tenants: Annotated[
+        str | None,
+        typer.Option(help="File or folder of InferenceTenant manifests and Secrets.", show_default="open to everybody"),
+    ] = None,
+    ledger: Annotated[
+        str | None, typer.Option(help="Folder of the usage ledger.", show_default="nothing is recorded")
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the admin API; its token is OCTAVO_GATEWAY_ADMIN_TOKEN.", show_default="none"),
+    ] = None,
+    new_key: Annotated[
+        bool,
+        typer.Option(
+            "--new-key", help="Print a new API key and its hash, and exit.", callback=_print_new_key, is_eager=True
+        ),
+    ] = False,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="json")] = None,
 ) -> None:
@@ -63,29 +94,49 @@ def gateway(
     Settings come from the config file's `settings:`, then OCTAVO_GATEWAY_* variables, then these flags.
     Every replica named in the file is probed and gets requests while it is ready; edits take effect within seconds.
     """
-    flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
+    given = {name: value for name, value in locals().items() if value is not None}
+    flags = {name: value for name, value in given.items() if name not in ("config", "new_key")}
     try:
-        settings = load_settings(
-            flags, file_values=load_static(config).settings, file_name=str(config), environment=os.environ
-        )
+        file = load_static(config)
+        settings = load_settings(flags, file_values=file.settings, file_name=str(config), environment=os.environ)
+        prices = PriceTable.parse(file.prices, str(config))
         _set_up_logging(settings)
         log.info("settings:\n%s", settings.describe())
-        uvloop.run(_run(settings, config))
-    except ConfigError as error:
+        uvloop.run(_run(settings, config, prices))
+    except (ConfigError, LedgerError) as error:
         typer.echo(f"octavo gateway: {error}", err=True)
         raise typer.Exit(2) from error
 
 
-async def _run(settings: GatewaySettings, config: Path) -> None:
+async def _run(settings: GatewaySettings, config: Path, prices: PriceTable) -> None:
     """Serve until a signal: the first drains, a second one ends at once."""
     registry = Registry()
-    server = GatewayServer(settings, registry)
-    await server.start()
-    discovery = asyncio.create_task(StaticDiscovery(config, registry).run())
+    directory = load_tenants(Path(settings.tenants)) if settings.tenants else None
+    ledger = Ledger(Path(settings.ledger)) if settings.ledger else None
+    try:
+        server = GatewayServer(settings, registry, directory=directory, ledger=ledger, prices=prices)
+        await server.start()
+        following = []
+        if settings.tenants:
+            following.append(
+                asyncio.create_task(TenantFiles(Path(settings.tenants), server.app.accounts.set_directory).run())
+            )
+        await _serve(server, registry, StaticDiscovery(config, registry))
+        for task in following:
+            task.cancel()
+    finally:
+        if ledger is not None:
+            ledger.close()
+
+
+async def _serve(server: GatewayServer, registry: Registry, source: StaticDiscovery) -> None:
+    discovery = asyncio.create_task(source.run())
     synced = asyncio.Event()
     registry.subscribe(lambda _: synced.set())
     await asyncio.wait({discovery, asyncio.ensure_future(synced.wait())}, return_when=asyncio.FIRST_COMPLETED)
     typer.echo(f"octavo gateway listens at {server.address}", err=True)
+    if server.admin_address:
+        typer.echo(f"admin API at {server.admin_address}", err=True)
     stop = asyncio.Event()
     signals = 0
 

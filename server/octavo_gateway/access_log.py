@@ -52,6 +52,9 @@ def log_exchange(exchange: Exchange, now: float) -> None:
         bytes=exchange.bytes_sent,
         stream=exchange.streaming,
     )
+    if exchange.tenant:
+        fields["tenant"] = exchange.tenant
+        fields["key"] = exchange.key_name
     if exchange.endpoint:
         fields["replica"] = exchange.endpoint
         fields["route"] = exchange.route_reason

@@ -10,10 +10,12 @@ import ssl
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 
 from octavo_gateway.access_log import log_exchange
+from octavo_gateway.accounts import Accounts
 from octavo_gateway.asgi import HTML, TEXT, Receive, Scope, Send, header
 from octavo_gateway.dispatcher import Dispatcher, Turn
 from octavo_gateway.errors import (
@@ -24,7 +26,7 @@ from octavo_gateway.errors import (
     UnsupportedMediaTypeError,
 )
 from octavo_gateway.exchange import ClientGoneError, Exchange
-from octavo_gateway.inspection import APIS, Api, inspect_body
+from octavo_gateway.inspection import APIS, Api, Inspection, inspect_body
 from octavo_gateway.load import LoadBook
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.outliers import OutlierDetector
@@ -34,27 +36,53 @@ from octavo_gateway.reports import ReportPoller
 from octavo_gateway.routing import PrefixIndex, Router, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.signals import GatewaySignals
+from octavo_gateway.tenancy import Identity, TenantDirectory
 from octavo_gateway.upstream import UpstreamPool
+from octavo_gateway.usage import Ledger, PriceTable
+from octavo_gateway.usage.meter import ask_for_usage
 from octavo_gateway.web import PAGE_HEADERS, page, state_document
 
 log = logging.getLogger("octavo.gateway")
 
 Clock = Callable[[], float]
+
+PUBLIC_PAGES = frozenset({"/", "/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
+"""What needs no key even where there are tenants: the page without any data, and the probes."""
+
+TELLS_USAGE_IF_ASKED = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Streams that carry token counts only if `stream_options.include_usage` asks for them."""
+
 Page = Callable[[Exchange], Awaitable[None]]
 
 
-def create_app(settings: GatewaySettings, registry: Registry, *, clock: Clock = time.monotonic) -> Gateway:
-    """A gateway over the models of `registry`; the returned object is the ASGI application."""
-    return Gateway(settings, registry, clock)
+def create_app(
+    settings: GatewaySettings,
+    registry: Registry,
+    *,
+    directory: TenantDirectory | None = None,
+    ledger: Ledger | None = None,
+    prices: PriceTable | None = None,
+    clock: Clock = time.monotonic,
+) -> Gateway:
+    """A gateway over the models of `registry`; the returned object is the ASGI application.
+
+    Without a `directory` of tenants it is open to everybody; without a `ledger` nothing is recorded.
+    """
+    metrics = Metrics()
+    accounts = Accounts(metrics, clock, directory=directory, ledger=ledger, prices=prices)
+    return Gateway(settings, registry, accounts, metrics, clock)
 
 
 class Gateway:
     """ASGI application. `start` and `close` run its background work; `GatewayServer` calls them."""
 
-    def __init__(self, settings: GatewaySettings, registry: Registry, clock: Clock) -> None:
+    def __init__(
+        self, settings: GatewaySettings, registry: Registry, accounts: Accounts, metrics: Metrics, clock: Clock
+    ) -> None:
         self.settings = settings
         self.registry = registry
-        self.metrics = Metrics()
+        self.accounts = accounts
+        self.metrics = metrics
         self.loads = LoadBook()
         self.index = PrefixIndex(settings.prefix_index_blocks)
         self.dispatcher = Dispatcher(
@@ -96,6 +124,11 @@ class Gateway:
     def signals(self, model: str) -> GatewaySignals:
         """Held and flying requests and rates of a model, for the autoscaler."""
         return self.dispatcher.signals(model)
+
+    @property
+    def version(self) -> str:
+        """Version of this distribution."""
+        return _version()
 
     @property
     def in_flight(self) -> int:
@@ -159,6 +192,8 @@ class Gateway:
             await self._serve(exchange)
         finally:
             exchange.unwatch()
+            if exchange.on_end is not None:
+                exchange.on_end()
             self._exchanges.discard(exchange)
             if not self._exchanges:
                 self._idle.set()
@@ -168,9 +203,17 @@ class Gateway:
         try:
             if exchange.method not in ("GET", "HEAD"):
                 raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path}; use GET.")
+            if exchange.path not in PUBLIC_PAGES:
+                self._check_page_access(exchange)
             await page(exchange)
         except GatewayError as error:
             await exchange.fail(error)
+
+    def _check_page_access(self, exchange: Exchange) -> None:
+        """Pages that tell about models or load need a key where there are tenants; metrics then have their own port."""
+        exchange.identity = self.accounts.authenticate(exchange)
+        if exchange.identity is not None and exchange.path == "/metrics":
+            raise RouteNotFoundError("Metrics are served on the admin port.")
 
     async def _serve(self, exchange: Exchange) -> None:
         """Run the data path; whatever ends it, the client hears of it once."""
@@ -215,24 +258,30 @@ class Gateway:
 
     async def _openai(self, exchange: Exchange, api: Api) -> None:
         """Paths whose JSON body names the model."""
+        identity = self.accounts.authenticate(exchange)
         if exchange.method != "POST":
             raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path}; use POST.")
         if not wants_json(exchange):
             raise UnsupportedMediaTypeError("Send the body as uncompressed application/json.")
         body = await exchange.read_body(self.settings.max_body_bytes, self.settings.body_timeout)
         exchange.watch(self.settings.request_timeout)
-        seen = inspect_body(body)
-        resolved = self._proxy.resolve(seen.model)
+        seen = inspect_body(body, api)
+        resolved = self._proxy.resolve(seen.model, identity)
         entry = resolved.entry
-        prefix = seen.prefix(entry.name, resolved.adapter, "") if entry.strategy is Strategy.PREFIX_AWARE else ()
+        salt = identity.tenant.name if identity else ""
+        prefix = seen.prefix(entry.name, resolved.adapter, salt) if entry.strategy is Strategy.PREFIX_AWARE else ()
         session = header(exchange.headers, entry.session_header.encode())
         route = RouteRequest(entry.name, prefix, session.decode("latin-1") if session else None, resolved.adapter)
-        turn = Turn(cost=seen.cost, priority=max(0, seen.priority))
         stream = seen.stream and api is Api.GENERATE
-        await self._proxy.forward(exchange, Forward(resolved, body, route, turn, stream, seen))
+        strip = False
+        if stream and self.accounts.counting and exchange.path in TELLS_USAGE_IF_ASKED:
+            body, strip = ask_for_usage(body)
+        request = Forward(resolved, body, route, _turn(identity, seen), stream, identity)
+        await self._charged(exchange, request, seen, strip)
 
     async def _open_inference(self, exchange: Exchange) -> None:
         """Open Inference Protocol: the path names the model, the body may be binary."""
+        identity = self.accounts.authenticate(exchange)
         name = exchange.path.removeprefix("/v2/models/").split("/", 1)[0]
         if exchange.method not in ("GET", "POST"):
             raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path[:200]}.")
@@ -240,10 +289,26 @@ class Gateway:
             raise UnsupportedMediaTypeError("Send the body uncompressed.")
         body = await exchange.read_body(self.settings.max_body_bytes, self.settings.body_timeout)
         exchange.watch(self.settings.request_timeout)
-        resolved = self._proxy.resolve(name)
+        resolved = self._proxy.resolve(name, identity)
         route = RouteRequest(resolved.entry.name, adapter=resolved.adapter)
         stream = exchange.path.endswith("/generate_stream")
-        await self._proxy.forward(exchange, Forward(resolved, body, route, Turn(), stream))
+        request = Forward(resolved, body, route, _turn(identity, None), stream, identity)
+        if exchange.method == "GET":
+            await self._proxy.forward(exchange, request)
+        else:
+            await self._charged(exchange, request, None, False)
+
+    async def _charged(self, exchange: Exchange, request: Forward, seen: Inspection | None, strip: bool) -> None:
+        """Forward within the tenant's limits, and account for it whatever becomes of it."""
+        if not self.accounts.counting:
+            await self._proxy.forward(exchange, request)
+            return
+        try:
+            charge = self.accounts.open(exchange, request.identity, request.resolved, seen, strip)
+        finally:
+            exchange.own_headers = self.accounts.limit_headers(request.identity)
+        exchange.on_end = lambda: self.accounts.settle(charge, exchange, exchange.outcome or "interrupted")
+        await self._proxy.forward(exchange, replace(request, meter=charge.meter))
 
     def _account(self, exchange: Exchange) -> None:
         model = exchange.model
@@ -277,19 +342,22 @@ class Gateway:
         await exchange.respond(200, page(), HTML, PAGE_HEADERS)
 
     async def _state(self, exchange: Exchange) -> None:
-        entries = self.registry.snapshot.models.values()
+        identity = exchange.identity
+        models = self.registry.snapshot.models.values()
+        entries = [entry for entry in models if identity is None or identity.tenant.may_use(entry.name)]
         document = state_document(
             entries, self.loads, self.dispatcher.signals, draining=self.leaving, version=_version()
         )
         await exchange.respond(200, document, extra=[(b"cache-control", b"no-store")])
 
     async def _list_models(self, exchange: Exchange) -> None:
-        data = [self._card(name) for name, _ in self.registry.snapshot.listing()]
+        data = [self._card(name) for name, _ in self._proxy.listing(exchange.identity)]
         await exchange.respond(200, json.dumps({"object": "list", "data": data}).encode())
 
     async def _one_model(self, exchange: Exchange) -> None:
+        identity = self.accounts.authenticate(exchange)
         name = exchange.path.removeprefix("/v1/models/")
-        self._proxy.resolve(name)
+        self._proxy.resolve(name, identity)
         await exchange.respond(200, json.dumps(self._card(name)).encode())
 
     def _card(self, name: str) -> dict[str, object]:
@@ -303,6 +371,21 @@ class Gateway:
             "root": resolved.adapter or entry.name,
             "parent": entry.name if resolved.adapter else None,
         }
+
+
+def _turn(identity: Identity | None, seen: Inspection | None) -> Turn:
+    """The request's place in the line: weight and priority come from the tenant, never beyond what it may ask."""
+    cost, asked = (seen.cost, seen.priority) if seen is not None else (1.0, None)
+    if identity is None:
+        return Turn(cost=cost, priority=max(0, asked or 0))
+    tenant = identity.tenant
+    return Turn(
+        tenant=tenant.name,
+        weight=tenant.weight,
+        priority=tenant.queue_priority(asked),
+        cost=cost,
+        max_queued=tenant.limits.max_queued_requests,
+    )
 
 
 @lru_cache(maxsize=1)

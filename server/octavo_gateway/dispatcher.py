@@ -38,6 +38,7 @@ class Turn:
     priority: int = 0
     cost: float = 1.0
     deadline: float = math.inf
+    max_queued: int | None = None  # of this tenant in this model's line
 
 
 @dataclass(slots=True, eq=False)
@@ -209,6 +210,10 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         line = self._line(entry)
         line.queue.capacity = entry.hold.max_held_requests
+        if turn.max_queued is not None and line.queue.depth(turn.tenant) >= turn.max_queued:
+            raise QueueFullError(
+                f"Limit of {turn.max_queued} waiting requests reached.", retry_after_s=self.retry_after_s(entry)
+            )
         now = self._clock()
         waiter = _Waiter(route, excluded, loop.create_future())
         deadline = min(turn.deadline, now + entry.hold.hold_timeout_s)

@@ -121,3 +121,36 @@ class UpstreamDeadlineError(GatewayError):
     status = 504
     kind = "server_error"
     code = "deadline_exceeded"
+
+
+class AuthenticationError(GatewayError):
+    """No valid API key. Says the same for a missing, a wrong and a revoked one."""
+
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("Send a valid API key as: Authorization: Bearer KEY.")
+
+
+class TenantSuspendedError(GatewayError):
+    status = 403
+    kind = "permission_error"
+    code = "tenant_suspended"
+
+
+class RateLimitError(GatewayError):
+    """A limit of the tenant is reached; `retry_after_s` says when the request fits."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class BudgetExceededError(GatewayError):
+    """The tenant's monthly budget is used up; waiting a minute does not help."""
+
+    status = 429
+    kind = "insufficient_quota"
+    code = "insufficient_quota"

@@ -15,6 +15,7 @@ from octavo_gateway.errors import (
     RequestTimeoutError,
     UpstreamDeadlineError,
 )
+from octavo_gateway.tenancy import Identity
 
 
 class ClientGoneError(Exception):
@@ -40,11 +41,15 @@ class Exchange:
         self.upstream_wait_s = 0.0
         self.held_s = 0.0
         self.model = ""
-        self.requested_model = ""
+        self.tenant = ""
+        self.key_name = ""
         self.endpoint = ""
         self.route_reason = ""
         self.attempts = 0
         self.outcome = ""
+        self.identity: Identity | None = None
+        self.on_end: Callable[[], None] | None = None
+        self.own_headers: Headers = []  # what every answer of this exchange carries
         self.cause: BaseException | None = None
         self._clock = clock
         self._receive = receive
@@ -167,7 +172,7 @@ class Exchange:
     async def fail(self, error: GatewayError) -> None:
         """Tell the client: a status if none was sent, an error event inside a stream, else a broken-off answer."""
         if not self.started:
-            await self.respond(error.status, error_body(error), extra=error_headers(error))
+            await self.respond(error.status, error_body(error), extra=self.own_headers + error_headers(error))
         elif self.streaming and not self.complete:
             await self.write(b"data: " + error_body(error) + b"\n\n")
             await self.finish()

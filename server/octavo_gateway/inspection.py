@@ -73,12 +73,12 @@ class Inspection:
     context: bytes  # what precedes the prompt in the model's input: tools, system text
     prompt_tokens: int  # estimated
     output_tokens: int  # asked for, else a default
-    priority: int
+    priority: int | None  # asked for; lower is earlier, as in vLLM
 
     @property
     def cost(self) -> float:
         """Estimated tokens of work, for fair queueing."""
-        return float(min(self.prompt_tokens + self.output_tokens, MAX_COST_TOKENS))
+        return float(min(max(1, self.prompt_tokens + self.output_tokens), MAX_COST_TOKENS))
 
     def prefix(self, model: str, adapter: str | None, salt: str) -> tuple[int, ...]:
         """Chained block hashes of the prompt, seeded by everything that keeps two equal texts from sharing a cache."""
@@ -86,7 +86,7 @@ class Inspection:
         return chain_hashes(self.prompt, seed)
 
 
-def inspect_body(body: bytes) -> Inspection:
+def inspect_body(body: bytes, api: Api = Api.GENERATE) -> Inspection:
     """Parse a JSON body as far as needed; raises `BadRequestError` naming the field."""
     try:
         fields = _DECODER.decode(body)
@@ -109,6 +109,6 @@ def inspect_body(body: bytes) -> Inspection:
         prompt=view,
         context=bytes(fields.tools) + b"\0" + bytes(fields.system) if fields.tools or fields.system else b"",
         prompt_tokens=len(view) // BYTES_PER_TOKEN,
-        output_tokens=max(1, asked) * max(1, fields.n or 1),
-        priority=fields.priority or 0,
+        output_tokens=max(1, asked) * max(1, fields.n or 1) if api is Api.GENERATE else 0,
+        priority=fields.priority,
     )

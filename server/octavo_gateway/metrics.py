@@ -60,7 +60,16 @@ class Metrics:
         self.response_bytes = Counter(
             "octavo_gateway_response_bytes", "Body bytes streamed to clients.", ["model"], registry=r
         )
+        self._tokens = Counter(
+            "octavo_gateway_tokens", "Tokens served, as the engines counted them.", ["model", "kind"], registry=r
+        )
         self.draining = Gauge("octavo_gateway_draining", "1 while this gateway shuts down.", registry=r)
+
+    def tokens(self, model: str, prompt: int, cached: int, output: int) -> None:
+        """Count one request's tokens."""
+        for kind, count in (("prompt", prompt), ("cached", cached), ("output", output)):
+            if count:
+                self._tokens.labels(model, kind).inc(count)
 
     def watch(self, registry: Registry, loads: LoadBook, signals: Callable[[str], GatewaySignals]) -> None:
         """Export the live view of models and replicas, read when scraped."""

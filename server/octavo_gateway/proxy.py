@@ -19,12 +19,12 @@ from octavo_gateway.errors import (
     UpstreamFailedError,
 )
 from octavo_gateway.exchange import Exchange
-from octavo_gateway.inspection import Inspection
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.registry import ModelEntry, Registry, Resolved
 from octavo_gateway.routing import PrefixIndex, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.sse import EventRelay
+from octavo_gateway.tenancy import Identity
 from octavo_gateway.upstream import (
     ConnectError,
     ConnectionLostError,
@@ -33,6 +33,7 @@ from octavo_gateway.upstream import (
     UpstreamError,
     UpstreamPool,
 )
+from octavo_gateway.usage import UsageMeter
 
 log = logging.getLogger("octavo.gateway")
 
@@ -43,14 +44,15 @@ REFUSED = frozenset({429, 503})
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What is sent to a replica. `inspection` is None for requests whose body is opaque (Open Inference Protocol)."""
+    """What is sent to a replica, for whom, and who counts its tokens (None: nobody needs to know)."""
 
     resolved: Resolved
     body: bytes
     route: RouteRequest
     turn: Turn
     stream: bool
-    inspection: Inspection | None = None
+    identity: Identity | None = None
+    meter: UsageMeter | None = None
 
     @property
     def entry(self) -> ModelEntry:
@@ -86,14 +88,22 @@ class Proxy:
         self._metrics = metrics
         self._clock = clock
 
-    def resolve(self, name: str) -> Resolved:
-        """The model behind a name; raises `ModelNotFoundError` with the names there are."""
+    def resolve(self, name: str, identity: Identity | None = None) -> Resolved:
+        """The model behind a name; raises `ModelNotFoundError` with the names the caller may use.
+
+        A model that is not allowed looks exactly like one that does not exist.
+        """
         resolved = self._registry.snapshot.resolve(name)
         if resolved is None and not self._registry.synced:
             raise NotSyncedError("This gateway is starting; send the request again.", retry_after_s=1.0)
-        if resolved is None:
-            raise ModelNotFoundError(name, [known for known, _ in self._registry.snapshot.listing()])
+        if resolved is None or (identity is not None and not identity.tenant.may_use(name)):
+            raise ModelNotFoundError(name, [known for known, _ in self.listing(identity)])
         return resolved
+
+    def listing(self, identity: Identity | None) -> list[tuple[str, Resolved]]:
+        """Every name the caller may use, sorted."""
+        names = self._registry.snapshot.listing()
+        return [pair for pair in names if identity is None or identity.tenant.may_use(pair[0])]
 
     async def forward(self, exchange: Exchange, request: Forward) -> None:
         """Serve one request to its end. Raises `GatewayError` for what the client is to be told."""
@@ -221,7 +231,15 @@ class Proxy:
 
     def _head_bytes(self, exchange: Exchange, request: Forward, lease: Lease) -> bytes:
         host, port, _ = lease.endpoint.address
-        own = [(b"x-request-id", exchange.request_id.encode()), (b"traceparent", exchange.traceparent)]
+        left_s = self._settings.request_timeout - (self._clock() - exchange.started_at)
+        own = [
+            (b"x-request-id", exchange.request_id.encode()),
+            (b"traceparent", exchange.traceparent),
+            (b"x-octavo-deadline-ms", b"%d" % max(1, int(left_s * 1e3))),
+        ]
+        if request.identity is not None:
+            own.append((b"x-octavo-tenant", request.identity.tenant.name.encode()))
+            own.append((b"x-octavo-priority", b"%d" % request.turn.priority))
         query: bytes = exchange.scope["query_string"]
         target: bytes = exchange.scope.get("raw_path") or exchange.path.encode()
         return headers.request_head(
@@ -248,9 +266,9 @@ class Proxy:
         idle = _IdleTimer(exchange, self._settings.idle_timeout)
         try:
             if is_stream:
-                await self._relay_events(exchange, connection, head, idle)
+                await self._relay_events(exchange, request.meter, connection, head, idle)
             else:
-                await self._relay_bytes(exchange, connection, idle)
+                await self._relay_bytes(exchange, request.meter, connection, idle)
         except UpstreamError as error:
             self._upstream_error(lease, "lost_midway", error)
             raise UpstreamFailedError(
@@ -261,22 +279,36 @@ class Proxy:
         await exchange.finish()
 
     async def _relay_events(
-        self, exchange: Exchange, connection: UpstreamConnection, head: ResponseHead, idle: _IdleTimer
+        self,
+        exchange: Exchange,
+        meter: UsageMeter | None,
+        connection: UpstreamConnection,
+        head: ResponseHead,
+        idle: _IdleTimer,
     ) -> None:
         relay = EventRelay()
         while data := await connection.read():
             idle.touch()
-            if events := relay.feed(data):
+            events = relay.feed(data)
+            if meter is not None:
+                events = meter.feed_events(events)
+            if events:
                 await exchange.write(events)
         if rest := relay.rest():
             await exchange.write(rest)
         if not head.framed and not relay.done and head.status == 200:
             raise ConnectionLostError("the stream ended without [DONE]", reused=False)
 
-    async def _relay_bytes(self, exchange: Exchange, connection: UpstreamConnection, idle: _IdleTimer) -> None:
+    async def _relay_bytes(
+        self, exchange: Exchange, meter: UsageMeter | None, connection: UpstreamConnection, idle: _IdleTimer
+    ) -> None:
         while data := await connection.read():
             idle.touch()
+            if meter is not None:
+                meter.feed_body(data)
             await exchange.write(data)
+        if meter is not None:
+            meter.finish_body()
 
     async def _refusal_in_stream(self, exchange: Exchange, connection: UpstreamConnection) -> None:
         """Heartbeats have begun a 200 stream, and now the replica answers with an error document: make it an event."""
@@ -296,6 +328,7 @@ class Proxy:
             f"replica;dur={exchange.upstream_wait_s * 1e3:.2f}"
         )
         own: Headers = [(b"x-request-id", exchange.request_id.encode()), (b"server-timing", timing.encode())]
+        own += exchange.own_headers
         if self._settings.debug_headers:
             own.append((b"x-octavo-replica", lease.endpoint.id.encode()))
             own.append((b"x-octavo-route", lease.choice.reason.encode()))

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from octavo_gateway.admin import AdminApi
 from octavo_gateway.app import Gateway, create_app
+from octavo_gateway.asgi import App
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.http_protocol import bounded_protocol
 from octavo_gateway.registry import Registry
 from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.tenancy import TenantDirectory
+from octavo_gateway.usage import Ledger, PriceTable
 
 log = logging.getLogger("octavo.gateway")
 
@@ -40,12 +44,20 @@ class _Server(uvicorn.Server):
 class GatewayServer:
     """A gateway listening at `address`. Call `start` and `stop` from one event loop."""
 
-    def __init__(self, settings: GatewaySettings, registry: Registry) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        registry: Registry,
+        *,
+        directory: TenantDirectory | None = None,
+        ledger: Ledger | None = None,
+        prices: PriceTable | None = None,
+    ) -> None:
         self.settings = settings
-        self.app: Gateway = create_app(settings, registry)
-        self._server: _Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self.app: Gateway = create_app(settings, registry, directory=directory, ledger=ledger, prices=prices)
+        self._servers: list[tuple[_Server, asyncio.Task[None]]] = []
         self._port = settings.port
+        self._admin_port = settings.admin_port
 
     @property
     def port(self) -> int:
@@ -56,67 +68,85 @@ class GatewayServer:
     def address(self) -> str:
         """Base URL for clients on this machine or network."""
         scheme = "https" if self.settings.tls_certificate else "http"
-        host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "::", "") else self.settings.host
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._port}"
+        return f"{scheme}://{_reachable(self.settings.host)}:{self._port}"
+
+    @property
+    def admin_address(self) -> str | None:
+        """Base URL of the admin API, if there is one."""
+        return None if self._admin_port is None else f"http://{_reachable(self.settings.admin_host)}:{self._admin_port}"
 
     async def start(self) -> None:
-        """Listen. Raises `ConfigError` when the address cannot be bound."""
-        listener = self._bind()
-        self._port = listener.getsockname()[1]
-        self._server = _Server(self._uvicorn_config())
+        """Listen. Raises `ConfigError` when an address cannot be bound."""
+        settings = self.settings
+        listeners = [_bind(settings.host, settings.port, "port")]
+        self._port = listeners[0].getsockname()[1]
+        configs = [self._uvicorn_config()]
+        if settings.admin_port is not None and settings.admin_token is not None:
+            listeners.append(_bind(settings.admin_host, settings.admin_port, "admin_port"))
+            self._admin_port = listeners[1].getsockname()[1]
+            configs.append(_config(AdminApi(self.app, settings.admin_token), settings))
         await self.app.start()
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        for config, listener in zip(configs, listeners, strict=True):
+            server = _Server(config)
+            self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
         async with asyncio.timeout(START_TIMEOUT_S):
-            await self._server.listening.wait()
+            await asyncio.gather(*(server.listening.wait() for server, _ in self._servers))
         log.info("gateway listens at %s", self.address)
-
-    async def wait(self) -> None:
-        """Return when the server has stopped."""
-        if self._serving is not None:
-            await asyncio.shield(self._serving)
 
     async def stop(self, drain_timeout_s: float | None = None) -> None:
         """Drain: say not ready, serve on for the propagation time, refuse new requests, finish the running ones."""
-        if self._server is None or self._serving is None:
+        if not self._servers:
             return
         timeout_s = self.settings.drain_timeout if drain_timeout_s is None else drain_timeout_s
         clean = await self.app.drain(timeout_s, propagation_s=self.settings.drain_propagation)
         if not clean:
             log.warning("gateway: some requests did not finish within %g s and were ended", timeout_s)
-        self._server.should_exit = True
-        await self._serving
+        for server, _ in self._servers:
+            server.should_exit = True
+        await asyncio.gather(*(serving for _, serving in self._servers))
+        self._servers.clear()
         await self.app.close()
-        self._server = self._serving = None
-
-    def _bind(self) -> socket.socket:
-        host, port = self.settings.host, self.settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            listener.close()
-            raise ConfigError(
-                f"port: cannot listen on {host}:{port} ({error.strerror}); choose another port"
-            ) from error
-        listener.setblocking(False)
-        return listener
 
     def _uvicorn_config(self) -> uvicorn.Config:
-        return uvicorn.Config(
-            self.app,
-            http=bounded_protocol(self.settings.max_header_bytes, self.settings.header_timeout),
-            ws="none",
-            interface="asgi3",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            backlog=4_096,
-            timeout_graceful_shutdown=5,
-            ssl_certfile=self.settings.tls_certificate,
-            ssl_keyfile=self.settings.tls_key,
-        )
+        settings = self.settings
+        config = _config(self.app, settings)
+        config.ssl_certfile, config.ssl_keyfile = settings.tls_certificate, settings.tls_key
+        return config
+
+
+def _config(app: App, settings: GatewaySettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(settings.max_header_bytes, settings.header_timeout),
+        ws="none",
+        interface="asgi3",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        backlog=4_096,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _bind(host: str, port: int, setting: str) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{setting}: cannot listen on {host}:{port} ({error.strerror}); choose another port"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _reachable(host: str) -> str:
+    """A host to put into a URL for an address that is listened on."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

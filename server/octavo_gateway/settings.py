@@ -40,6 +40,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     access_log: bool = True
     log_level: str = "info"
     log_format: str = "json"
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # None: no admin API
+    admin_token: str | None = None  # what the admin API asks for; best given as OCTAVO_GATEWAY_ADMIN_TOKEN
+    tenants: str | None = None  # file or folder of InferenceTenant manifests and Secrets; None: open to everybody
+    ledger: str | None = None  # folder of the usage ledger; None: nothing is recorded
     tls_certificate: str | None = None
     tls_key: str | None = None
     upstream_ca: str | None = None  # PEM file that replicas' certificates must chain to
@@ -62,6 +67,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.admin_port is not None:
+            if not 0 <= self.admin_port <= 65_535:
+                raise ConfigError(f"admin_port: must be between 0 and 65535, got {self.admin_port}")
+            if not self.admin_token or len(self.admin_token) < 16:
+                raise ConfigError("admin_token: the admin API needs one of at least 16 characters")
         for pair in (("tls_certificate", "tls_key"), ("upstream_certificate", "upstream_key")):
             if (getattr(self, pair[0]) is None) != (getattr(self, pair[1]) is None):
                 raise ConfigError(f"{pair[0]} and {pair[1]}: give both or neither")
@@ -72,7 +82,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     def describe(self) -> str:
         """Every effective setting as YAML, fit for the log."""
-        return yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False, default_flow_style=False).rstrip()
+        shown = msgspec.to_builtins(self)
+        if self.admin_token is not None:
+            shown["admin_token"] = "(set)"  # noqa: S105 - hides it
+        return yaml.safe_dump(shown, sort_keys=False, default_flow_style=False).rstrip()
 
 
 _POSITIVE_TIMES = (

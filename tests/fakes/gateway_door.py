@@ -59,9 +59,10 @@ class Door:
 
 @contextlib.asynccontextmanager
 async def open_door(*entries: ModelEntry, **settings: Any) -> AsyncIterator[Door]:
-    """Start a gateway with these settings over these models; it is drained at the end."""
+    """Start a gateway with these settings (and directory, ledger, prices); it is drained at the end."""
     registry = Registry()
-    server = GatewayServer(GatewaySettings(port=0, **(FAST | settings)), registry)
+    parts = {name: settings.pop(name) for name in ("directory", "ledger", "prices") if name in settings}
+    server = GatewayServer(GatewaySettings(port=0, **(FAST | settings)), registry, **parts)
     discovery = LocalDiscovery(registry)
     discovery.set_models(entries)
     await server.start()

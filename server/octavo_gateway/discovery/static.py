@@ -82,10 +82,11 @@ class ModelSpec(_Part, frozen=True, kw_only=True):
 
 
 class StaticFile(_Part, frozen=True, kw_only=True):
-    """The whole file. `settings` are those of `octavo gateway`, checked where they are merged."""
+    """The whole file. `settings` are those of `octavo gateway`, `prices` are per model."""
 
     models: list[ModelSpec]
     settings: dict[str, Any] = {}
+    prices: dict[str, Any] = {}
 
 
 def load_static(path: Path) -> StaticFile:

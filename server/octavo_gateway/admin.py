@@ -1,0 +1,146 @@
+"""The admin API on a port of its own: metrics for the operator, tenants, usage and fresh keys for administrators."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from urllib.parse import parse_qs
+
+from octavo_gateway.app import Gateway
+from octavo_gateway.asgi import TEXT, Receive, Scope, Send, header, respond
+from octavo_gateway.errors import AuthenticationError, BadRequestError, GatewayError, RouteNotFoundError
+from octavo_gateway.exchange import error_body, error_headers
+from octavo_gateway.tenancy import hash_key, new_key
+from octavo_gateway.tenancy.keys import format_hash
+from octavo_gateway.tenancy.tenant import Tenant
+from octavo_gateway.usage import GROUPS, LedgerError, UsageRow, read_usage
+from octavo_gateway.web import state_document
+
+log = logging.getLogger("octavo.gateway.audit")
+
+Page = Callable[[dict[str, str]], Awaitable[bytes]]
+
+
+class AdminApi:
+    """ASGI application. /metrics and /health need no token: network policy guards the port; the rest needs it."""
+
+    def __init__(self, gateway: Gateway, token: str) -> None:
+        self._gateway = gateway
+        self._token = token.encode()
+        self._pages: dict[tuple[str, str], Page] = {
+            ("GET", "/admin/tenants"): self._tenants,
+            ("GET", "/admin/usage"): self._usage,
+            ("GET", "/admin/state"): self._state,
+            ("POST", "/admin/keys"): self._key,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        method, path = scope["method"], scope["path"]
+        if method == "GET" and path == "/metrics":
+            await respond(send, 200, self._gateway.metrics.page(), TEXT)
+            return
+        if method == "GET" and path.startswith("/health"):
+            ready = path != "/health/ready" or (self._gateway.registry.synced and not self._gateway.leaving)
+            await respond(send, 200 if ready else 503, b"{}")
+            return
+        try:
+            body = await self._page(scope)
+        except GatewayError as error:
+            await respond(send, error.status, error_body(error), headers=error_headers(error))
+        else:
+            await respond(send, 200, body, headers=[(b"cache-control", b"no-store")])
+
+    async def _page(self, scope: Scope) -> bytes:
+        given = header(scope["headers"], b"authorization") or b""
+        allowed = hmac.compare_digest(given, b"Bearer " + self._token)
+        log.info("admin %s %s: %s", scope["method"], scope["path"][:200], "allowed" if allowed else "refused")
+        if not allowed:
+            raise AuthenticationError
+        page = self._pages.get((scope["method"], scope["path"]))
+        if page is None:
+            raise RouteNotFoundError(f"There is no {scope['method']} {scope['path'][:200]} here.")
+        query = {name: values[-1] for name, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
+        return await page(query)
+
+    async def _tenants(self, query: dict[str, str]) -> bytes:
+        directory = self._gateway.accounts.directory
+        tenants = sorted(directory.tenants.values(), key=lambda t: t.name) if directory is not None else []
+        return json.dumps({"tenants": [self._tenant(tenant) for tenant in tenants]}).encode()
+
+    def _tenant(self, tenant: Tenant) -> dict[str, object]:
+        limiter = self._gateway.accounts.limiter
+        limits = {name: getattr(tenant.limits, name) for name in tenant.limits.__slots__}
+        return {
+            "name": tenant.name,
+            "display_name": tenant.display_name,
+            "suspended": tenant.suspended,
+            "allowed_models": list(tenant.allowed_models),
+            "weight": tenant.weight,
+            "priority": tenant.priority,
+            "keys": sorted(key.name for key in tenant.keys),
+            "limits": {name: value for name, value in limits.items() if value is not None},
+            "concurrent_requests": limiter.concurrent(tenant.name),
+        }
+
+    async def _usage(self, query: dict[str, str]) -> bytes:
+        ledger = self._gateway.accounts.ledger
+        if ledger is None:
+            raise RouteNotFoundError("This gateway keeps no ledger; start it with --ledger.")
+        by = tuple(query.get("by", "tenant").split(","))
+        for name in by:
+            if name not in GROUPS:
+                raise BadRequestError(f"by: must be out of {', '.join(GROUPS)}, got {name[:40]!r}.", param="by")
+        since, until = _time(query, "since"), _time(query, "until")
+
+        def read() -> list[UsageRow]:
+            ledger.flush()
+            return read_usage(ledger.path, by, since=since, until=until, tenant=query.get("tenant"))
+
+        try:
+            rows = await asyncio.to_thread(read)
+        except LedgerError as error:
+            log.error("%s", error)
+            raise GatewayError("The ledger cannot be read; the gateway's log has the details.") from None
+        return json.dumps({"by": list(by), "rows": [_usage_row(by, row) for row in rows]}).encode()
+
+    async def _state(self, query: dict[str, str]) -> bytes:
+        gateway = self._gateway
+        entries = gateway.registry.snapshot.models.values()
+        return state_document(
+            entries, gateway.loads, gateway.dispatcher.signals, draining=gateway.leaving, version=gateway.version
+        )
+
+    async def _key(self, query: dict[str, str]) -> bytes:
+        """A fresh key and the hash to put into the tenant's Secret. Nothing is stored here."""
+        key = new_key()
+        return json.dumps({"key": key, "hash": format_hash(hash_key(key))}).encode()
+
+
+def _usage_row(by: tuple[str, ...], row: UsageRow) -> dict[str, object]:
+    return dict(zip(by, row.group, strict=True)) | {
+        "requests": row.requests,
+        "prompt_tokens": row.prompt_tokens,
+        "cached_tokens": row.cached_tokens,
+        "output_tokens": row.output_tokens,
+        "estimated_requests": row.estimated,
+        "cost": round(row.cost, 6),
+    }
+
+
+def _time(query: dict[str, str], name: str) -> datetime | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise BadRequestError(
+            f"{name}: must be a date or time such as 2026-11-01, got {text[:40]!r}.", param=name
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,0 +1,195 @@
+"""Limits of tenants: token buckets, concurrency and monthly budgets, reserved before a request and settled after it.
+
+Exact within one process. Pure: time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from octavo_gateway.errors import BudgetExceededError, RateLimitError
+from octavo_gateway.tenancy.tenant import Limits, Tenant
+
+MINUTE_S = 60.0
+
+
+class TokenBucket:
+    """Holds up to a minute's worth and refills evenly. May go below zero when a settled cost exceeds its reserve."""
+
+    __slots__ = ("_at", "_level", "capacity")
+
+    def __init__(self, capacity: float, now: float) -> None:
+        self.capacity = capacity
+        self._level = capacity
+        self._at = now
+
+    def resize(self, capacity: float, now: float) -> None:
+        """Change the limit; what was used stays used."""
+        if capacity != self.capacity:
+            used = self.capacity - self.level(now)
+            self.capacity = capacity
+            self._level = capacity - used
+
+    def level(self, now: float) -> float:
+        """What is left now."""
+        if now > self._at:
+            self._level = min(self.capacity, self._level + self.capacity * (now - self._at) / MINUTE_S)
+            self._at = now
+        return self._level
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """Seconds until `amount` can be taken; 0 when it can be now.
+
+        An amount above the capacity passes once the bucket is full: a limit slows a tenant, it forbids nothing.
+        """
+        missing = min(amount, self.capacity) - self.level(now)
+        return max(0.0, missing / self.capacity * MINUTE_S)
+
+    def take(self, amount: float, now: float) -> None:
+        """Take (negative: give back)."""
+        self._level = min(self.capacity, self.level(now) - amount)
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What a running request holds of its tenant's limits."""
+
+    tenant: str
+    input_tokens: float
+    output_tokens: float
+    settled: bool = False
+
+
+class _Account:
+    """One tenant's buckets and counts."""
+
+    __slots__ = ("buckets", "concurrent", "cost_this_month", "month", "tokens_this_month")
+
+    def __init__(self) -> None:
+        self.buckets: dict[str, TokenBucket] = {}
+        self.concurrent = 0
+        self.month = ""
+        self.tokens_this_month = 0.0
+        self.cost_this_month = 0.0
+
+    def bucket(self, name: str, capacity: int | None, now: float) -> TokenBucket | None:
+        if capacity is None:
+            self.buckets.pop(name, None)
+            return None
+        bucket = self.buckets.get(name)
+        if bucket is None:
+            bucket = self.buckets[name] = TokenBucket(capacity, now)
+        bucket.resize(capacity, now)
+        return bucket
+
+
+_WORDS = {
+    "requests": "requests per minute",
+    "tokens": "tokens per minute",
+    "input": "input tokens per minute",
+    "output": "output tokens per minute",
+}
+
+
+class Limiter:
+    """Admits requests of tenants. One per gateway process."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}
+
+    def reserve(self, tenant: Tenant, input_tokens: float, output_tokens: float, now: float, month: str) -> Reservation:
+        """Take the estimated tokens; when `RateLimitError` or `BudgetExceededError` is raised nothing is taken."""
+        account = self._account(tenant.name, month)
+        self._check_budget(tenant, account)
+        limit = tenant.limits.max_concurrent_requests
+        if limit is not None and account.concurrent >= limit:
+            raise RateLimitError(f"Limit of {limit} concurrent requests reached.", retry_after_s=1.0)
+        wanted = self._wanted(account, tenant.limits, input_tokens, output_tokens, now)
+        for name, bucket, amount in wanted:
+            wait_s = bucket.wait_s(amount, now)
+            if wait_s > 0:
+                raise RateLimitError(
+                    f"Limit of {bucket.capacity:.0f} {_WORDS[name]} reached.", retry_after_s=math.ceil(wait_s)
+                )
+        for _, bucket, amount in wanted:
+            bucket.take(amount, now)
+        account.concurrent += 1
+        return Reservation(tenant.name, input_tokens, output_tokens)
+
+    def settle(
+        self, reservation: Reservation, input_tokens: float, cached_tokens: float, output_tokens: float,
+        cost: float, now: float, month: str,
+    ) -> None:  # fmt: skip
+        """Replace the estimate by the true count, exactly once per reservation."""
+        if reservation.settled:
+            raise RuntimeError(f"a reservation of tenant {reservation.tenant} was settled twice")
+        reservation.settled = True
+        account = self._account(reservation.tenant, month)
+        account.concurrent -= 1
+        more_in = input_tokens - cached_tokens - reservation.input_tokens
+        more_out = output_tokens - reservation.output_tokens
+        changes = {"tokens": input_tokens - reservation.input_tokens + more_out, "input": more_in, "output": more_out}
+        for name, change in changes.items():
+            if name in account.buckets:
+                account.buckets[name].take(change, now)
+        account.tokens_this_month += input_tokens + output_tokens
+        account.cost_this_month += cost
+
+    def remaining(self, tenant: Tenant, now: float) -> dict[str, tuple[int, int, float]]:
+        """Per limited bucket: (limit, what is left, seconds until it is full again)."""
+        account = self._accounts.get(tenant.name)
+        if account is None:
+            return {}
+        return {
+            name: (
+                int(bucket.capacity),
+                max(0, int(bucket.level(now))),
+                (bucket.capacity - bucket.level(now)) / bucket.capacity * MINUTE_S,
+            )
+            for name, bucket in account.buckets.items()
+        }
+
+    def load_month(self, tenant: str, month: str, tokens: float, cost: float) -> None:
+        """Set what the ledger says was used this month, at start."""
+        account = self._account(tenant, month)
+        account.tokens_this_month = tokens
+        account.cost_this_month = cost
+
+    def retain(self, tenants: set[str]) -> None:
+        """Forget tenants that are gone and have nothing running."""
+        for gone in [n for n, a in self._accounts.items() if n not in tenants and a.concurrent == 0]:
+            del self._accounts[gone]
+
+    def concurrent(self, tenant: str) -> int:
+        """Requests of a tenant that are not settled."""
+        account = self._accounts.get(tenant)
+        return account.concurrent if account else 0
+
+    def _account(self, tenant: str, month: str) -> _Account:
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = _Account()
+        if account.month != month:
+            account.month = month
+            account.tokens_this_month = account.cost_this_month = 0.0
+        return account
+
+    def _check_budget(self, tenant: Tenant, account: _Account) -> None:
+        tokens, cost = tenant.limits.tokens_per_month, tenant.limits.cost_per_month
+        if tokens is not None and account.tokens_this_month >= tokens:
+            raise BudgetExceededError(f"The monthly budget of {tokens} tokens is used up.")
+        if cost is not None and account.cost_this_month >= cost:
+            raise BudgetExceededError(f"The monthly budget of {cost:g} is used up.")
+
+    def _wanted(
+        self, account: _Account, limits: Limits, input_tokens: float, output_tokens: float, now: float
+    ) -> list[tuple[str, TokenBucket, float]]:
+        rows = (
+            ("requests", limits.requests_per_minute, 1.0),
+            ("tokens", limits.tokens_per_minute, input_tokens + output_tokens),
+            ("input", limits.input_tokens_per_minute, input_tokens),
+            ("output", limits.output_tokens_per_minute, output_tokens),
+        )
+        found = ((name, account.bucket(name, capacity, now), amount) for name, capacity, amount in rows)
+        return [(name, bucket, amount) for name, bucket, amount in found if bucket is not None]

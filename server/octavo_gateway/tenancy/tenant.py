@@ -1,0 +1,93 @@
+"""A tenant and the directory that finds it by API key."""
+
+from __future__ import annotations
+
+import fnmatch
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from octavo_gateway.tenancy.keys import MAX_KEY_CHARS, hash_key
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits over all keys of a tenant; None: no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    input_tokens_per_minute: int | None = None
+    output_tokens_per_minute: int | None = None
+    max_concurrent_requests: int | None = None
+    max_queued_requests: int | None = None
+    tokens_per_month: int | None = None
+    cost_per_month: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """One API key: its name in usage records, and the SHA-256 that proves it."""
+
+    name: str
+    digest: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who may ask for what. `priority`: higher is served earlier, as in the InferenceTenant resource."""
+
+    name: str
+    keys: tuple[KeyRecord, ...] = ()
+    display_name: str = ""
+    suspended: bool = False
+    allowed_models: tuple[str, ...] = ("*",)
+    weight: float = 1.0
+    priority: int = 0
+    max_priority: int | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def may_use(self, model: str) -> bool:
+        """Whether a model name (or alias, or adapter) is allowed; `*` stands for any characters."""
+        return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.allowed_models)
+
+    def queue_priority(self, asked: int | None) -> int:
+        """The engine's and queue's priority (lower is earlier): what was asked for, within what is allowed."""
+        ceiling = self.priority if self.max_priority is None else max(self.max_priority, self.priority)
+        return max(-ceiling, -self.priority if asked is None else asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An authenticated caller."""
+
+    tenant: Tenant
+    key_name: str
+
+
+class TenantDirectory:
+    """Tenants by name, and by key. Immutable: a change makes a new one.
+
+    The first bytes of the hash find the candidates and the whole hash is compared in constant time, so the time
+    taken tells nothing useful about any stored key.
+    """
+
+    def __init__(self, tenants: Iterable[Tenant] = ()) -> None:
+        self.tenants = {tenant.name: tenant for tenant in tenants}
+        self._by_prefix: dict[bytes, list[tuple[bytes, Identity]]] = {}
+        for tenant in self.tenants.values():
+            for key in tenant.keys:
+                self._by_prefix.setdefault(key.digest[:4], []).append((key.digest, Identity(tenant, key.name)))
+
+    @property
+    def num_keys(self) -> int:
+        return sum(len(found) for found in self._by_prefix.values())
+
+    def authenticate(self, key: str) -> Identity | None:
+        """The caller behind a key, or None."""
+        if len(key) > MAX_KEY_CHARS:
+            return None
+        digest = hash_key(key)
+        for known, identity in self._by_prefix.get(digest[:4], ()):
+            if hmac.compare_digest(known, digest):
+                return identity
+        return None

@@ -1,0 +1,41 @@
+"""The two lines the ledger knows of a request: that it began, and how it ended."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True, tag="begun"):
+    """A request was sent to a replica. Without its `UsageRecord` the gateway died meanwhile."""
+
+    id: str  # the gateway's own, never the client's
+    request_id: str
+    tenant: str
+    key: str
+    model: str
+    adapter: str
+    path: str
+    started_at: float  # Unix seconds
+    prompt_tokens: int  # estimated
+
+
+class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
+    """How a request ended. `estimated`: the engine's own count did not arrive (cancelled, cut off)."""
+
+    id: str
+    request_id: str
+    tenant: str
+    key: str
+    model: str
+    adapter: str
+    path: str
+    started_at: float
+    duration_s: float
+    time_to_first_byte_s: float
+    outcome: str  # ok, refused, failed, cancelled, interrupted
+    status: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    estimated: bool
+    cost: float
