@@ -34,7 +34,7 @@ COMMANDS: dict[str, Command] = {
     "up": Command("octavo_cli.up", "up", "Serve InferenceService manifests on this machine.", SERVE, "demo"),
     "serve": Command("octavo_cli.serve", "serve", "Run one engine replica with its HTTP faces.", SERVE, "server"),
     "gateway": Command("octavo_cli.gateway", "gateway", "Run the tenants' door to many replicas.", SERVE, "gateway"),
-    "usage": Command("octavo_cli.usage", "usage", "Report what tenants consumed and what it costs.", CLUSTER, "gateway"),
+    "usage": Command("octavo_cli.usage", "usage", "Report what tenants used and what it costs.", CLUSTER, "gateway"),
     "operator": Command("octavo_cli.operator", "operator", "Run the Kubernetes operator.", CLUSTER, "operator"),
     "render": Command("octavo_cli.render", "render", "Print a manifest's Kubernetes objects.", CLUSTER, "operator"),
     "chat": Command("octavo_cli.chat", "chat", "Talk to a model from the terminal.", WORK, "server"),
