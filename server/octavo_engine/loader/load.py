@@ -14,6 +14,7 @@ from octavo_engine.errors import ConfigError
 from octavo_engine.kv.sizing import num_kv_blocks
 from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo_engine.loader.pooling_config import is_embedding_checkpoint, read_pooling
+from octavo_engine.loader.quantization import OnTheFly
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.messages import LoadProgress, ModelInfo
 from octavo_engine.models.config import ModelConfig
@@ -55,12 +56,16 @@ def load_runner(config: EngineConfig, on_progress: OnProgress) -> TorchModelRunn
 def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModelRunner:
     device = choose_device(config.device)
     checkpoint = open_checkpoint(path)
-    dtype = choose_dtype(config.dtype, device, quantized=checkpoint.is_quantized)
+    quantize_to = _on_the_fly(config, checkpoint)
+    quantized = checkpoint.is_quantized or quantize_to is not None
+    dtype = choose_dtype(config.dtype, device, quantized=quantized)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     architecture, model_class = find_architecture(checkpoint.config)
     model_config = model_class.configure(checkpoint.config, architecture)
     max_model_len = _max_model_len(config, model_config)
-    weights = WeightLoader(checkpoint, dtype, device, lambda done: phases.report(done, checkpoint.path.name))
+    weights = WeightLoader(
+        checkpoint, dtype, device, lambda done: phases.report(done, checkpoint.path.name), quantize_to
+    )
     model = model_class(model_config, weights, max_model_len)
     weights.finish(model.ignored_tensors)
     task = _task(config, checkpoint, model)
@@ -87,6 +92,18 @@ def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModel
     )
     default = PoolingMethod.LAST if model.can_generate else PoolingMethod.MEAN
     return TorchModelRunner(model, info, kv_dtype, read_pooling(path, default))
+
+
+def _on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None:
+    """The format to bring a dense checkpoint to; a quantized one is served as it is."""
+    if config.quantization in ("auto", "none"):
+        return None
+    if checkpoint.is_quantized:
+        raise ConfigError(
+            f"quantization: {checkpoint.path.name} is quantized already and cannot be brought to "
+            f"{config.quantization}; use quantization=auto"
+        )
+    return OnTheFly(config.quantization)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.loader.checkpoint import read_json_object
+from octavo_engine.loader.quantized_tensors import quantized_tensors
 from octavo_engine.models.raw_config import RawConfig
 from octavo_kernels.weights import Weight
 
@@ -40,11 +41,18 @@ class SafetensorsCheckpoint:
         self._files = {file: _open(file) for file in _files(path)}
         self._place = self._index()
         self._prefix = "" if "embed_tokens.weight" not in self._place else "model."
-        self.names = frozenset(self._prefix + name for name in self._place)
+        self._quantized = quantized_tensors(self.config.section("quantization_config"))
         self.is_quantized = self.config.section("quantization_config") is not None
+        self.names = frozenset(self._prefix + name for name in self._whole_names())
 
     def get(self, name: str) -> Weight:
         name = name.removeprefix(self._prefix)
+        layer = name.removesuffix(".weight")
+        if self._quantized is not None and f"{layer}.{self._quantized.marker}" in self._place:
+            return self._quantized.assemble(layer, self._tensor, frozenset(self._place))
+        return self._tensor(name)
+
+    def _tensor(self, name: str) -> torch.Tensor:
         if name not in self._place:
             raise ModelLoadError(f"{self.path}: tensor {name!r} is missing")
         file = self._place[name]
@@ -56,6 +64,16 @@ class SafetensorsCheckpoint:
             known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
             raise ModelLoadError(f"{file}: tensor {name!r} has type {tensor.dtype}; supported: {known}")
         return tensor
+
+    def _whole_names(self) -> set[str]:
+        """The names a model may ask for: the parts of a quantized layer are its one `weight`."""
+        if self._quantized is None:
+            return set(self._place)
+        whole = set()
+        for name in self._place:
+            layer, _, part = name.rpartition(".")
+            whole.add(f"{layer}.weight" if part in self._quantized.parts else name)
+        return whole
 
     def _index(self) -> dict[str, Path]:
         place: dict[str, Path] = {}

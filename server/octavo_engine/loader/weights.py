@@ -13,7 +13,9 @@ import torch
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.layers.linear import Linear
 from octavo_engine.loader.checkpoint import Checkpoint
+from octavo_engine.loader.quantization import OnTheFly, for_device, quantize
 from octavo_kernels import ops
+from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.registry import REFERENCE
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight, Weight
 
@@ -27,6 +29,7 @@ class WeightLoader:
     """Hands a model its weights by name and keeps account of them.
 
     dtype: of activations and dense weights. on_tensor: called with the fraction of tensors read so far.
+    quantize_to: brings dense projections to this format; the output head gets int8 instead of int4.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class WeightLoader:
         dtype: torch.dtype,
         device: torch.device,
         on_tensor: Callable[[float], None] | None = None,
+        quantize_to: OnTheFly | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
@@ -43,6 +47,7 @@ class WeightLoader:
         self.num_parameters = 0
         self.weight_bytes = 0
         self._on_tensor = on_tensor
+        self._quantize_to = quantize_to
         self._read: set[str] = set()
 
     def vector(self, name: str, size: int, *, offset: float = 0.0) -> torch.Tensor:
@@ -70,9 +75,9 @@ class WeightLoader:
         weight = self._matrix(name, shape)
         return weight.to(self.device) if isinstance(weight, QuantizedWeight) else weight.to(self.device, self.dtype)
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> Weight:
-        """A projection that stands alone, ready for `ops.linear`."""
-        return self.pack(self._matrix(name, shape))
+    def head(self, name: str, shape: tuple[int, int]) -> Weight:
+        """The output head, ready for `ops.linear`."""
+        return self.pack(self._matrix(name, shape), head=True)
 
     def linear(
         self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False, exact: bool = False
@@ -81,18 +86,23 @@ class WeightLoader:
 
         exact: never quantized on the fly (routers and gates, small and sensitive).
         """
-        parts = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
+        read = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
+        parts = [for_device(part, self.device) if isinstance(part, QuantizedWeight) else part for part in read]
         biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
-        fused = tuple(self.pack(part) for part in _concatenate(parts))
+        fused = tuple(self.pack(part, exact=exact) for part in _concatenate(parts))
         return Linear(fused, torch.cat(biases) if biases else None)
 
-    def pack(self, weight: Weight) -> Weight:
+    def pack(self, weight: Weight, *, exact: bool = False, head: bool = False) -> Weight:
         """Place a weight on the device in the form its kernels want.
 
-        A quantized form no backend multiplies is made dense once, here: dequantizing at every step costs more.
+        exact: never quantized here. head: the output head, which int4 would hurt most. A quantized form no backend
+        multiplies is made dense once: dequantizing at every step costs more.
         """
+        if not isinstance(weight, QuantizedWeight) and not exact:
+            weight = self._quantize(weight, head)
         if not isinstance(weight, QuantizedWeight):
             return self._account(ops.pack_weight(weight.to(self.device, self.dtype)))
+        weight = for_device(weight, self.device)
         packed = ops.pack_weight(weight.to(self.device))
         if isinstance(packed, QuantizedWeight):
             probe = torch.empty((1, packed.shape[1]), dtype=self.dtype, device=self.device)
@@ -100,6 +110,10 @@ class WeightLoader:
                 self._say_dequantized(weight.format)
                 packed = ops.pack_weight(weight.to(self.device).dequantize(self.dtype))
         return self._account(packed, weight.format)
+
+    def _quantize(self, weight: torch.Tensor, head: bool) -> Weight:
+        kind = OnTheFly.INT8 if head and self._quantize_to is OnTheFly.INT4 else self._quantize_to
+        return weight if kind is None else quantize(weight, kind, self.device) or weight
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise `ModelLoadError` if the checkpoint holds tensors the model never asked for."""
@@ -177,17 +191,33 @@ def _concatenate(parts: list[Weight]) -> list[Weight]:
 
 
 def _fusable(weight: Weight) -> object:
-    if isinstance(weight, GGUFWeight):
-        return weight.ggml_type
-    return None if isinstance(weight, QuantizedWeight) else weight.dtype
+    """Neighbours with equal keys, other than None, can be one matrix."""
+    match weight:
+        case GGUFWeight():
+            return weight.ggml_type
+        case IntWeight():
+            return weight.bits, weight.group_size, weight.zeros is None, weight.scales.dtype
+        case QuantizedWeight():
+            return None
+        case _:
+            return weight.dtype
 
 
 def _join(run: list[Weight]) -> Weight:
-    first = run[0]
-    if isinstance(first, GGUFWeight):
-        data = torch.cat([part.data for part in run if isinstance(part, GGUFWeight)])
-        return GGUFWeight(data, first.ggml_type, first.in_features)
-    return torch.cat([part for part in run if isinstance(part, torch.Tensor)])
+    """Rows one after the other. run: weights of one kind."""
+    match run[0]:
+        case GGUFWeight(ggml_type=ggml_type, in_features=in_features):
+            return GGUFWeight(_cat(run, "data"), ggml_type, in_features)
+        case IntWeight(bits=bits, zeros=zeros):
+            return IntWeight(
+                _cat(run, "codes"), _cat(run, "scales"), None if zeros is None else _cat(run, "zeros"), bits
+            )
+        case _:
+            return torch.cat([part for part in run if isinstance(part, torch.Tensor)])
+
+
+def _cat(run: list[Weight], field: str) -> torch.Tensor:
+    return torch.cat([getattr(part, field) for part in run])
 
 
 def _name(dtype: torch.dtype) -> str:

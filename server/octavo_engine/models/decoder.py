@@ -119,8 +119,8 @@ class Decoder(Model):
     def _make_head(self, weights: WeightLoader, table: Weight) -> LMHead:
         config = self.config
         if config.tie_word_embeddings:
-            return LMHead(weights.pack(table), config.final_soft_cap)
-        head = weights.matrix("lm_head.weight", (config.vocab_size, config.hidden_size))
+            return LMHead(weights.pack(table, head=True), config.final_soft_cap)
+        head = weights.head("lm_head.weight", (config.vocab_size, config.hidden_size))
         return LMHead(head, config.final_soft_cap)
 
     def make_layer(self, weights: WeightLoader, index: int) -> Layer:

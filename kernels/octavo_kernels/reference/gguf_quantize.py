@@ -1,0 +1,72 @@
+"""Quantizing dense matrices to GGML blocks by rounding to nearest, as llama.cpp's reference quantizer does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from octavo_kernels.gguf_types import GGMLType
+from octavo_kernels.weights import GGUFWeight
+
+_BLOCK = 32
+
+
+def quantize_to_ggml(weight: torch.Tensor, ggml_type: GGMLType) -> GGUFWeight:
+    """weight: [out, in] floating point, `in` a multiple of 32. Raises ValueError for a type not in `QUANTIZABLE`."""
+    rows, columns = weight.shape
+    if ggml_type not in _QUANTIZERS or columns % _BLOCK:
+        raise ValueError(f"a {rows} x {columns} matrix cannot be quantized to {ggml_type.name}")
+    blocks = _QUANTIZERS[ggml_type](weight.detach().float().reshape(-1, _BLOCK))
+    return GGUFWeight(blocks.view(rows, -1), ggml_type, columns)
+
+
+def pack_q4_1(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """codes: [n, 32] uint8 up to 15; scale, minimum: [n] -> [n, 20] uint8 blocks of scale * code + minimum."""
+    halves = torch.stack((scale, minimum), dim=1).half().view(torch.uint8)
+    return torch.cat((halves, _nibbles(codes)), dim=1)
+
+
+def pack_q8_0(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """codes: [n, 32] int8; scale: [n] -> [n, 34] uint8 blocks of scale * code."""
+    return torch.cat((scale.half().view(torch.uint8).view(-1, 2), codes.view(torch.uint8)), dim=1)
+
+
+def _q8_0(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(1) / 127
+    return pack_q8_0(_round(x * _inverse(scale)).to(torch.int8), scale)
+
+
+def _q4_0(x: torch.Tensor) -> torch.Tensor:
+    extreme = x.gather(1, x.abs().argmax(1, keepdim=True)).squeeze(1)
+    scale = extreme / -8
+    codes = (x * _inverse(scale) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+    return torch.cat((scale.half().view(torch.uint8).view(-1, 2), _nibbles(codes)), dim=1)
+
+
+def _q4_1(x: torch.Tensor) -> torch.Tensor:
+    low, high = x.amin(1), x.amax(1)
+    scale = (high - low) / 15
+    codes = ((x - low.unsqueeze(1)) * _inverse(scale) + 0.5).trunc().clamp(0, 15).to(torch.uint8)
+    return pack_q4_1(codes, scale, low)
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale).unsqueeze(1)
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    """Half away from zero, as C's roundf."""
+    return x.sign() * (x.abs() + 0.5).floor()
+
+
+def _nibbles(codes: torch.Tensor) -> torch.Tensor:
+    return codes[:, :16] | (codes[:, 16:] << 4)
+
+
+_QUANTIZERS: dict[GGMLType, Callable[[torch.Tensor], torch.Tensor]] = {
+    GGMLType.Q4_0: _q4_0,
+    GGMLType.Q4_1: _q4_1,
+    GGMLType.Q8_0: _q8_0,
+}
+QUANTIZABLE = tuple(_QUANTIZERS)
