@@ -234,10 +234,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
     quantization, tensors, message = BAD[name]
-    filled = {
+    empty = {
         "qzeros": torch.zeros(2, 2, dtype=torch.int32),
         "qweight": torch.zeros(8, 16, dtype=torch.int32),
-        **tensors,
     }
 
     with pytest.raises(ModelLoadError, match=message):
