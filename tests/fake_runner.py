@@ -40,8 +40,17 @@ def greedy(prompt: Sequence[int], num_tokens: int) -> list[int]:
 class FakeRunner:
     """A `ModelRunner` over `logits_after`; certain tokens make it misbehave."""
 
-    def __init__(self, *, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 256, task: str = "generate"):
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 256,
+        task: str = "generate",
+        memory: int | None = None,
+    ) -> None:
         self.block_size = block_size
+        self.memory = memory
         self.kv: list[list[int]] = []
         self.num_forwards = 0
         self.broken = False
@@ -103,8 +112,14 @@ class FakeRunner:
         end = piece.start + len(piece.token_ids)
         context = [token for block in piece.block_table for token in self.kv[block]][:end]
         assert EMPTY not in context, "attention over a position that was never computed"
-        rows = [logits_after(context[: position + 1]) for position in range(end - piece.num_logits, end)]
+        rows = [
+            logits_after(self._remembered(context[: position + 1])) for position in range(end - piece.num_logits, end)
+        ]
         return [torch.full_like(row, float("nan")) for row in rows] if NAN in context else rows
+
+    def _remembered(self, context: list[int]) -> list[int]:
+        """With a `memory` of a few tokens the model soon repeats itself."""
+        return context if self.memory is None else context[-self.memory :]
 
     def _misbehave(self, tokens: set[int]) -> None:
         if self.broken or CRASH in tokens:

@@ -30,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: int = 0
     max_num_partial_prefills: int = 4
     enable_prefix_caching: bool = True
+    num_speculative_tokens: int = 0  # tokens guessed ahead by prompt lookup while that pays; 0: off
     itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: by device
     priority_ageing_s: float = 10.0  # after this wait, worse priorities get their share of admissions too
     tenant_weights: dict[str, float] = {}  # shares of tenants that compete; 1 for those not named
@@ -53,7 +54,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for field in positive:
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
-        for field in ("max_model_len", "num_kv_blocks", "kv_cache_memory_bytes", "max_num_batched_tokens"):
+        not_negative = (
+            "max_model_len",
+            "num_kv_blocks",
+            "kv_cache_memory_bytes",
+            "max_num_batched_tokens",
+            "num_speculative_tokens",
+        )
+        for field in not_negative:
             if getattr(self, field) < 0:
                 raise ConfigError(f"{field}: must not be negative, got {getattr(self, field)}")
         for field in ("itl_target_s", "priority_ageing_s"):

@@ -29,11 +29,13 @@ from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import request_seed
 from octavo_engine.sampler.sampler import ALL_EXCLUDED, Sampler
-from octavo_engine.sampler.state import TokenConstraint
+from octavo_engine.sampler.state import SamplerState, TokenConstraint
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
+from octavo_engine.scheduler.sequence import SequenceState
+from octavo_engine.speculation.speculator import Speculator
 from octavo_engine.structured.grammar_queue import GrammarQueue
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
@@ -66,6 +68,10 @@ class EngineCore:
             info.kv_blocks_total, info.kv_block_size or config.block_size, enable_caching=config.enable_prefix_caching
         )
         self.scheduler = Scheduler(scheduler_limits(config, info.device), BlockManager(self.pool))
+        if config.num_speculative_tokens:
+            self.scheduler.speculator = Speculator(
+                config.num_speculative_tokens, self.scheduler.step_time, self._max_model_len
+            )
         self._embeddings = EmbeddingQueue(runner, self.scheduler.limits.max_num_batched_tokens)
         self._sampler = Sampler()
         self._eos = frozenset(info.eos_token_ids)
@@ -142,7 +148,7 @@ class EngineCore:
         return StepOutput(outputs=outputs, stats=self.stats())
 
     def stats(self) -> EngineStats:
-        scheduler = self.scheduler
+        scheduler, speculator = self.scheduler, self.scheduler.speculator
         return EngineStats(
             step=self._num_steps,
             time=time.time(),
@@ -160,6 +166,8 @@ class EngineCore:
             step_time_s=self._step_time_s,
             retry_after_s=scheduler.retry_after_s,
             queued_work_s=scheduler.queued_work_s,
+            spec_draft_tokens=speculator.num_drafted if speculator is not None else 0,
+            spec_accepted_tokens=speculator.num_accepted if speculator is not None else 0,
         )
 
     def check_prompt(self, prompt: Sequence[int], room: int = 1) -> None:
@@ -196,29 +204,66 @@ class EngineCore:
         for seq, error in failed:
             self._fail(seq, f"the model could not compute this request: {error}")
         for part, logits in parts:
-            rows, states, sampled_seqs = [], [], []
-            row = 0
-            for seq, piece in zip(part.sequences, part.slices, strict=True):
-                num_tokens, num_logits = len(piece.token_ids), piece.num_logits
-                row += num_logits
-                if seq.wants_prompt_logprobs:
-                    self._add_prompt_logprobs(seq, piece, logits[row - num_logits : row])
-                self.scheduler.advance(seq, num_tokens)
-                if num_logits and seq.num_computed == len(seq.tokens):
-                    rows.append(row - 1)
-                    states.append(seq.sampler)
-                    sampled_seqs.append(seq)
-            if not rows:
-                continue
-            if len(rows) != row:
-                logits = logits[rows]
-            sampled = self._sampler.sample(logits, states)
-            logprobs = sampled.logprobs
-            for index, seq in enumerate(sampled_seqs):
-                entry = logprobs[index] if logprobs is not None else None
-                self._append(seq, sampled.token_ids[index], entry)
+            self._sample(part, logits)
         if not failed:
             self.scheduler.observe(batch, self._clock() - started)
+
+    def _sample(self, part: Batch, logits: torch.Tensor) -> None:
+        """Choose and append the next tokens of the sequences whose last position a step has reached."""
+        rows: list[int] = []
+        states: list[SamplerState] = []
+        ahead: list[int] = []
+        sampled_seqs: list[Seq] = []
+        end_row = 0
+        for seq, piece in zip(part.sequences, part.slices, strict=True):
+            end_row += piece.num_logits
+            if seq.wants_prompt_logprobs:
+                self._add_prompt_logprobs(seq, piece, logits[end_row - piece.num_logits : end_row])
+            if seq.drafted:
+                count = piece.num_logits
+                rows.extend(range(end_row - count, end_row))
+                states.extend([seq.sampler] * count)
+                ahead.extend(range(count))
+            else:
+                self.scheduler.advance(seq, len(piece.token_ids))
+                if not piece.num_logits or seq.num_computed != len(seq.tokens):
+                    continue
+                rows.append(end_row - 1)
+                states.append(seq.sampler)
+                ahead.append(0)
+            sampled_seqs.append(seq)
+        if not rows:
+            return
+        sampled = self._sampler.sample(logits if len(rows) == end_row else logits[rows], states, ahead)
+        row = 0
+        for seq in sampled_seqs:
+            count = 1 + len(seq.drafted)
+            entries = sampled.logprobs[row : row + count] if sampled.logprobs is not None else [None] * count
+            self._append_verified(seq, sampled.token_ids[row : row + count], entries)
+            row += count
+
+    def _append_verified(self, seq: Seq, token_ids: list[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
+        """Append what the model chose: every guess it agrees with, and the first token of its own.
+
+        The model chooses after a guess exactly as it would without guessing, from the same logits with the same
+        draw, so a guess is kept just when it is that choice: the output is the same, token for token, with and
+        without speculation, for greedy and for random sequences.
+        """
+        drafted = seq.drafted
+        if drafted:
+            num_accepted = 0
+            while num_accepted < len(drafted) and token_ids[num_accepted] == drafted[num_accepted]:
+                num_accepted += 1
+            seq.drafted = []
+            if self.scheduler.speculator is not None:
+                self.scheduler.speculator.observe(seq, len(drafted), num_accepted)
+            for token, entry in zip(token_ids[:num_accepted], logprobs, strict=False):
+                self._append(seq, token, entry)
+                if seq.state is not SequenceState.RUNNING:
+                    return
+            self.scheduler.advance(seq, 1 + num_accepted)
+            token_ids, logprobs = token_ids[num_accepted:], logprobs[num_accepted:]
+        self._append(seq, token_ids[0], logprobs[0])
 
     def _append(self, seq: Seq, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a sampled token, report it, and end the sequence if it is the last one."""

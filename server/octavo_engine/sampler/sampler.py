@@ -31,8 +31,13 @@ class Sampled:
 class Sampler:
     """Chooses tokens; keeps no state of its own, everything about a sequence is in its `SamplerState`."""
 
-    def sample(self, logits: torch.Tensor, states: Sequence[SamplerState]) -> Sampled:
-        """`logits` [R, V] float32, one row a state; rows of sequences with processors are edited in place."""
+    def sample(
+        self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None = None
+    ) -> Sampled:
+        """`logits` [R, V] float32, one row a state; rows of sequences with processors are edited in place.
+
+        `ahead` says how many guessed tokens lie between a sequence's last token and the row's position.
+        """
         reported = [i for i, state in enumerate(states) if state.params.logprobs is not None]
         raw = logits[torch.tensor(reported, device=logits.device)] if reported else None
         for i, state in enumerate(states):
@@ -41,7 +46,7 @@ class Sampler:
         best, tokens = row_max(logits)
         random = [i for i, state in enumerate(states) if not state.is_greedy]
         if random:
-            tokens = self._sample_random(logits, states, random, tokens)
+            tokens = self._sample_random(logits, states, random, tokens, ahead)
         failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)
         token_ids: list[int] = torch.where(torch.isfinite(best), tokens, failure).tolist()
         if raw is None:
@@ -49,10 +54,15 @@ class Sampler:
         return Sampled(token_ids, self._report(raw, states, reported, token_ids))
 
     def _sample_random(
-        self, logits: torch.Tensor, states: Sequence[SamplerState], random: list[int], greedy: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        states: Sequence[SamplerState],
+        random: list[int],
+        greedy: torch.Tensor,
+        ahead: Sequence[int] | None,
     ) -> torch.Tensor:
         params = [states[i].params for i in random]
-        draws = [uniform(states[i].seed, states[i].num_output_tokens) for i in random]
+        draws = [uniform(states[i].seed, states[i].num_output_tokens + (ahead[i] if ahead else 0)) for i in random]
         if len(random) == len(states):
             return sample_rows(logits, params, draws)
         index = torch.tensor(random, device=logits.device)

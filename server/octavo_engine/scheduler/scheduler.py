@@ -14,6 +14,7 @@ from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.sequence import Sequence, SequenceState
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
+from octavo_engine.speculation.speculator import Speculator
 
 
 class Scheduler:
@@ -33,6 +34,7 @@ class Scheduler:
             )
         self.limits = limits
         self.blocks = blocks
+        self.speculator: Speculator | None = None
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -116,24 +118,43 @@ class Scheduler:
         preempted = self._reserve_decode_blocks()
         batch = Batch([], [])
         prefills: list[Sequence] = []
+        drafting: list[Sequence] = []
+        speculator = self.speculator
         sequences, slices = batch.sequences, batch.slices
         for seq in self._running.values():
             tokens, start = seq.tokens, seq.num_computed
             if len(tokens) - start == 1:
+                if speculator is not None and self._draft(seq, speculator, len(drafting)):
+                    drafting.append(seq)
+                    continue
                 sequences.append(seq)
                 slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1))
             else:
                 prefills.append(seq)
+        for seq in drafting:
+            sequences.append(seq)
+            slices.append(_verifying_slice(seq))
         batch.decode_context = sum(piece.start for piece in slices)
+        batch.num_tokens = sum(len(piece.token_ids) for piece in slices)
         budget = self._prefill_budget(batch, prefills)
         if preempted:
             self._head_blocked = True
         else:
             self._admit(prefills, budget, now)
-        batch.num_tokens = len(slices)
         if prefills:
             self._add_prefills(batch, prefills, budget)
         return batch
+
+    def _draft(self, seq: Sequence, speculator: Speculator, num_drafting: int) -> bool:
+        """Guess the next tokens of a decoding sequence, within spare budget and spare blocks; True if there are any."""
+        spare = (self.limits.max_num_batched_tokens - self.limits.max_num_seqs) // 2
+        if (num_drafting + 1) * speculator.max_tokens > spare:
+            return False
+        drafted = speculator.propose(seq, len(self._running))
+        if drafted and not self.blocks.grow(seq.table, len(seq.tokens) + len(drafted)):
+            drafted = drafted[: seq.table.capacity - len(seq.tokens)]
+        seq.drafted = drafted
+        return bool(drafted)
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long a step took."""
@@ -187,10 +208,10 @@ class Scheduler:
     def _prefill_budget(self, batch: Batch, prefills: list[Sequence]) -> int:
         """Tokens this step has for prefills: what the budget leaves, cut so that decodes keep their latency target."""
         limits = self.limits
-        budget = limits.max_num_batched_tokens - len(batch.slices)
+        budget = limits.max_num_batched_tokens - batch.num_tokens
         if not batch.slices or not limits.itl_target_s:
             return budget
-        decode = StepLoad(len(batch.slices), batch.decode_context)
+        decode = StepLoad(batch.num_tokens, batch.decode_context)
         start = min((seq.num_computed for seq in prefills), default=0)
         fitting = self.step_time.prefill_tokens_within(limits.itl_target_s, decode, start)
         return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
@@ -278,6 +299,11 @@ class Scheduler:
                 rows_left -= want
             wanted.append(want)
         return wanted
+
+
+def _verifying_slice(seq: Sequence) -> SequenceSlice:
+    """The last token and the guesses after it, with logits for every one of them."""
+    return SequenceSlice([seq.tokens[-1], *seq.drafted], seq.num_computed, seq.table.blocks, 1 + len(seq.drafted))
 
 
 def _prefill_slice(seq: Sequence, num_tokens: int) -> SequenceSlice:

@@ -8,6 +8,7 @@ from octavo_engine.kv.block_manager import BlockTable
 from octavo_engine.kv.hashing import root_key
 from octavo_engine.messages import AddRequest, TokenLogprobs
 from octavo_engine.sampler.state import SamplerState, TokenConstraint
+from octavo_engine.speculation.draft import Draft
 
 MAX_PRIORITY = 100
 
@@ -22,12 +23,15 @@ class Sequence:
     """Tokens, KV blocks and progress of one request.
 
     `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache.
+    `drafted` are guessed tokens that the current step verifies.
     `rank` orders sequences that run, smaller first: the worst is preempted when memory runs out.
     """
 
     __slots__ = (
         "arrival_s",
         "deadline_s",
+        "draft",
+        "drafted",
         "end_token_ids",
         "first_scheduled_s",
         "num_cached_tokens",
@@ -69,6 +73,8 @@ class Sequence:
         self.end_token_ids = end_token_ids
         self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.draft: Draft | None = None
+        self.drafted: list[int] = []
         self.num_computed = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0

@@ -1,0 +1,19 @@
+"""What speculation knows of one sequence."""
+
+from __future__ import annotations
+
+from octavo_engine.speculation.ngram import NgramIndex
+
+FIRST_ACCEPTANCE = 0.7
+MIN_NGRAM = 2
+MAX_NGRAM = 4
+
+
+class Draft:
+    """Where drafts come from, and how often one is accepted (a running mean)."""
+
+    __slots__ = ("acceptance", "index")
+
+    def __init__(self) -> None:
+        self.index = NgramIndex(MIN_NGRAM, MAX_NGRAM)
+        self.acceptance = FIRST_ACCEPTANCE
