@@ -44,6 +44,12 @@ def serve(
     chat_template: Annotated[
         str | None, _option("--chat-template", help="Jinja file that replaces the model's template.", panel=_MODEL)
     ] = None,
+    tool_call_parser: Annotated[
+        str | None, _option("--tool-call-parser", help="auto, none, hermes or llama3_json.", panel=_MODEL)
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, _option("--reasoning-parser", help="auto, none or think.", panel=_MODEL)
+    ] = None,
     block_size: Annotated[int | None, _option("--block-size", help="Tokens per KV block.", panel=_MEMORY)] = None,
     num_kv_blocks: Annotated[
         int | None, _option("--num-kv-blocks", help="KV blocks; 0: from memory.", panel=_MEMORY)

@@ -17,6 +17,7 @@ from octavo_server.generation import Generator
 from octavo_server.lifecycle import Lifecycle, Phase
 from octavo_server.metrics import Metrics
 from octavo_server.oip.statistics import ModelStatistics
+from octavo_server.parsers.choose import thinks, tool_parser_for
 from octavo_server.served_model import ServedModel
 from octavo_server.settings import ServeSettings
 from octavo_server.text_pool import TextPool
@@ -49,7 +50,16 @@ class Replica:
         info = self.engine.model
         tokenizer = await self.text.run(self._load_tokenizer, info.path)
         names = self.settings.served_model_names or (info.name,)
-        self._served = ServedModel(info, tokenizer, names, self.settings.read_chat_template())
+        own_template = self.settings.read_chat_template()
+        template = own_template or tokenizer.chat_template
+        self._served = ServedModel(
+            info=info,
+            tokenizer=tokenizer,
+            names=names,
+            chat_template=own_template,
+            tool_parser=tool_parser_for(self.settings.tool_call_parser, template),
+            thinks=thinks(self.settings.reasoning_parser, template),
+        )
         self._generator = Generator(self.engine, tokenizer, self.metrics.for_model(self._served.name))
         self._embedder = Embedder(self.engine, self._served, self.text)
         self.lifecycle.become_ready()

@@ -10,6 +10,7 @@ from octavo_engine.messages import ModelInfo
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.limits import LIMITS
+from octavo_server.parsers.choose import ToolParserFactory
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class ServedModel:
     tokenizer: Tokenizer
     names: tuple[str, ...]
     chat_template: str | None = None
+    tool_parser: ToolParserFactory | None = None
+    thinks: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -14,10 +14,13 @@ import yaml
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 from octavo_server.limits import LIMITS
+from octavo_server.parsers.choose import REASONING_PARSERS, TOOL_PARSERS
 
 ENV_PREFIX = "OCTAVO_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+TOOL_CALL_PARSERS = ("auto", "none", *TOOL_PARSERS)
+REASONING_CHOICES = ("auto", "none", *REASONING_PARSERS)
 # Kubernetes injects these for every Service whose name starts with "octavo".
 _SERVICE_LINK = re.compile(r".*_SERVICE_(HOST|PORT(_.*)?)|.*_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
 
@@ -36,6 +39,8 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     request_timeout: float = 3_600.0
     max_body_bytes: int = LIMITS.body_bytes
     chat_template: str | None = None  # path of a Jinja file that replaces the model's own
+    tool_call_parser: str = "auto"  # auto | none | hermes | llama3_json
+    reasoning_parser: str = "auto"  # auto | none | think
     log_level: str = "info"
     log_format: str = "text"
     otlp_endpoint: str | None = None
@@ -54,7 +59,7 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(f"request_timeout: must be above 0 and at most 86400 seconds, got {self.request_timeout}")
         if self.max_body_bytes < 1_024:
             raise ConfigError(f"max_body_bytes: must be at least 1024, got {self.max_body_bytes}")
-        for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
+        for name, choices in _CHOICES:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.chat_template is not None and not Path(self.chat_template).is_file():
@@ -74,6 +79,12 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         return yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False, default_flow_style=False).rstrip()
 
 
+_CHOICES = (
+    ("log_level", LOG_LEVELS),
+    ("log_format", LOG_FORMATS),
+    ("tool_call_parser", TOOL_CALL_PARSERS),
+    ("reasoning_parser", REASONING_CHOICES),
+)
 FIELDS = ServeSettings.__struct_fields__
 
 

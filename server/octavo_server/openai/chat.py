@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
-from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo_server.caller import caller_of
+from octavo_server.caller import Caller, caller_of
 from octavo_server.errors import bad_request
-from octavo_server.event_stream import EventStream, encode_event, guarded
-from octavo_server.generation import Delta, DeltaStream
+from octavo_server.event_stream import EventStream, guarded
+from octavo_server.generation import DeltaStream
 from octavo_server.json_response import JsonResponse
-from octavo_server.limits import LIMITS
-from octavo_server.openai.logprobs import chat_logprobs, prompt_logprobs
-from octavo_server.openai.messages import render_chat
-from octavo_server.openai.request_types import REFUSED_FIELDS, ChatCompletionRequest, StreamOptions
-from octavo_server.openai.response_types import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatMessage,
+from octavo_server.openai.chat_answer import ChatAnswer
+from octavo_server.openai.chat_rendering import ChatRenderer, chat_events
+from octavo_server.openai.constraints import (
+    Constraint,
+    check_tools,
+    requested_constraint,
+    tool_choice_constraint,
 )
+from octavo_server.openai.messages import render_chat
+from octavo_server.openai.request_types import REFUSED_FIELDS, ChatCompletionRequest
 from octavo_server.openai.sampling import sampling_params
 from octavo_server.openai.sequences import (
     Prompt,
     ResponseIdentity,
-    SequenceText,
     UsageCounter,
-    check_response_format,
     check_stream_options,
-    collect,
     sequence_requests,
+    start_sequences,
     truncate,
 )
+from octavo_server.parsers.answer import AnswerParser
+from octavo_server.parsers.choose import prompt_opens_thoughts
+from octavo_server.parsers.reasoning import ThinkParser
 from octavo_server.parsing import parse
 from octavo_server.replica import Replica
 from octavo_server.served_model import ServedModel
 
 _REFUSED = {**REFUSED_FIELDS, "echo": "only /v1/completions can echo the prompt", "best_of": "use n"}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRun:
+    """A chat under way: its sequences run, its answers are still empty."""
+
+    deltas: DeltaStream
+    answers: list[ChatAnswer]
+    usage: UsageCounter
+    identity: ResponseIdentity
+    prompt: Prompt
 
 
 def router(replica: Replica) -> APIRouter:
@@ -55,67 +63,108 @@ def router(replica: Replica) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
         """Answer a conversation."""
-        served = replica.served
         parsed = parse(await http.body(), ChatCompletionRequest, _REFUSED)
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
-        model = served.check_name(request.model)
-        served.require_task("generate", "/v1/chat/completions")
-        _check_options(request)
         options = check_stream_options(request)
-        caller = caller_of(http)
-        prompt = await replica.text.run(prepare, served, request)
-        identity = ResponseIdentity.new("chatcmpl", served, model)
-        n = request.n or 1
-        log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
-        usage = UsageCounter([prompt], n, log_fields)
-        sequences = sequence_requests([prompt], n, identity, request, caller)
-        deltas = await replica.generator.start(sequences)
-        renderer = _Renderer(served, request, identity, prompt)
+        log_fields = http.scope["state"].setdefault("log_fields", {})
+        run = await start_chat(replica, request, caller_of(http), log_fields)
+        renderer = ChatRenderer(replica.served.tokenizer, request, run.identity, run.prompt)
         if request.stream:
             events = guarded(
-                _events(deltas, renderer, usage, options),
-                request_id=identity.id,
+                chat_events(run.deltas, renderer, run.answers, run.usage, options),
+                request_id=run.identity.id,
                 on_error=lambda error: replica.metrics.rejected(error.reason),
             )
-            return EventStream(events, source=deltas)
-        async with contextlib.aclosing(deltas):
-            texts = await collect(deltas, n, usage)
-        return JsonResponse(renderer.completion(texts, usage))
+            return EventStream(events, source=run.deltas)
+        async with contextlib.aclosing(run.deltas):
+            async for delta in run.deltas:
+                run.usage.add(delta)
+                run.answers[delta.index].push(delta)
+        return JsonResponse(renderer.completion(run.answers, run.usage))
 
     return routes
 
 
-def _check_options(request: ChatCompletionRequest) -> None:
-    check_response_format(request)
+async def start_chat(
+    replica: Replica,
+    request: ChatCompletionRequest,
+    caller: Caller,
+    log_fields: dict[str, Any],
+    prefix: str = "chatcmpl",
+) -> ChatRun:
+    """Check, render, tokenize and begin; raises `ApiError`. Whoever calls closes `deltas`."""
+    served = replica.served
+    model = served.check_name(request.model)
+    log_fields["model"] = model
+    served.require_task("generate", "/v1/chat/completions")
+    names = _check_options(request, served)
+    constraint = requested_constraint(request)
+    if request.tools and names:
+        by_choice = tool_choice_constraint(request.tool_choice, request.tools, served.tool_parser)
+        if by_choice is not None and constraint is not None:
+            raise bad_request(f"{constraint.param}: cannot be combined with tool_choice", constraint.param)
+        constraint = constraint or by_choice
+    prompt, opens_thoughts = await replica.text.run(prepare, served, request, constraint)
+    identity = ResponseIdentity.new(prefix, served, model)
+    n = request.n or 1
+    usage = UsageCounter([prompt], n, log_fields)
+    sequences = sequence_requests([prompt], n, identity, request, caller)
+    deltas = await start_sequences(replica.generator, sequences, constraint)
+    answers = [
+        ChatAnswer(
+            _answer_parser(served, request, names, opens_thoughts),
+            shows_reasoning=request.include_reasoning is not False,
+        )
+        for _ in range(n)
+    ]
+    return ChatRun(deltas, answers, usage, identity, prompt)
+
+
+def _check_options(request: ChatCompletionRequest, served: ServedModel) -> list[str]:
+    """The names of the tools the model may call."""
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs: only allowed when logprobs is true", "top_logprobs")
     if request.stream and request.prompt_logprobs is not None:
         raise bad_request("prompt_logprobs: cannot be streamed", "prompt_logprobs")
-    if request.tools and request.tool_choice not in (None, "none", "auto"):
-        raise bad_request("tool_choice: must be none or auto", "tool_choice")
     if request.tool_choice not in (None, "none") and not request.tools:
         raise bad_request("tool_choice: only allowed when tools are given", "tool_choice")
+    if not request.tools:
+        return []
+    if isinstance(request.tool_choice, str) and request.tool_choice not in ("none", "auto", "required"):
+        raise bad_request("tool_choice: must be none, auto, required or name a function", "tool_choice")
+    names = check_tools(request.tools)
+    if request.tool_choice == "none":
+        return []
+    if served.tool_parser is None:
+        raise bad_request(
+            "tools: this model's chat template does not know tools; whoever runs the server can set --tool-call-parser",
+            "tools",
+        )
+    return names
 
 
-def prepare(served: ServedModel, request: ChatCompletionRequest) -> Prompt:
-    """Render the template, tokenize, check against the context. Call off the event loop."""
-    template_kwargs: dict[str, Any] = dict(request.chat_template_kwargs or {})
-    if request.documents is not None:
-        template_kwargs["documents"] = request.documents
-    if request.reasoning_effort is not None:
-        template_kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+def _answer_parser(
+    served: ServedModel, request: ChatCompletionRequest, names: list[str], opens_thoughts: bool
+) -> AnswerParser:
+    reasoning = ThinkParser(starts_thinking=opens_thoughts) if served.thinks else None
+    tools = served.tool_parser(names) if names and served.tool_parser is not None else None
+    return AnswerParser(reasoning, tools, max_calls=1 if request.parallel_tool_calls is False else None)
+
+
+def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Constraint | None) -> tuple[Prompt, bool]:
+    """Render the template, tokenize, check against the context; also whether the prompt opens the model's thoughts.
+
+    Call off the event loop.
+    """
+    adds_prompt = request.add_generation_prompt
     text = render_chat(
         served,
         request.messages,
         tools=None if request.tool_choice == "none" else request.tools,
-        add_generation_prompt=(
-            request.add_generation_prompt is not False
-            if request.add_generation_prompt is not None
-            else not request.continue_final_message
-        ),
+        add_generation_prompt=not request.continue_final_message if adds_prompt is None else adds_prompt,
         continue_final_message=bool(request.continue_final_message),
-        template_kwargs=template_kwargs,
+        template_kwargs=_template_kwargs(request),
     )
     # Templates write the special tokens themselves.
     ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
@@ -129,99 +178,18 @@ def prepare(served: ServedModel, request: ChatCompletionRequest) -> Prompt:
         max_tokens=budget,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
+        structured=None if constraint is None else constraint.structured,
         vocab_size=served.info.vocab_size,
     )
-    return Prompt(ids, sampling)
+    return Prompt(ids, sampling), prompt_opens_thoughts(text)
 
 
-@dataclass(frozen=True, slots=True)
-class _Renderer:
-    """Deltas and sequences in the shape of this route."""
-
-    served: ServedModel
-    request: ChatCompletionRequest
-    identity: ResponseIdentity
-    prompt: Prompt
-
-    def completion(self, texts: list[SequenceText], usage: UsageCounter) -> ChatCompletion:
-        identity, request = self.identity, self.request
-        first_prompt_logprobs = texts[0].prompt_logprobs
-        return ChatCompletion(
-            id=identity.id,
-            created=identity.created,
-            model=identity.model,
-            system_fingerprint=identity.fingerprint,
-            choices=[self._choice(index, text) for index, text in enumerate(texts)],
-            usage=usage.usage(),
-            prompt_logprobs=(
-                prompt_logprobs(first_prompt_logprobs, self.served.tokenizer, request.prompt_logprobs)
-                if first_prompt_logprobs is not None and request.prompt_logprobs is not None
-                else UNSET
-            ),
-            prompt_token_ids=self.prompt.token_ids if request.return_token_ids else UNSET,
-        )
-
-    def _choice(self, index: int, text: SequenceText) -> ChatChoice:
-        return ChatChoice(
-            index,
-            ChatMessage(text.text),
-            text.finish_reason.value,
-            (
-                chat_logprobs(text.logprobs, self.served.tokenizer, self._num_top, as_ids=self._as_ids)
-                if self.request.logprobs
-                else None
-            ),
-            text.stop_reason,
-            token_ids=text.token_ids if self.request.return_token_ids else UNSET,
-        )
-
-    def chunk(self, choices: list[ChatChunkChoice], **extra: Any) -> ChatCompletionChunk:
-        identity = self.identity
-        return ChatCompletionChunk(
-            id=identity.id,
-            created=identity.created,
-            model=identity.model,
-            system_fingerprint=identity.fingerprint,
-            choices=choices,
-            **extra,
-        )
-
-    def piece(self, delta: Delta) -> ChatChunkChoice:
-        finished = delta.finish_reason is not None
-        return ChatChunkChoice(
-            delta.index,
-            ChatDelta(content=delta.text if delta.text or not finished else UNSET),
-            (
-                chat_logprobs(delta.logprobs, self.served.tokenizer, self._num_top, as_ids=self._as_ids)
-                if self.request.logprobs and delta.logprobs
-                else None
-            ),
-            None if delta.finish_reason is None else delta.finish_reason.value,
-            UNSET if delta.stop_reason is None else delta.stop_reason,
-            token_ids=delta.token_ids if self.request.return_token_ids else UNSET,
-        )
-
-    @property
-    def _num_top(self) -> int:
-        return min(self.request.top_logprobs or 0, LIMITS.logprobs)
-
-    @property
-    def _as_ids(self) -> bool:
-        return bool(self.request.return_tokens_as_token_ids)
-
-
-async def _events(
-    deltas: DeltaStream, renderer: _Renderer, usage: UsageCounter, options: StreamOptions
-) -> AsyncGenerator[bytes, None]:
-    request = renderer.request
-    continuous = options.continuous_usage_stats and options.include_usage
-    for index in range(request.n or 1):
-        opening = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
-        yield encode_event(renderer.chunk([opening], usage=usage.usage() if continuous else UNSET))
-    async for delta in deltas:
-        usage.add(delta)
-        if not delta.text and delta.finish_reason is None and not delta.logprobs and not request.return_token_ids:
-            continue
-        yield encode_event(renderer.chunk([renderer.piece(delta)], usage=usage.usage() if continuous else UNSET))
-    if options.include_usage:
-        yield encode_event(renderer.chunk([], usage=usage.usage()))
+def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:
+    values: dict[str, Any] = dict(request.chat_template_kwargs or {})
+    if request.documents is not None:
+        values["documents"] = request.documents
+    if request.reasoning_effort is not None:
+        values.setdefault("reasoning_effort", request.reasoning_effort)
+        if request.reasoning_effort == "none":
+            values.setdefault("enable_thinking", False)
+    return values

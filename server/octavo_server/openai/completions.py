@@ -19,6 +19,7 @@ from octavo_server.event_stream import EventStream, encode_event, guarded
 from octavo_server.generation import Delta, DeltaStream
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
+from octavo_server.openai.constraints import Constraint, requested_constraint
 from octavo_server.openai.logprobs import completion_logprobs, prompt_logprobs
 from octavo_server.openai.request_types import REFUSED_FIELDS, CompletionRequest, StreamOptions
 from octavo_server.openai.response_types import Completion, CompletionChoice, CompletionLogprobs
@@ -28,10 +29,10 @@ from octavo_server.openai.sequences import (
     ResponseIdentity,
     SequenceText,
     UsageCounter,
-    check_response_format,
     check_stream_options,
     collect,
     sequence_requests,
+    start_sequences,
     truncate,
 )
 from octavo_server.openai.texts import TextInput, text_inputs
@@ -59,12 +60,13 @@ def router(replica: Replica) -> APIRouter:
         n, best_of = _check_options(request)
         options = check_stream_options(request)
         caller = caller_of(http)
-        prompts = await replica.text.run(_prepare, served, request)
+        constraint = requested_constraint(request)
+        prompts = await replica.text.run(_prepare, served, request, constraint)
         identity = ResponseIdentity.new("cmpl", served, model)
         log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
         usage = UsageCounter(prompts, best_of, log_fields)
         sequences = sequence_requests(prompts, best_of, identity, request, caller, continues_prompt=True)
-        deltas = await replica.generator.start(sequences)
+        deltas = await start_sequences(replica.generator, sequences, constraint)
         renderer = _Renderer(served, request, identity, prompts, best_of)
         if request.stream:
             events = guarded(
@@ -87,7 +89,6 @@ def _check_options(request: CompletionRequest) -> tuple[int, int]:
     """(n, best_of)."""
     n = request.n or 1
     best_of = request.best_of or n
-    check_response_format(request)
     if best_of < n:
         raise bad_request(f"best_of: must be at least n ({n}), got {best_of}", "best_of")
     if best_of > n and request.stream:
@@ -99,7 +100,7 @@ def _check_options(request: CompletionRequest) -> tuple[int, int]:
     return n, best_of
 
 
-def _prepare(served: ServedModel, request: CompletionRequest) -> list[Prompt]:
+def _prepare(served: ServedModel, request: CompletionRequest, constraint: Constraint | None) -> list[Prompt]:
     """Tokenize every prompt and check it against the context."""
     prompts = []
     wants_prompt_logprobs = request.echo and request.logprobs is not None
@@ -121,6 +122,7 @@ def _prepare(served: ServedModel, request: CompletionRequest) -> list[Prompt]:
             max_tokens=budget,
             logprobs=request.logprobs if request.logprobs is not None or not ranked else 0,
             prompt_logprobs=shown,
+            structured=None if constraint is None else constraint.structured,
             vocab_size=served.info.vocab_size,
         )
         prompts.append(Prompt(ids, sampling))

@@ -40,6 +40,16 @@ class ResponseFormat(Struct, frozen=True):
     json_schema: JsonSchema | None = None
 
 
+class StructuredOutputs(Struct, frozen=True):
+    """vLLM's way to constrain the output; exactly one field is set."""
+
+    json: str | JsonObject | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class SamplingFields(Struct, frozen=True, kw_only=True):
     """Fields that chat and completions share: OpenAI's and vLLM's."""
 
@@ -72,6 +82,11 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | JsonObject | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Identifier | None = None
@@ -120,15 +135,12 @@ REFUSED_FIELDS: dict[str, str] = {
     "mm_processor_kwargs": "this server takes text only",
     "prompt_embeds": "tensors from clients are not accepted",
     "repetition_detection": "not supported",
-    "structured_outputs": "not supported by this model's engine yet; see response_format",
     "suffix": "insertion is not supported",
     "thinking_token_budget": "not supported",
     "use_beam_search": "beam search is not supported",
     "vllm_xargs": "not supported",
     "web_search_options": "web search is not supported",
     "chat_template": "templates are set by whoever runs the server (--chat-template)",
-    **dict.fromkeys(
-        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
-        "replaced by response_format; it would not constrain the output",
-    ),
+    "guided_decoding_backend": "there is one backend",
+    "guided_whitespace_pattern": "not supported",
 }

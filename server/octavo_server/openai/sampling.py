@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from octavo_engine.errors import InvalidRequestError
-from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.sampling_params import SamplingParams, StructuredOutput
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.errors import bad_request, from_engine_error
 from octavo_server.openai.request_types import SamplingFields
@@ -16,6 +16,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    structured: StructuredOutput | None = None,
     vocab_size: int,
 ) -> SamplingParams:
     """Validated parameters of one sequence; raises a 400 naming the field. Tokenizes `bad_words`: call off the loop."""
@@ -43,6 +44,7 @@ def sampling_params(
         skip_special_tokens=fields.skip_special_tokens is not False,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        structured=structured,
     )
     try:
         params.validate(vocab_size)

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from octavo_engine.messages import FinishReason, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
 from octavo_server.caller import Caller
-from octavo_server.errors import bad_request
-from octavo_server.generation import Delta, DeltaStream, SequenceRequest
+from octavo_server.errors import ApiError, bad_request
+from octavo_server.generation import Delta, DeltaStream, Generator, SequenceRequest
 from octavo_server.limits import LIMITS
+from octavo_server.openai.constraints import Constraint
 from octavo_server.openai.request_types import SamplingFields, StreamOptions
-from octavo_server.openai.response_types import PromptTokensDetails, Usage
+from octavo_server.openai.response_types import CompletionTokensDetails, PromptTokensDetails, Usage
 from octavo_server.served_model import ServedModel
 
 
@@ -144,13 +146,14 @@ class UsageCounter:
             self._log_fields["cached_tokens"] = sum(self._cached_tokens)
             self._log_fields["finish_reason"] = delta.finish_reason.value
 
-    def usage(self) -> Usage:
+    def usage(self, num_reasoning_tokens: int = 0) -> Usage:
         """Usage so far."""
         return Usage(
             self._prompt_tokens,
             self._completion_tokens,
             self._prompt_tokens + self._completion_tokens,
             PromptTokensDetails(sum(self._cached_tokens)),
+            CompletionTokensDetails(num_reasoning_tokens) if num_reasoning_tokens else UNSET,
         )
 
 
@@ -161,11 +164,14 @@ def check_stream_options(fields: SamplingFields) -> StreamOptions:
     return fields.stream_options or StreamOptions()
 
 
-def check_response_format(fields: SamplingFields) -> None:
-    """Raise a 400 for a format this server cannot guarantee."""
-    chosen = fields.response_format
-    if chosen is None or chosen.type == "text":
-        return
-    if chosen.type in ("json_object", "json_schema"):
-        raise bad_request("response_format.type: structured output is not supported yet", "response_format.type")
-    raise bad_request("response_format.type: must be one of text, json_object, json_schema", "response_format.type")
+async def start_sequences(
+    generator: Generator, requests: Sequence[SequenceRequest], constraint: Constraint | None
+) -> DeltaStream:
+    """Begin the sequences; a grammar the engine cannot compile is reported under the caller's own field."""
+    try:
+        return await generator.start(requests)
+    except ApiError as error:
+        if error.param != "structured" or constraint is None:
+            raise
+        complaint = error.message.partition(": ")[2] or error.message
+        raise bad_request(f"{constraint.param}: {complaint}", constraint.param) from None

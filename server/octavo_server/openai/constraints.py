@@ -1,0 +1,152 @@
+"""Which language an answer must belong to, whichever field asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from octavo_engine.errors import InvalidRequestError
+from octavo_engine.sampling_params import StructuredOutput
+from octavo_server.errors import bad_request
+from octavo_server.openai.request_types import ResponseFormat, SamplingFields, StructuredOutputs
+from octavo_server.parsers.tool_calls import CLOSE, OPEN, HermesParser
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the engine enforces, and the request's field that asked for it."""
+
+    structured: StructuredOutput
+    param: str
+
+
+def requested_constraint(fields: SamplingFields) -> Constraint | None:
+    """The one constraint of a request; raises a 400 for several, or for one that cannot be kept."""
+    found = [
+        constraint
+        for constraint in (
+            _from_response_format(fields.response_format),
+            _from_structured_outputs(fields.structured_outputs),
+            *_from_guided_fields(fields),
+        )
+        if constraint is not None
+    ]
+    if len(found) > 1:
+        raise bad_request(f"{found[1].param}: only one of {found[0].param} and {found[1].param} may be given",
+                          found[1].param)  # fmt: skip
+    if not found:
+        return None
+    try:
+        found[0].structured.validate()
+    except InvalidRequestError as error:
+        complaint = str(error).partition(": ")[2] or str(error)
+        raise bad_request(f"{found[0].param}: {complaint}", found[0].param) from None
+    return found[0]
+
+
+def tool_choice_constraint(
+    choice: str | Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]], parser: object
+) -> Constraint | None:
+    """A grammar of exactly one call for `required` or a named function, in the format the model's parser reads."""
+    if choice in (None, "auto", "none"):
+        return None
+    if choice == "required":
+        wanted = [tool["function"] for tool in tools]
+    else:
+        name = _named_function(choice)
+        wanted = [tool["function"] for tool in tools if tool["function"]["name"] == name]
+        if not wanted:
+            raise bad_request(f"tool_choice: no tool is named {name[:64]!r}", "tool_choice")
+    hermes = parser is HermesParser
+    calls = {"anyOf": [_call_schema(function, "arguments" if hermes else "parameters") for function in wanted]}
+    if not hermes:
+        return Constraint(StructuredOutput(json_schema=_text(calls)), "tool_choice")
+    grammar = f"start: {_text(OPEN)} call {_text(CLOSE)}\ncall: %json {_text(calls)}\n"
+    return Constraint(StructuredOutput(grammar=grammar), "tool_choice")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The functions' names; raises a 400 naming the tool at fault."""
+    names: list[str] = []
+    for position, tool in enumerate(tools):
+        path = f"tools[{position}]"
+        function = tool.get("function")
+        if tool.get("type", "function") != "function" or not isinstance(function, dict):
+            raise bad_request(f"{path}.type: only tools of type function are supported", f"{path}.type")
+        name = function.get("name")
+        if not isinstance(name, str) or not 0 < len(name) <= 128:
+            raise bad_request(f"{path}.function.name: must have 1 to 128 characters", f"{path}.function.name")
+        if name in names:
+            raise bad_request(f"{path}.function.name: {name!r} is given twice", f"{path}.function.name")
+        if not isinstance(function.get("parameters"), dict | None):
+            raise bad_request(f"{path}.function.parameters: must be a JSON Schema", f"{path}.function.parameters")
+        names.append(name)
+    return names
+
+
+def _named_function(choice: str | Mapping[str, Any] | None) -> str:
+    function = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise bad_request("tool_choice: must be none, auto, required or name a function", "tool_choice")
+    return name
+
+
+def _call_schema(function: Mapping[str, Any], arguments_key: str) -> dict[str, Any]:
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, arguments_key: parameters},
+        "required": ["name", arguments_key],
+        "additionalProperties": False,
+    }
+
+
+def _from_response_format(chosen: ResponseFormat | None) -> Constraint | None:
+    if chosen is None or chosen.type == "text":
+        return None
+    if chosen.type == "json_object":
+        return Constraint(StructuredOutput(json_object=True), "response_format")
+    if chosen.type == "json_schema":
+        if chosen.json_schema is None:
+            raise bad_request("response_format.json_schema: missing; this field is required", "response_format")
+        return Constraint(StructuredOutput(json_schema=_text(chosen.json_schema.schema)), "response_format.json_schema")
+    raise bad_request("response_format.type: must be one of text, json_object, json_schema", "response_format.type")
+
+
+def _from_structured_outputs(chosen: StructuredOutputs | None) -> Constraint | None:
+    if chosen is None:
+        return None
+    structured = StructuredOutput(
+        json_schema=None if chosen.json is None else _schema_text(chosen.json),
+        regex=chosen.regex,
+        grammar=chosen.grammar,
+        choice=None if chosen.choice is None else tuple(chosen.choice),
+        json_object=bool(chosen.json_object),
+    )
+    return Constraint(structured, "structured_outputs")
+
+
+def _from_guided_fields(fields: SamplingFields) -> list[Constraint]:
+    """vLLM's older names."""
+    found: list[Constraint] = []
+    if fields.guided_json is not None:
+        found.append(Constraint(StructuredOutput(json_schema=_schema_text(fields.guided_json)), "guided_json"))
+    if fields.guided_regex is not None:
+        found.append(Constraint(StructuredOutput(regex=fields.guided_regex), "guided_regex"))
+    if fields.guided_choice is not None:
+        found.append(Constraint(StructuredOutput(choice=tuple(fields.guided_choice)), "guided_choice"))
+    if fields.guided_grammar is not None:
+        found.append(Constraint(StructuredOutput(grammar=fields.guided_grammar), "guided_grammar"))
+    return found
+
+
+def _schema_text(schema: str | Mapping[str, Any]) -> str:
+    return schema if isinstance(schema, str) else _text(schema)
+
+
+def _text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
