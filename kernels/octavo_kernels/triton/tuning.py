@@ -5,11 +5,13 @@ Nothing is tuned while serving: `octavo tune` measures and writes the file, kern
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -44,9 +46,38 @@ class TunedConfigError(ValueError):
 Table = dict[str, dict[str, LaunchConfig]]  # kernel -> key -> configuration
 
 
+_recorded: dict[tuple[str, str], LaunchConfig] | None = None
+_trials: dict[tuple[str, str], LaunchConfig] = {}
+
+
 def launch_config(kernel: str, key: str, device: torch.device, default: LaunchConfig) -> LaunchConfig:
     """The measured configuration of `kernel` for the shape named `key`, else `default`."""
+    if _recorded is not None:
+        _recorded[kernel, key] = default
+    if _trials and (kernel, key) in _trials:
+        return _trials[kernel, key]
     return device_table(_device_name(device)).get(kernel, {}).get(key, default)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[tuple[str, str], LaunchConfig]]:
+    """Collect what is looked up inside the block: (kernel, key) -> its default. For the tuner, not concurrent."""
+    global _recorded
+    _recorded = {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+@contextlib.contextmanager
+def trial(kernel: str, key: str, config: LaunchConfig) -> Iterator[None]:
+    """Use `config` for this kernel and key inside the block. For the tuner, not concurrent."""
+    _trials[kernel, key] = config
+    try:
+        yield
+    finally:
+        del _trials[kernel, key]
 
 
 @functools.cache

@@ -1,0 +1,67 @@
+"""`octavo tune`: measure launch configurations of the GPU kernels on this machine's device and keep the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from octavo_kernels.triton.autotune import Finding
+    from octavo_kernels.triton.tuning import Table
+
+
+def tune(
+    only: Annotated[str, typer.Option(help="Tune on workloads whose name contains this text.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Folder to write to instead of the user's cache.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the workloads and exit.")] = False,
+) -> None:
+    """Measure kernel configurations on this GPU and keep the fastest.
+
+    Writes one small file for the device, which every replica on such a device reads at start. Nothing is ever tuned
+    while serving.
+    """
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        raise _refusal("Triton is not installed; pip install 'octavo[gpu]'") from error
+    import torch
+
+    if not dry_run and not torch.cuda.is_available():
+        raise _refusal("PyTorch finds no CUDA device; run this on the machine that will serve")
+    from octavo_kernels.triton import autotune, timing, tuning, workloads
+
+    chosen = [workload for workload in workloads.workloads() if only in workload.name]
+    if not chosen:
+        raise _refusal(f"no workload has {only!r} in its name; --dry-run lists them")
+    if dry_run:
+        typer.echo("\n".join(workload.name for workload in chosen))
+        return
+    name = torch.cuda.get_device_name()
+    typer.echo(f"Tuning {len(chosen)} workloads on {name}")
+    found = autotune.tune(chosen, torch.device("cuda"), lambda run: timing.time_call(run).median_s, _report)
+    path = (output or tuning.user_dir()) / tuning.file_name(name)
+    merged = _merged(path, found)
+    tuning.write_table(path, name, {"torch": torch.__version__, "triton": triton.__version__}, merged)
+    typer.echo(f"{sum(len(keys) for keys in found.values())} configurations better than the defaults, in {path}")
+
+
+def _merged(path: Path, found: Table) -> Table:
+    """What the file had before, with the new findings over it: `--only` must not lose the rest."""
+    from octavo_kernels.triton.tuning import read_table
+
+    before = read_table(path) if path.is_file() else {}
+    return {kernel: before.get(kernel, {}) | found.get(kernel, {}) for kernel in before.keys() | found.keys()}
+
+
+def _report(finding: Finding) -> None:
+    change = f"{finding.default_s / finding.best_s:.2f}x" if finding.improved else "default kept"
+    times = f"{finding.default_s * 1e6:9.1f} us -> {finding.best_s * 1e6:9.1f} us"
+    left_out = f", {finding.failed} of {finding.tried} did not fit" if finding.failed else ""
+    typer.echo(f"{finding.workload:<44} {finding.kernel:<24} {times}  {change}{left_out}")
+
+
+def _refusal(message: str) -> SystemExit:
+    typer.echo(f"octavo tune: {message}", err=True)
+    return SystemExit(1)
