@@ -114,17 +114,17 @@ def test_guesses_that_fail_are_given_up() -> None:
     assert core.stats().spec_draft_tokens < 40
 
 
-def test_a_compute_bound_batch_is_not_burdened_with_guesses() -> None:
+@pytest.mark.parametrize(
+    ("fixed_s", "token_s", "length"), [(0.0, 1e-3, 0), (0.1, 1e-5, 5), (0.01, 1e-3, 0), (0.1, 1e-3, 3)]
+)
+def test_drafts_are_as_long_as_the_cost_of_a_token_allows(fixed_s: float, token_s: float, length: int) -> None:
     model = StepTimeModel()
     for size in range(1, 200):
-        model.observe(StepLoad(size), 0.001 * size)
+        model.observe(StepLoad(size), fixed_s + token_s * size)
     speculator = Speculator(5, model, 1_000)
     sampling = SamplingParams(max_tokens=100, temperature=0.0)
     seq = Sequence(AddRequest(request_id="a", prompt_token_ids=[1, 2, 3] * 10, sampling=sampling), 0.0)
-    assert speculator.propose(seq, num_running=32) == []
-    for size in range(1, 200):
-        model.observe(StepLoad(size), 0.1 + 0.000_01 * size)
-    assert len(speculator.propose(seq, num_running=32)) == 5
+    assert len(speculator.propose(seq, num_running=50)) == length
 
 
 @settings(max_examples=80)
