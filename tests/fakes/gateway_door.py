@@ -22,6 +22,7 @@ FAST: dict[str, Any] = {"report_interval": 0.05, "heartbeat_interval": 0.1, "con
 
 def entry(*replicas: OpenAIReplica, name: str = "m", **fields: Any) -> ModelEntry:
     """A model served by these replicas, least-loaded unless told otherwise."""
+    assert all(r.port for r in replicas), "serve the replicas first"
     endpoints = tuple(Endpoint(r.name, r.url) for r in replicas)
     return ModelEntry(**({"name": name, "endpoints": endpoints, "strategy": Strategy.LEAST_LOADED} | fields))
 

@@ -199,7 +199,7 @@ async def test_a_key_removed_from_the_file_is_refused_without_a_restart(tmp_path
 async def test_a_noisy_tenant_leaves_the_other_its_share_of_a_saturated_model() -> None:
     replica = OpenAIReplica("r", tokens=2, token_delay=2.0)  # slow until all are in line
     replica.metrics = "octavo_requests_waiting 0\noctavo_requests_running 0\noctavo_max_num_seqs 2\n"
-    model = entry(replica, name="shared", saturation=Saturation(queue_depth=1), hold=HoldPolicy(1_000, 60))
+    line = {"saturation": Saturation(queue_depth=1), "hold": HoldPolicy(1_000, 60)}
     body = HELLO | {"model": "shared"}
     order: list[str] = []
 
@@ -208,7 +208,10 @@ async def test_a_noisy_tenant_leaves_the_other_its_share_of_a_saturated_model() 
         assert status == 200
         order.append(name)
 
-    async with replica.serve(), open_door(model, directory=DIRECTORY, connect_timeout=30) as door:
+    async with (
+        replica.serve(),
+        open_door(entry(replica, name="shared", **line), directory=DIRECTORY, connect_timeout=30) as door,
+    ):
         await until(lambda: door.server.app.loads["r"].report is not None)
         noisy = [asyncio.ensure_future(ask(door, KEY_A, "noisy")) for _ in range(150)]
         await until(lambda: door.server.app.signals("shared").arrivals_total == 150)
