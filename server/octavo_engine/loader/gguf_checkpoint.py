@@ -34,7 +34,9 @@ class GGUFCheckpoint:
         self.architecture = str(file.metadata.get("general.architecture", ""))
         tensors = {name: tensor for part in _parts(file) for name, tensor in part.tensors.items()}
         self.config = RawConfig(config_from_metadata(self.metadata, tensors, path), str(path))
-        self._tensors = {hugging_face_name(name, self.architecture): tensor for name, tensor in tensors.items()}
+        self._tensors: dict[str, GGUFTensor] = {}
+        for name, tensor in tensors.items():
+            self._tensors |= _by_expert(hugging_face_name(name, self.architecture), tensor)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -80,6 +82,18 @@ def _parts(first: GGUFFile) -> list[GGUFFile]:
         raise ModelLoadError(f"{first.path}: is part of a model split in {count}; name its -00001-of- file")
     others = [first.path.with_name(f"{stem}-{index:05d}-of-{count:05d}.gguf") for index in range(2, count + 1)]
     return [first, *(open_gguf(path) for path in others)]
+
+
+def _by_expert(name: str, tensor: GGUFTensor) -> dict[str, GGUFTensor]:
+    """A stack of experts' matrices [experts, out, in] as one tensor for each."""
+    if len(tensor.shape) != 3 or "{expert}" not in name:
+        return {name: tensor}
+    count, *shape = tensor.shape
+    stacks = tensor.data.view(count, -1, tensor.data.shape[1])
+    return {
+        name.format(expert=index): GGUFTensor(tensor.name, tuple(shape), tensor.ggml_type, data)
+        for index, data in enumerate(stacks)
+    }
 
 
 def _halves_from_pairs(data: torch.Tensor, heads: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 _TOP_LEVEL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -22,15 +23,36 @@ _IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}
+_GEMMA = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PARTICULAR: Mapping[str, Mapping[str, str]] = {
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    "llama": {  # Mixtral, the only mixture of experts under this name
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+    },
 }
 _LAYER = re.compile(r"blk\.(\d+)\.([a-z_0-9]+)\.(weight|bias)")
 
 
 def hugging_face_name(name: str, architecture: str) -> str:
-    """The name a model asks for; tensors nobody asks for keep their own."""
+    """The name a model asks for, with `{expert}` where a tensor stacks all experts; unknown ones keep their own."""
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     found = _LAYER.fullmatch(name)
-    if found is None or found[2] not in _IN_LAYER:
+    roles = {**_IN_LAYER, **_PARTICULAR.get(architecture, {})}
+    if found is None or found[2] not in roles:
         return name
-    return f"model.layers.{found[1]}.{_IN_LAYER[found[2]]}.{found[3]}"
+    return f"model.layers.{found[1]}.{roles[found[2]]}.{found[3]}"
