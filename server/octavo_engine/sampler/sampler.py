@@ -31,6 +31,7 @@ class Sampled:
 class Sampler:
     """Chooses tokens; keeps no state of its own, everything about a sequence is in its `SamplerState`."""
 
+    @torch.inference_mode()  # logits come from it, and can only be edited in it
     def sample(
         self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None = None
     ) -> Sampled:
