@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ def server(smollm2_gguf: Path) -> Iterator[str]:
         [
             sys.executable, "-m", "octavo_cli.main", "serve", str(smollm2_gguf), "--served-model-name", "smollm2",
             "--port", "0", "--device", "cpu", "--max-model-len", "1024", "--num-kv-blocks", "256",
-            "--drain-propagation", "0",
+            "--drain-propagation", "0", "--tool-call-parser", "hermes",
         ],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -109,6 +110,17 @@ def test_echo_scores_a_prompt(client: openai.OpenAI) -> None:
     assert answer.choices[0].text[logprobs.text_offset[-1] :] == " Paris"
 
 
+def test_every_processor_of_logits_leaves_the_engine_well(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="smollm2", prompt="One, two,", temperature=0, max_tokens=12, presence_penalty=0.5, frequency_penalty=0.5,
+        logit_bias={"28": -100}, logprobs=1,
+        extra_body={"repetition_penalty": 1.2, "min_tokens": 12, "bad_words": ["three"], "top_k": 50, "min_p": 0.01},
+    )  # fmt: skip
+
+    assert answer.usage.completion_tokens == 12
+    assert "three" not in answer.choices[0].text
+
+
 def test_stop_strings_never_show(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="smollm2", prompt="One, two, three, four,", temperature=0, max_tokens=40, stop=["seven"]
@@ -116,6 +128,49 @@ def test_stop_strings_never_show(client: openai.OpenAI) -> None:
 
     assert "seven" not in answer.choices[0].text
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_structured_output_keeps_to_its_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "people": {"type": "integer"}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="smollm2", messages=CAPITAL, temperature=0, max_tokens=80,
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+    )  # fmt: skip
+
+    value = json.loads(answer.choices[0].message.content or "")
+    assert value["city"] in ("Paris", "Rome")
+    assert isinstance(value["people"], int)
+
+
+def test_a_grammar_that_cannot_be_compiled_names_the_field(client: openai.OpenAI) -> None:
+    for fields, param in (
+        ({"guided_regex": "(unclosed"}, "guided_regex"),
+        ({"structured_outputs": {"grammar": "no grammar at all ((("}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
+         "response_format.json_schema"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="smollm2", messages=CAPITAL, extra_body=fields)
+        assert caught.value.param == param
+
+
+def test_a_named_tool_is_called_with_valid_arguments(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    answer = client.chat.completions.create(
+        model="smollm2", messages=CAPITAL, temperature=0, max_tokens=120,
+        tools=[{"type": "function", "function": {"name": "look_up", "parameters": parameters}}],
+        tool_choice={"type": "function", "function": {"name": "look_up"}},
+    )  # fmt: skip
+
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.function.name == "look_up"
+    assert isinstance(json.loads(call.function.arguments)["city"], str)
+    assert answer.choices[0].finish_reason == "tool_calls"
 
 
 async def test_many_streams_at_once_keep_to_their_own_text(server: str) -> None:
