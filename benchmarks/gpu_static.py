@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel for Hopper, without a GPU: registers, spills, shared memory, occupancy.
 
-    python benchmarks/gpu_static.py [--only TEXT] [--output benchmarks/results/gpu_static_sm90.md]
+    python benchmarks/gpu_static.py [--only TEXT ...] [--output benchmarks/results/gpu_static_sm90.md]
 
 Static analysis, not a measurement: it shows that every launch compiles to machine code, that nothing spills, and how
 many programs fit a multiprocessor. Workloads are those of the GPU benchmark, on tensors without memory.
@@ -31,7 +31,7 @@ HEADER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="workloads whose name contains this text")
+    parser.add_argument("--only", nargs="*", default=[""], help="workloads whose name contains one of these texts")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if not tools_are_here():
@@ -41,7 +41,7 @@ def main() -> None:
     seen: set[KernelReport] = set()
     with use_backends("triton"):
         for workload in workloads():
-            if arguments.only not in workload.name:
+            if not any(text in workload.name for text in arguments.only):
                 continue
             for report in compile_launches(lambda prepare=workload.prepare: prepare(torch.device("meta")).run()):
                 if report not in seen:

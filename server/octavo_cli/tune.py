@@ -28,7 +28,7 @@ def tune(
         raise _refusal("Triton is not installed; pip install 'octavo[gpu]'") from error
     import torch
 
-    if not dry_run and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise _refusal("PyTorch finds no CUDA device; run this on the machine that will serve")
     from octavo_kernels.triton import autotune, timing, tuning, workloads
 
