@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as RustTokenizer
@@ -92,6 +94,16 @@ class FastTokenizer:
             return piece.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and the chat template."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special.named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        generation = {"bos_token_id": self._special.bos_id, "eos_token_id": sorted(self._special.eos_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        if self._templates.default is not None:
+            (folder / "chat_template.jinja").write_text(self._templates.default)
 
     def apply_chat_template(
         self,

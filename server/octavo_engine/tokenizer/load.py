@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from octavo_engine.errors import ModelLoadError
-from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_engine.tokenizer.fast import FastTokenizer
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def load_tokenizer(path: Path | str) -> FastTokenizer:
     """The tokenizer of a Hugging Face folder or a GGUF file; raises `ModelLoadError`."""
     path = Path(path)
     if path.is_dir():

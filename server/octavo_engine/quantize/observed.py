@@ -1,0 +1,118 @@
+"""A model whose projections can be watched and replaced while it runs; everything else of it is the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from octavo_engine.layers.linear import Linear
+from octavo_engine.loader.weights import WeightLoader
+from octavo_kernels.quantized_weights import IntWeight
+from octavo_kernels.weights import QuantizedWeight, Weight
+
+
+class Projection:
+    """One fused projection: its dense weight now, the names of its rows, and who watches its inputs.
+
+    rows: prefix of the tensors' names -> number of rows, in order. weight: [sum of rows, in]. exact: the model wants
+    it unrounded (routers).
+    """
+
+    def __init__(
+        self, rows: Mapping[str, int], weight: torch.Tensor, bias: torch.Tensor | None, exact: bool = False
+    ) -> None:
+        self.rows = dict(rows)
+        self.weight = weight
+        self.bias = bias
+        self.exact = exact
+        self.on_input: Callable[[torch.Tensor], None] | None = None
+        self.activation_bits = 16
+        self.quantized: dict[str, IntWeight] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.on_input is not None:
+            self.on_input(x)
+        if self.activation_bits == 8:
+            x = _rounded_rows(x)
+        return functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def rows_of(self, prefix: str) -> slice:
+        """Where a part's rows lie."""
+        start = 0
+        for name, count in self.rows.items():
+            if name == prefix:
+                return slice(start, start + count)
+            start += count
+        raise KeyError(prefix)
+
+    def part(self, suffix: str) -> str | None:
+        """The prefix that ends in `.suffix`, if there is one."""
+        return next((name for name in self.rows if name.endswith(f".{suffix}")), None)
+
+
+def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """Activations as int8 with one scale a token would carry them."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-10)
+    return ((x.float() / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedLinear(Linear):
+    """Stands where a `Linear` does and asks its projection."""
+
+    projection: Projection
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.projection(x)
+
+
+class ObservingLoader(WeightLoader):
+    """Loads a model densely and remembers what each tensor became, so that it can be written out again."""
+
+    projections: list[Projection]
+    vectors: dict[str, tuple[torch.Tensor, float]]
+    biases: dict[str, tuple[Projection, slice]]
+
+    def linear(
+        self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False, exact: bool = False
+    ) -> Linear:
+        """As the real one, but dense and observed."""
+        if not hasattr(self, "projections"):
+            self.projections, self.biases = [], {}
+        parts = [self._plain(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
+        biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
+        joined = torch.cat(biases) if biases else None
+        projection = Projection(outputs, torch.cat(parts), joined, exact)
+        self.projections.append(projection)
+        if joined is not None:
+            self.biases |= {f"{prefix}.bias": (projection, projection.rows_of(prefix)) for prefix in outputs}
+        return ObservedLinear((), joined, projection=projection)
+
+    def matrix(self, name: str, shape: tuple[int, int], **_: bool) -> Weight:
+        """Dense: the head stays as it is."""
+        return self._plain(name, shape)
+
+    def pack(self, weight: Weight, **_: bool) -> Weight:
+        """Dense, for a head tied to the embedding."""
+        return weight.dequantize(self.dtype) if isinstance(weight, QuantizedWeight) else weight.to(self.dtype)
+
+    def vector(self, name: str, size: int, *, offset: float = 0.0) -> torch.Tensor:
+        """A norm, which AWQ and SmoothQuant rescale in place."""
+        weight = super().vector(name, size, offset=offset)
+        if not hasattr(self, "vectors"):
+            self.vectors = {}
+        self.vectors[name] = (weight, offset)
+        return weight
+
+    @property
+    def tensors_read(self) -> frozenset[str]:
+        """The names the model asked for."""
+        return frozenset(self._read)
+
+    def _plain(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        weight = self._matrix(name, shape)
+        dense = weight.dequantize(self.dtype) if isinstance(weight, QuantizedWeight) else weight
+        return dense.to(self.device, self.dtype, copy=True)

@@ -1,0 +1,175 @@
+"""How weights are rounded: bits, groups, zero points; and the rounding itself."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from octavo_engine.errors import ConfigError
+from octavo_kernels.quantized_weights import IntWeight
+
+GROUP_SIZES = (128, 64, 32)
+SHRINK_STEPS = tuple(1.0 - 0.04 * step for step in range(10))
+CHUNK_WEIGHTS = 1 << 17
+
+
+class Method(enum.StrEnum):
+    """rtn: round to nearest. gptq: arXiv 2210.17323. awq: arXiv 2306.00978. smoothquant: arXiv 2211.10438."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    SMOOTHQUANT = "smoothquant"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Integer weights of `bits`; one scale for `group_size` inputs of a row (0: for the whole row).
+
+    symmetric: no zero points. activation_bits: 8 where activations are rounded too, one scale a token; else 16.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    activation_bits: int = 16
+
+    @property
+    def name(self) -> str:
+        """`W4A16-g64`, `W8A8`."""
+        return f"W{self.bits}A{self.activation_bits}" + (f"-g{self.group_size}" if self.group_size else "")
+
+
+def choose_scheme(
+    method: Method, bits: int, group_size: int | None, symmetric: bool, in_features: Iterable[int]
+) -> Scheme:
+    """The scheme that fits every projection; raises `ConfigError`. `group_size` None takes the largest that divides.
+
+    SmoothQuant means W8A8 with one scale a row. Eight bits alone take one scale a row unless a group size is given.
+    """
+    if bits not in (4, 8):
+        raise ConfigError(f"bits: must be 4 or 8, got {bits}")
+    if method is Method.SMOOTHQUANT:
+        if bits != 8 or group_size:
+            raise ConfigError("method smoothquant: rounds weights and activations to 8 bits, without groups")
+        return Scheme(8, 0, symmetric=True, activation_bits=8)
+    if group_size == 0 or (group_size is None and bits == 8):
+        return Scheme(bits, 0, symmetric)
+    common = math.gcd(*in_features)
+    if group_size is None:
+        fitting = [size for size in GROUP_SIZES if common % size == 0]
+        if not fitting:
+            raise ConfigError(f"group_size: none of {GROUP_SIZES} divides the model's widths; use --group-size 0")
+        return Scheme(bits, fitting[0], symmetric)
+    if group_size < 16 or common % group_size:
+        possible = [size for size in (*GROUP_SIZES, 16) if common % size == 0]
+        raise ConfigError(f"group_size: {group_size} does not divide the model's widths; possible: {possible or 0}")
+    return Scheme(bits, group_size, symmetric)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values a weight may take: (code - zero) * scale. scales, zeros: [out, groups] float32; zeros None: none."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    low: int
+    high: int
+
+    def rows(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        return Grid(self.scales[rows], None if self.zeros is None else self.zeros[rows], self.low, self.high)
+
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """Nearest codes. weight: [out, in] -> [out, in] float32 whole numbers."""
+        rows, columns = weight.shape
+        grouped = weight.view(rows, self.scales.shape[1], -1)
+        codes = (grouped / self.scales.unsqueeze(-1)).round()
+        if self.zeros is not None:
+            codes += self.zeros.unsqueeze(-1)
+        return codes.clamp_(self.low, self.high).view(rows, columns)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes stand for. [out, in]"""
+        rows, columns = codes.shape
+        grouped = codes.view(rows, self.scales.shape[1], -1)
+        if self.zeros is not None:
+            grouped = grouped - self.zeros.unsqueeze(-1)
+        return (grouped * self.scales.unsqueeze(-1)).view(rows, columns)
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest values to a weight. [out, in]"""
+        return self.values(self.codes(weight))
+
+
+def fit_grid(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, *, cut_extremes: bool = True
+) -> Grid:
+    """The grid with the least squared error over a few ways to cut off the extremes of each group.
+
+    weight: [out, in] float32. importance: [in], how much the error of each input counts (mean squared activation).
+    Scales are rounded to bfloat16, as they are stored.
+    """
+    rows, columns = weight.shape
+    size = scheme.group_size or columns
+    grouped = weight.reshape(-1, size)
+    counts = None if importance is None else importance.view(-1, size).repeat(rows, 1)
+    steps = SHRINK_STEPS if scheme.bits == 4 else SHRINK_STEPS[:3]
+    steps = steps if cut_extremes else steps[:1]
+    chunk = max(CHUNK_WEIGHTS // size, 1)
+    fitted = [
+        _fit_chunk(
+            grouped[start : start + chunk], None if counts is None else counts[start : start + chunk], scheme, steps
+        )
+        for start in range(0, grouped.shape[0], chunk)
+    ]
+    half = 1 << (scheme.bits - 1)
+    scales, zeros = (torch.cat(parts).view(rows, -1) for parts in zip(*fitted, strict=True))
+    if scheme.symmetric:
+        return Grid(scales, None, -half, half - 1)
+    return Grid(scales, zeros, 0, 2 * half - 1)
+
+
+def _fit_chunk(
+    groups: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme, steps: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [n, 1] for groups [n, size]; a chunk is small enough to stay in the processor's cache."""
+    half = 1 << (scheme.bits - 1)
+    low, high = (-half, half - 1) if scheme.symmetric else (0, 2 * half - 1)
+    smallest, largest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+    extreme = torch.maximum(-smallest, largest)
+    best_scales, best_zeros, best_error = extreme, torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
+    for shrink in steps:
+        if scheme.symmetric:
+            scales = _stored(extreme * (shrink / (half - 0.5 if scheme.bits == 4 else half - 1)))
+            zeros = torch.zeros_like(scales)
+        else:
+            scales = _stored((largest - smallest) * (shrink / (2 * half - 1)))
+            zeros = (-smallest * shrink / scales).round_().clamp_(low, high)
+        error = (groups / scales).round_().add_(zeros).clamp_(low, high).sub_(zeros).mul_(scales).sub_(groups).square_()
+        if counts is not None:
+            error *= counts
+        error = error.sum(-1, keepdim=True)
+        better = error < best_error
+        best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
+        best_error = torch.minimum(error, best_error)
+    return best_scales, best_zeros
+
+
+def _stored(scales: torch.Tensor) -> torch.Tensor:
+    return scales.clamp_min(1e-9).bfloat16().float()
+
+
+def as_int_weight(codes: torch.Tensor, grid: Grid, scheme: Scheme) -> IntWeight:
+    """Codes and their grid in the form kernels take: 4-bit codes count from 0, 8-bit ones are signed."""
+    half = 1 << (scheme.bits - 1)
+    if scheme.bits == 4:
+        unsigned = codes if grid.zeros is not None else codes + half
+        return IntWeight(unsigned.to(torch.uint8), grid.scales.bfloat16(), grid.zeros, 4)
+    if grid.zeros is not None:
+        return IntWeight((codes - half).to(torch.int8), grid.scales.bfloat16(), grid.zeros - half, 8)
+    return IntWeight(codes.to(torch.int8), grid.scales.bfloat16(), None, 8)
