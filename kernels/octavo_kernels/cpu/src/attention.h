@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "kernels.h"
+#include "vector_math.h"
 
 namespace OCT_ISA {
 
@@ -63,11 +64,30 @@ OCT_INLINE float closing_factor(const oct_attention& a, int64_t head, float maxi
   return kept / (sum * kept + expf(sink - top));
 }
 
-// scores[g][0..15] of 16 keys (rows beyond `count` repeat the last) for every head of the group.
 template <int DType>
-OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const int64_t* rows, const float* query,
-                        int64_t group, float* scores, int64_t scores_stride) {
+constexpr int64_t kv_bytes() {
+  return DType == OCT_KV_F32 ? 4 : DType == OCT_KV_INT8 ? 1 : 2;
+}
+
+// Blocks lie scattered where no processor guesses them: what the next stretch of keys needs is fetched during this one.
+struct Ahead {
+  int64_t rows[kDecodeKeys];
+  int64_t count;
+};
+template <int DType>
+OCT_INLINE void prefetch_row(const void* data, const Ahead& ahead, int64_t i, int64_t dim) {
+  if (i >= ahead.count) return;
+  const char* row = (const char*)data + ahead.rows[i] * dim * kv_bytes<DType>();
+  for (int64_t line = 0; line < dim * kv_bytes<DType>(); line += 64) prefetch(row + line);
+}
+
+// scores[g][0..15] of 16 keys (rows beyond the last repeat it) for every head of the group.
+template <int DType>
+OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const int64_t* rows, int64_t first,
+                        const Ahead& ahead, const float* query, int64_t group, float* scores, int64_t scores_stride) {
   int64_t dim = a.head_dim;
+  rows += first;
+  for (int64_t j = 0; j < 16; j++) prefetch_row<DType>(cache.key, ahead, first + j, dim);
   for (int64_t g = 0; g < group; g++) {
     VF acc[16];
 #pragma GCC unroll 16
@@ -87,41 +107,73 @@ OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const
   }
 }
 
-// acc[g][c .. c+15] = acc * factor[g] + sum over keys of p[g][key] * value[key], for up to 4 heads at once.
-template <int DType, int G>
-OCT_INLINE void weigh_values(const oct_kv_cache& cache, const int64_t* rows, int64_t count, int64_t dim,
-                             const float* p, int64_t p_stride, const float* factor, float* acc) {
-  for (int64_t c = 0; c < dim; c += 16) {
-    VF sum[G];
+// acc[g][c ..] = acc * factor[g] + sum over keys of p[g][key] * value[key] for G heads, N times 16 columns at a time.
+template <int DType, int G, int N>
+OCT_INLINE void weigh_columns(const oct_kv_cache& cache, const int64_t* rows, int64_t count, const Ahead& ahead,
+                              int64_t dim, int64_t c, const float* p, const float* factor, float* acc) {
+  VF sum[G][N];
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++) sum[g] = f_mul(f_load(acc + g * dim + c), f_set(factor[g]));
-    for (int64_t k = 0; k < count; k++) {
-      VF v = kv_load<DType>(cache.value, rows[k] * dim + c);
+  for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; g++) sum[g] = f_fma(v, f_set(p[g * p_stride + k]), sum[g]);
+    for (int n = 0; n < N; n++) sum[g][n] = f_mul(f_load(acc + g * dim + c + 16 * n), f_set(factor[g]));
+  for (int64_t k = 0; k < count; k++) {
+    if (c == 0) prefetch_row<DType>(cache.value, ahead, k, dim);
+    VF v[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) v[n] = kv_load<DType>(cache.value, rows[k] * dim + c + 16 * n);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      VF weight = f_set(p[g * kDecodeKeys + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) sum[g][n] = f_fma(v[n], weight, sum[g][n]);
     }
-#pragma GCC unroll 4
-    for (int g = 0; g < G; g++) f_store(acc + g * dim + c, sum[g]);
   }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) f_store(acc + g * dim + c + 16 * n, sum[g][n]);
+}
+
+template <int DType, int G>
+OCT_INLINE void weigh_values(const oct_kv_cache& cache, const int64_t* rows, int64_t count, const Ahead& ahead,
+                             int64_t dim, const float* p, const float* factor, float* acc) {
+  constexpr int kWide = kMaxTile >= 8 ? 4 : 1;
+  int64_t c = 0;
+  for (; c + 16 * kWide <= dim; c += 16 * kWide)
+    weigh_columns<DType, G, kWide>(cache, rows, count, ahead, dim, c, p, factor, acc);
+  for (; c < dim; c += 16) weigh_columns<DType, G, 1>(cache, rows, count, ahead, dim, c, p, factor, acc);
+}
+
+// Rows of the keys [first, end) of a task, at most kDecodeKeys.
+OCT_INLINE void look_ahead(const oct_attention& a, const oct_batch& batch, const AttentionTask& task, int64_t first,
+                           Ahead& ahead) {
+  int64_t left = task.key_end - first;
+  ahead.count = left < 0 ? 0 : left < kDecodeKeys ? left : kDecodeKeys;
+  cache_rows(a, batch, task.seq, task.kv_head, first, ahead.count, ahead.rows);
 }
 
 template <int DType>
 static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
-                      const AttentionTask& task, const float* query, float* out, float* partials) {
+                      const AttentionTask& task, const AttentionTask* next, const float* query, float* out,
+                      float* partials) {
   int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim;
   float maximum[kMaxGroup], sum[kMaxGroup], factor[kMaxGroup];
   float* acc = task.partial >= 0 ? partials + task.partial * group * (dim + 2) + 2 * group : out;
   for (int64_t g = 0; g < group; g++) maximum[g] = -INFINITY, sum[g] = 0;
   memset(acc, 0, sizeof(float) * group * dim);
   float scores[kMaxGroup * kDecodeKeys];
-  int64_t rows[kDecodeKeys];
-  for (int64_t first = task.key_begin; first < task.key_end; first += kDecodeKeys) {
-    int64_t count = task.key_end - first < kDecodeKeys ? task.key_end - first : kDecodeKeys;
-    int64_t padded = (count + 15) & ~15;
-    cache_rows(a, batch, task.seq, task.kv_head, first, count, rows);
+  Ahead both[2];
+  look_ahead(a, batch, task, task.key_begin, both[0]);
+  for (int64_t first = task.key_begin, turn = 0; first < task.key_end; first += kDecodeKeys, turn ^= 1) {
+    int64_t* rows = both[turn].rows;
+    Ahead& ahead = both[turn ^ 1];
+    int64_t count = both[turn].count, padded = (count + 15) & ~15;
     for (int64_t i = count; i < padded; i++) rows[i] = rows[count - 1];
+    if (first + kDecodeKeys < task.key_end) look_ahead(a, batch, task, first + kDecodeKeys, ahead);
+    else if (next) look_ahead(a, batch, *next, next->key_begin, ahead);
+    else ahead.count = 0;
     for (int64_t i = 0; i < padded; i += 16)
-      score16<DType>(a, cache, rows + i, query, group, scores + i, kDecodeKeys);
+      score16<DType>(a, cache, rows, i, ahead, query, group, scores + i, kDecodeKeys);
     for (int64_t g = 0; g < group; g++) {
       float* row = scores + g * kDecodeKeys;
       for (int64_t i = count; i < padded; i++) row[i] = -INFINITY;
@@ -130,14 +182,13 @@ static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_
         for (int64_t i = 0; i < count; i++) row[i] *= cache.value_scale[rows[i]];
     }
     int64_t g = 0;
-    for (; g + 4 <= group; g += 4)
-      weigh_values<DType, 4>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
-    if (group - g == 3)
-      weigh_values<DType, 3>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
-    else if (group - g == 2)
-      weigh_values<DType, 2>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
-    else if (group - g == 1)
-      weigh_values<DType, 1>(cache, rows, count, dim, scores + g * kDecodeKeys, kDecodeKeys, factor + g, acc + g * dim);
+#define OCT_WEIGH(G) \
+  weigh_values<DType, G>(cache, rows, count, ahead, dim, scores + g * kDecodeKeys, factor + g, acc + g * dim)
+    for (; g + 4 <= group; g += 4) OCT_WEIGH(4);
+    if (group - g == 3) OCT_WEIGH(3);
+    else if (group - g == 2) OCT_WEIGH(2);
+    else if (group - g == 1) OCT_WEIGH(1);
+#undef OCT_WEIGH
   }
   if (task.partial >= 0) {
     float* state = acc - 2 * group;
@@ -151,12 +202,13 @@ static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_
 }
 
 static void attend_decode(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
-                          const AttentionTask& task, const float* query, float* out, float* partials) {
+                          const AttentionTask& task, const AttentionTask* next, const float* query, float* out,
+                          float* partials) {
   switch (batch.kv_dtype) {
-    case OCT_KV_F32: return decode_of<OCT_KV_F32>(a, batch, cache, task, query, out, partials);
-    case OCT_KV_BF16: return decode_of<OCT_KV_BF16>(a, batch, cache, task, query, out, partials);
-    case OCT_KV_F16: return decode_of<OCT_KV_F16>(a, batch, cache, task, query, out, partials);
-    default: return decode_of<OCT_KV_INT8>(a, batch, cache, task, query, out, partials);
+    case OCT_KV_F32: return decode_of<OCT_KV_F32>(a, batch, cache, task, next, query, out, partials);
+    case OCT_KV_BF16: return decode_of<OCT_KV_BF16>(a, batch, cache, task, next, query, out, partials);
+    case OCT_KV_F16: return decode_of<OCT_KV_F16>(a, batch, cache, task, next, query, out, partials);
+    default: return decode_of<OCT_KV_INT8>(a, batch, cache, task, next, query, out, partials);
   }
 }
 

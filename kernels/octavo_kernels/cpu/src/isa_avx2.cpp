@@ -2,19 +2,16 @@
 #define OCT_ISA octavo_avx2
 #include "simd_avx2.h"
 
-#include "linear.h"
-
-#include "elementwise.h"
-
 #include "attention.h"
-
+#include "elementwise.h"
+#include "linear.h"
 #include "unpack.h"
 
 const KernelTable* kernels_avx2() {
   using namespace OCT_ISA;
   static const KernelTable table = {
-      "avx2", kMaxTile,   kHasBf16Dot,   linear,         prepare, gate,       rms_norm, gated,
-      rope_heads, store_kv, attend_decode, attend_prefill, combine, unpack_row,
+      "avx2", kMaxTile, kHasBf16Dot, linear, prepare, gate, rms_norm, gated, rope_heads, store_kv, attend_decode,
+      attend_prefill, combine, unpack_row,
   };
   return &table;
 }

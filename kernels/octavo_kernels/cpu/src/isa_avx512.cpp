@@ -2,19 +2,16 @@
 #define OCT_ISA octavo_avx512
 #include "simd_avx512.h"
 
-#include "linear.h"
-
-#include "elementwise.h"
-
 #include "attention.h"
-
+#include "elementwise.h"
+#include "linear.h"
 #include "unpack.h"
 
 const KernelTable* kernels_avx512() {
   using namespace OCT_ISA;
   static const KernelTable table = {
-      "avx512", kMaxTile,   kHasBf16Dot,   linear,         prepare, gate,       rms_norm, gated,
-      rope_heads, store_kv, attend_decode, attend_prefill, combine, unpack_row,
+      "avx512", kMaxTile, kHasBf16Dot, linear, prepare, gate, rms_norm, gated, rope_heads, store_kv, attend_decode,
+      attend_prefill, combine, unpack_row,
   };
   return &table;
 }

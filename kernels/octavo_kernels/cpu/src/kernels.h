@@ -72,9 +72,10 @@ struct KernelTable {
   void (*store_kv)(const oct_attention& a, int dtype, int64_t block_size, int64_t slot, const oct_kv_cache& cache,
                    int64_t head, const float* key, const float* value);
   // One token: query and out are [group heads][head_dim]. A partial result is [group heads] maxima, [group heads] sums
-  // and [group heads][head_dim] of weighted values.
+  // and [group heads][head_dim] of weighted values. `next` (or null): a task whose keys may be fetched meanwhile.
   void (*attend_decode)(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
-                        const AttentionTask& task, const float* query, float* out, float* partials);
+                        const AttentionTask& task, const AttentionTask* next, const float* query, float* out,
+                        float* partials);
   // Several tokens: query and out are [token][num_heads][head_dim] of the whole batch.
   void (*attend_prefill)(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
                          const AttentionTask& task, const float* query, int64_t query_stride, float* out,

@@ -143,7 +143,7 @@ extern "C" int oct_paged_attention(const oct_attention* attention, const oct_bat
         }
         int64_t at = task.first * stride + task.kv_head * group * dim, length = batch->seq_lens[task.seq];
         if (a.sliding_window) task.key_begin = (int32_t)std::max<int64_t>(task.key_begin, length - a.sliding_window);
-        table.attend_decode(a, *batch, *cache, task, query + at, out + at, partials.get());
+        table.attend_decode(a, *batch, *cache, task, nullptr, query + at, out + at, partials.get());
       });
       member.barrier();
       member.each((int64_t)plan.joins.size(), [&](int64_t i) {

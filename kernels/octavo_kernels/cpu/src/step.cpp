@@ -219,8 +219,9 @@ class Step {
       table_.rope_heads(a, a.q_norm, group, batch_.positions[token], scratch);
       if (task.key_end == length) store(a, cache, token, task.kv_head);  // only this task reads the newest key
       if (a.sliding_window) task.key_begin = std::max<int64_t>(task.key_begin, length - a.sliding_window);
-      table_.attend_decode(a, batch_, cache, task, scratch, attn_.get() + token * attn_stride_ + task.kv_head * group * dim,
-                           partials_.get());
+      float* out = attn_.get() + token * attn_stride_ + task.kv_head * group * dim;
+      const AttentionTask* next = i + 1 < (int64_t)plan_.tasks.size() ? &plan_.tasks[i + 1] : nullptr;
+      table_.attend_decode(a, batch_, cache, task, next, scratch, out, partials_.get());
     });
     member.barrier();
     if (!plan_.joins.empty()) {
