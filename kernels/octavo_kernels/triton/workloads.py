@@ -24,13 +24,15 @@ HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A prepared call. bytes: least that must move; flops: least that must be computed; matrix: whether the flops
-    are those of matrix products. peers: the same work through torch's own kernels, where there is such a thing."""
+    """A prepared call. bytes: least that must move; flops: least that must be computed, in matrix products. peers: the
+    same work through torch's own kernels, where there is such a thing. reset: undoes what a run changed in its inputs
+    so that the next gives the same result."""
 
     run: Callable[[], object]
     bytes: int
     flops: int = 0
     peers: tuple[tuple[str, Callable[[], object]], ...] = ()
+    reset: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +357,8 @@ def _experts() -> list[Workload]:
             chosen = torch.randint(-1, count, (tokens,), dtype=torch.int32, device=device)
             scales = torch.rand(count, device=device) / 1000
             moved = lora_a.nbytes + lora_b.nbytes + x.nbytes + 2 * out.nbytes
-            return Call(lambda: ops.add_lora(out, x, lora_a, lora_b, chosen, scales), moved, 4 * tokens * rank * HIDDEN)
+            run = lambda: ops.add_lora(out, x, lora_a, lora_b, chosen, scales)  # noqa: E731
+            return Call(run, moved, 4 * tokens * rank * HIDDEN, reset=out.zero_)
 
         return prepare
 

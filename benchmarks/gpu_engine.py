@@ -1,0 +1,188 @@
+"""Whole decode and prefill steps of real architectures with random weights on one GPU, against the roofline.
+
+    python benchmarks/gpu_engine.py [--models llama-3-8b qwen3-30b-a3b ...] [--batches 1 64 256] [--context 1024]
+                                    [--peer] [--output FILE]
+
+For each model and batch: the decode step through the runner with CUDA graphs, as tokens per second and as a share of
+the least time its weights and keys need at the copy bandwidth measured in this run; and a prefill of 8,192 tokens as a
+share of the measured matrix rate. --peer adds transformers' continuous batching on the same checkpoint (greedy, end of
+sequence ignored, same prompts and lengths). Exits 2 without a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+DTYPE = torch.bfloat16
+BLOCK_SIZE = 16
+STEPS = 32
+PREFILL = 8_192
+ARCHITECTURES = {
+    "smollm2-135m": ("Llama", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                               "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+                               "tie_word_embeddings": True}),
+    "llama-3-8b": ("Llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
+    "qwen3-30b-a3b": ("Qwen3Moe", {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+                                   "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+                                   "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+                                   "norm_topk_prob": True, "vocab_size": 151936}),
+}  # fmt: skip
+HEADER = "| model | what | batch | context | ms | tokens/s | least ms | share | peer tokens/s | ours / peer |"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement. least_s: what the measured limits of this card allow; peer: tokens per second, 0 if not run."""
+
+    model: str
+    what: str
+    batch: int
+    context: int
+    seconds: float
+    tokens: int
+    least_s: float
+    peer: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "llama-3-8b"], choices=sorted(ARCHITECTURES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 256])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--peer", action="store_true", help="also run transformers' continuous batching")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_engine: PyTorch finds no CUDA device; nothing was measured", file=sys.stderr)
+        sys.exit(2)
+    from octavo_kernels.triton.timing import measure_limits
+
+    limits = measure_limits()
+    title = f"# Engine steps on {torch.cuda.get_device_name()}, {datetime.now(UTC).date().isoformat()}"
+    speed = f"copy {limits.copy_bytes_s / 1e12:.2f} TB/s, product {limits.bf16_flops_s / 1e12:.0f} TFLOP/s"
+    lines = [title, "", f"torch {torch.__version__}. Measured in this run: {speed}.", "", HEADER, "|" + "---|" * 10]
+    print("\n".join(lines), flush=True)
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_checkpoint(Path(folder), model)
+            for row in _measure(Path(folder), model, arguments, limits):
+                lines.append(_line(row))
+                print(lines[-1], flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n")
+
+
+def _write_checkpoint(folder: Path, model: str) -> None:
+    """Random bf16 weights in the files a download would have, made on the GPU."""
+    import transformers
+
+    family, sizes = ARCHITECTURES[model]
+    config = getattr(transformers, f"{family}Config")(**sizes, max_position_embeddings=131_072, dtype="bfloat16")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(DTYPE)
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+        torch.set_default_dtype(torch.float32)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": 2}))
+    torch.cuda.empty_cache()
+
+
+def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) -> list[Row]:
+    from octavo_engine.config import EngineConfig
+    from octavo_engine.loader.load import load_runner
+    from octavo_engine.runner.interface import SequenceSlice
+
+    largest, context = max(arguments.batches), arguments.context
+    blocks = max(largest * -(-(context + STEPS) // BLOCK_SIZE), PREFILL // BLOCK_SIZE) + 1
+    config = EngineConfig(
+        model=str(folder), device="cuda", dtype="bfloat16", num_kv_blocks=blocks, block_size=BLOCK_SIZE,
+        max_model_len=max(PREFILL, context + STEPS),
+    )  # fmt: skip
+    runner = load_runner(config, lambda _: None)
+    runner.warm_up()
+    info = runner.info
+    sizes = ARCHITECTURES[model][1]
+    rows = []
+    for batch in arguments.batches:
+        each = -(-(context + STEPS) // BLOCK_SIZE)
+        tables = [list(range(i * each, (i + 1) * each)) for i in range(batch)]
+
+        def step(position: int, tables: list[list[int]] = tables) -> None:
+            runner.forward([SequenceSlice([5], position, table) for table in tables])
+
+        seconds = _time(lambda i, step=step: step(context + i), STEPS)
+        moved = _weight_bytes(info.weight_bytes, sizes, batch) + batch * context * info.kv_bytes_per_token
+        peer = _peer(folder, batch, context) if arguments.peer else 0.0
+        rows.append(Row(model, "decode step", batch, context, seconds, batch, moved / limits.copy_bytes_s, peer))
+    table = list(range(PREFILL // BLOCK_SIZE))
+    seconds = _time(lambda _: runner.forward([SequenceSlice([5] * PREFILL, 0, table)]), 3)
+    rows.append(Row(model, "prefill", 1, PREFILL, seconds, PREFILL, _prefill_flops(info, sizes) / limits.bf16_flops_s))
+    return rows
+
+
+def _time(call, repeats: int) -> float:
+    """Median seconds of call(i), host time included, after one warm-up."""
+    call(0)
+    torch.cuda.synchronize()
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        call(i)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _weight_bytes(total: int, sizes: dict[str, int], batch: int) -> int:
+    """Bytes of weights a step reads: of a mixture, the share of experts that `batch` tokens choose."""
+    if "num_experts" not in sizes:
+        return total
+    count, top_k = sizes["num_experts"], sizes["num_experts_per_tok"]
+    each = 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"] * DTYPE.itemsize * sizes["num_hidden_layers"]
+    return int(total - count * each + each * count * (1 - (1 - top_k / count) ** batch))
+
+
+def _prefill_flops(info, sizes: dict[str, int]) -> int:
+    """Two operations for each parameter used and token, and causal attention."""
+    used = _weight_bytes(info.weight_bytes, sizes, 1) // DTYPE.itemsize
+    head_dim = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    attention = 2 * sizes["num_hidden_layers"] * sizes["num_attention_heads"] * head_dim * PREFILL**2
+    return 2 * used * PREFILL + attention
+
+
+def _peer(folder: Path, batch: int, context: int) -> float:
+    """Output tokens per second of transformers' continuous batching on the same checkpoint."""
+    import transformers
+
+    settings = {"dtype": DTYPE, "device_map": "cuda", "attn_implementation": "sdpa_paged"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+    generation = transformers.GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1)
+    prompts = [[5] * context for _ in range(batch)]
+    start = time.perf_counter()
+    model.generate_batch(inputs=prompts, generation_config=generation)
+    torch.cuda.synchronize()
+    return batch * STEPS / (time.perf_counter() - start)
+
+
+def _line(row: Row) -> str:
+    rate = row.tokens / row.seconds
+    peer = f"{row.peer:.0f} | {rate / row.peer:.2f}" if row.peer else "- | -"
+    return (
+        f"| {row.model} | {row.what} | {row.batch} | {row.context} | {row.seconds * 1e3:.2f} | {rate:.0f} "
+        f"| {row.least_s * 1e3:.2f} | {row.least_s / row.seconds:.0%} | {peer} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
