@@ -22,6 +22,16 @@ Status = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """One change of the number of replicas; `time` is Unix seconds."""
+
+    time: float
+    before: int
+    after: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What is known when a status is written. `plan` is None when the service could not be planned."""
 
@@ -34,6 +44,7 @@ class Judgement:
     decision: Decision | None = None
     apply_error: str = ""
     runtime_kind: str = "ClusterServingRuntime"
+    scalings: tuple[Scaling, ...] = ()  # those since the operator started, newest first
 
 
 def service_status(judgement: Judgement) -> Status:
@@ -85,7 +96,7 @@ def _conditions(judgement: Judgement, previous: Mapping[str, Any]) -> list[dict[
         _scheduled(judgement, fault),
         _model_ready(judgement, fault),
         _progressing(judgement),
-        _scaling_active(judgement),
+        _scaling_active(judgement, previous),
         _degraded(judgement, fault),
     ]
     verdicts.insert(0, _ready(judgement, verdicts))
@@ -191,11 +202,14 @@ def _progressing(judgement: Judgement) -> _Verdict:
     return _Verdict("Progressing", "False", "Complete")
 
 
-def _scaling_active(judgement: Judgement) -> _Verdict:
+def _scaling_active(judgement: Judgement, previous: Mapping[str, Any]) -> _Verdict:
     decision, plan = judgement.decision, judgement.plan
     if plan is None or not plan.workloads or not plan.workloads[0].scaling.scales:
         return _Verdict("ScalingActive", "False", "NotAutoscaled", "the number of replicas is set elsewhere")
-    if decision is None:
+    if decision is None:  # the operator has just started: what was said before still holds
+        last = next((c for c in previous.get("conditions") or [] if c["type"] == "ScalingActive"), None)
+        if last is not None:
+            return _Verdict("ScalingActive", last["status"], last["reason"], last["message"])
         return _Verdict("ScalingActive", "Unknown", "NoDecisionYet")
     if decision.frozen:
         message = f"{decision.stale} of {decision.ready} replicas give no fresh metrics; the number is kept"
@@ -244,22 +258,21 @@ def start_seconds(pods: Sequence[PodView]) -> list[float]:
 
 
 def _scaling(judgement: Judgement, decision: Decision, before: Mapping[str, Any]) -> dict[str, Any]:
-    current = judgement.observation.deployment.wanted if judgement.observation.deployment else 0
+    told = [
+        {"time": timestamp(s.time), "from": s.before, "to": s.after, "reason": s.reason[:256]}
+        for s in judgement.scalings
+    ]
+    history = [*told, *(event for event in before.get("history") or [] if event not in told)][:HISTORY_LENGTH]
     scaling: dict[str, Any] = {
         "queueDepth": round(decision.waiting + decision.held),
         "decision": _decision(decision),
         "learned": decision.history.persisted(),
-        "history": list(before.get("history") or []),
+        "history": history,
     }
     if decision.kv_utilization is not None:
         scaling["kvUtilization"] = f"{decision.kv_utilization:.2f}"
-    if before.get("lastScaleTime"):
-        scaling["lastScaleTime"] = before["lastScaleTime"]
-    if decision.replicas != current:
-        time = timestamp(judgement.now)
-        event = {"time": time, "from": current, "to": decision.replicas, "reason": decision.message[:256]}
-        scaling["history"] = [event, *scaling["history"]][:HISTORY_LENGTH]
-        scaling["lastScaleTime"] = time
+    if history:
+        scaling["lastScaleTime"] = history[0]["time"]
     return scaling
 
 

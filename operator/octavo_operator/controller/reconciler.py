@@ -39,10 +39,11 @@ from octavo_operator.plan.values import ModelClaim
 from octavo_operator.render import Owner, render_plan
 from octavo_operator.render.labels import SERVICE_LABEL
 from octavo_operator.render.model_cache import MODEL_PATH, claim_name
-from octavo_operator.status import Judgement, Status, service_status, without_change
+from octavo_operator.status import HISTORY_LENGTH, Judgement, Scaling, Status, service_status, without_change
 
 log = logging.getLogger("octavo.operator")
 SCALING_STATUS_EVERY_S = 30.0
+BENIGN = frozenset({"ReplicasNotReady", "Suspended", "WaitingForModelCache"})  # not ready, but nothing is wrong
 
 
 @dataclass
@@ -52,8 +53,15 @@ class ServiceState:
     plan: Plan | None = None
     decision: Decision | None = None
     replicas: int | None = None  # the autoscaler's number
+    scalings: tuple[Scaling, ...] = ()  # newest first
+    untold_scalings: int = 0
     status_written: float = 0.0
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
+
+    def scaled(self, scaling: Scaling) -> None:
+        """Remember a change for the status, and that its Event is still to be written."""
+        self.scalings = (scaling, *self.scalings)[:HISTORY_LENGTH]
+        self.untold_scalings = min(self.untold_scalings + 1, HISTORY_LENGTH)
 
 
 class Reconciler:
@@ -81,7 +89,7 @@ class Reconciler:
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             self.states.pop(key, None)
             return None
-        state = self.states.setdefault(key, ServiceState())
+        state = self.states.setdefault(key, ServiceState(status_written=self._now()))
         try:
             service = parse(InferenceService, raw)
         except ManifestErrors as wrong:
@@ -105,6 +113,7 @@ class Reconciler:
             decision=state.decision,
             apply_error=apply_error,
             runtime_kind=runtime_kind,
+            scalings=state.scalings,
         )
         await self._write_status(raw, service_status(judgement), state)
         return self._settings.resync_s
@@ -219,7 +228,10 @@ class Reconciler:
         await self._tell(raw, status, state)
 
     async def _tell(self, raw: Object, status: Status, state: ServiceState) -> None:
-        """An Event for every aspect that changed for people: became ready, broke, or was decided anew."""
+        """An Event for every aspect that changed for people: became ready, broke, or was scaled."""
+        for scaling in reversed(state.scalings[: state.untold_scalings]):
+            await self._events.tell(raw, "Scaled", scaling.reason)
+        state.untold_scalings = 0
         for condition in status["conditions"]:
             type_, told = condition["type"], (condition["status"], condition["reason"])
             if type_ not in ("Ready", "RuntimeResolved", "Degraded") or state.conditions.get(type_) == told:
@@ -229,9 +241,8 @@ class Reconciler:
             bad = (condition["status"] == "True") == (type_ == "Degraded")
             if first and not bad:
                 continue
-            await self._events.tell(
-                raw, condition["reason"], condition["message"] or f"{type_} is {condition['status']}", warning=bad
-            )
+            note = condition["message"] or f"{type_} is {condition['status']}"
+            await self._events.tell(raw, condition["reason"], note, warning=bad and told[1] not in BENIGN)
 
 
 def _unreadable(raw: Object) -> InferenceService:

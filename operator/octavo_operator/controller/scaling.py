@@ -21,7 +21,7 @@ from octavo_operator.controller.store import Key, Store
 from octavo_operator.observation import Observation
 from octavo_operator.plan.values import Workload
 from octavo_operator.render.labels import COMPONENT
-from octavo_operator.status import start_seconds
+from octavo_operator.status import Scaling, start_seconds
 
 log = logging.getLogger("octavo.operator.scaling")
 MAX_PAGE_BYTES = 4 * 1024 * 1024
@@ -98,6 +98,7 @@ class ScalingLoop:
         self._histories[key] = decision.history
         if decision.replicas != signals.current:
             log.info("%s/%s: %s", *key, decision.message)
+            state.scaled(Scaling(now, signals.current, decision.replicas, decision.message))
         state.decision, state.replicas = decision, decision.replicas
         self._on_decision(key)
 

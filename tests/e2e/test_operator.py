@@ -1,0 +1,409 @@
+"""The real kopf operator against a real API server: apply, scale, drift, restart, faults, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e import control_plane
+from e2e.control_plane import ControlPlane, FakeNode
+from octavo_operator.controller.client import ApiError, Kind, KubeClient
+from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, MODEL_CACHE
+from octavo_operator.controller.run import Operator
+from octavo_operator.controller.settings import OperatorSettings
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(bool(control_plane.missing_reason()), reason=control_plane.missing_reason()),
+]
+
+ROOT = Path(__file__).parents[2]
+CRD = Kind("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False)
+NAMESPACE = Kind("v1", "Namespace", "namespaces", namespaced=False)
+SERVICE = Kind("v1", "Service", "services")
+POD = Kind("v1", "Pod", "pods")
+EVENT = Kind("v1", "Event", "events")
+PDB = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
+SMOLLM2 = yaml.safe_load((ROOT / "examples" / "smollm2.yaml").read_text())
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    root = tmp_path_factory.mktemp("control-plane")
+    plane = control_plane.start(root, lambda started: asyncio.run(_install_crds(started)))
+    yield plane
+    plane.stop()
+
+
+async def _install_crds(plane: ControlPlane) -> None:
+    client = control_plane.connect(plane)
+    for path in sorted((ROOT / "crds").glob("*.yaml")):
+        await client.apply(CRD, yaml.safe_load(path.read_text()))
+    for path in sorted((ROOT / "crds").glob("*.yaml")):
+        name = yaml.safe_load(path.read_text())["metadata"]["name"]
+        await until(lambda name=name: _established(client, name), "the CRD is established")
+    await client.close()
+
+
+async def _established(client: KubeClient, name: str) -> bool:
+    crd = await client.get(CRD, None, name)
+    conditions = (crd.get("status") or {}).get("conditions") or []
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+
+
+@pytest.fixture(scope="module")
+def node(plane: ControlPlane) -> Iterator[FakeNode]:
+    node = FakeNode(plane)
+    node.start()
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+async def client(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig))
+    client = control_plane.connect(plane)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def namespace(client: KubeClient) -> str:
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    await client.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    return name
+
+
+def run_operator(namespace: str, **changes: Any) -> Operator:
+    settings = OperatorSettings(
+        namespaces=(namespace,), own_namespace=namespace, scaling_interval_s=0.3, scrape_timeout_s=0.5, **changes
+    )
+    operator = Operator(settings)
+    operator.start()
+    assert operator.ready.wait(20), "kopf did not become ready"
+    return operator
+
+
+@pytest.fixture
+def operator(client: KubeClient, namespace: str, node: FakeNode) -> Iterator[Operator]:
+    operator = run_operator(namespace)
+    yield operator
+    operator.stop()
+
+
+def manifest(namespace: str, **spec: Any) -> dict[str, Any]:
+    return {**SMOLLM2, "metadata": {"name": "smollm2", "namespace": namespace}, "spec": {**SMOLLM2["spec"], **spec}}
+
+
+async def until(check: Callable[[], Awaitable[Any]], what: str, timeout_s: float = WAIT_S) -> Any:
+    """The first true answer of `check`; fails with what was last seen."""
+    deadline, seen = time.monotonic() + timeout_s, None
+    while time.monotonic() < deadline:
+        try:
+            seen = await check()
+        except ApiError as error:
+            seen = error
+        if seen and not isinstance(seen, ApiError):
+            return seen
+        await asyncio.sleep(0.2)
+    pytest.fail(f"waited {timeout_s:.0f} s until {what}; last seen: {seen}")
+
+
+async def condition(client: KubeClient, namespace: str, type_: str, kind: Kind = INFERENCE_SERVICE) -> dict[str, Any]:
+    found = await client.get(kind, namespace, "smollm2")
+    conditions = (found.get("status") or {}).get("conditions") or []
+    return next((c for c in conditions if c["type"] == type_), {})
+
+
+async def reaches(client: KubeClient, namespace: str, type_: str, status: str, reason: str = "") -> dict[str, Any]:
+    async def check() -> Any:
+        seen = await condition(client, namespace, type_)
+        return seen if seen.get("status") == status and reason in ("", seen.get("reason")) else None
+
+    found: dict[str, Any] = await until(check, f"{type_} is {status} {reason}")
+    return found
+
+
+async def is_gone(client: KubeClient, kind: Kind, namespace: str, name: str) -> bool:
+    try:
+        await client.get(kind, namespace, name)
+    except ApiError as error:
+        return error.is_missing
+    return False
+
+
+async def test_applying_the_example_yields_deployment_service_and_honest_status(
+    client: KubeClient, namespace: str, operator: Operator, plane: ControlPlane
+) -> None:
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    deployment = await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["command"][:2] == ["octavo", "serve"]
+    await until(lambda: client.get(SERVICE, namespace, "smollm2"), "the Service exists")
+    if not plane.has_controllers:
+        assert (await reaches(client, namespace, "Ready", "False"))["reason"] == "ReplicasNotReady"
+        return
+    await reaches(client, namespace, "Ready", "True", "MinimumReplicasAvailable")
+    service = await client.get(INFERENCE_SERVICE, namespace, "smollm2")
+    assert service["status"]["readyReplicas"] == 1
+    assert service["status"]["observedGeneration"] == service["metadata"]["generation"]
+    assert "finalizers" not in service["metadata"]
+    assert not any("kopf" in name for name in service["metadata"].get("annotations") or {})
+    await client.delete(INFERENCE_SERVICE, namespace, "smollm2")
+    await until(lambda: is_gone(client, DEPLOYMENT, namespace, "smollm2"), "the Deployment is collected")
+    await until(lambda: is_gone(client, SERVICE, namespace, "smollm2"), "the Service is collected")
+
+
+async def test_the_operator_never_writes_spec(client: KubeClient, namespace: str, operator: Operator) -> None:
+    created = await client.create(INFERENCE_SERVICE, manifest(namespace))
+    await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    await reaches(client, namespace, "RuntimeResolved", "True")
+    found = await client.get(INFERENCE_SERVICE, namespace, "smollm2")
+    assert found["spec"] == created["spec"]
+    assert found["metadata"]["generation"] == created["metadata"]["generation"]
+
+
+async def test_manual_edits_are_undone_and_nothing_is_written_when_nothing_changed(
+    client: KubeClient, namespace: str, operator: Operator
+) -> None:
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    await until(lambda: client.get(PDB, namespace, "smollm2"), "the budget exists")
+    await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    edit = {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}, "metadata": {"labels": {"mine": "1"}}}
+    await client.patch(DEPLOYMENT, namespace, "smollm2", edit)
+    await client.delete(PDB, namespace, "smollm2")
+
+    async def repaired() -> bool:
+        await client.get(PDB, namespace, "smollm2")
+        deployment = await client.get(DEPLOYMENT, namespace, "smollm2")
+        return bool(deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 80)
+
+    await until(repaired, "the edits are undone")
+    deployment = await client.get(DEPLOYMENT, namespace, "smollm2")
+    assert deployment["metadata"]["labels"]["mine"] == "1", "fields that are not ours are left alone"
+    assert operator.room is not None
+    await settles(operator)
+    before = operator.room.client.writes
+    await asyncio.sleep(3)
+    assert operator.room.client.writes == before
+
+
+async def settles(operator: Operator, quiet_s: float = 2.0) -> None:
+    """Wait until the operator has written nothing for a while."""
+    assert operator.room is not None
+    deadline, since, writes = time.monotonic() + WAIT_S, time.monotonic(), -1
+    while time.monotonic() < deadline and time.monotonic() - since < quiet_s:
+        if operator.room.client.writes != writes:
+            since, writes = time.monotonic(), operator.room.client.writes
+        await asyncio.sleep(0.1)
+
+
+async def test_a_restarted_operator_writes_nothing_and_changes_no_pod_template(
+    client: KubeClient, namespace: str, node: FakeNode
+) -> None:
+    first = run_operator(namespace)
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    before = await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    await reaches(client, namespace, "ScalingActive", "False" if before else "")
+    await settles(first)
+    first.stop()
+    second = run_operator(namespace)
+    try:
+        await asyncio.sleep(4)
+        assert second.room is not None
+        assert second.room.client.writes == 0
+        after = await client.get(DEPLOYMENT, namespace, "smollm2")
+        assert after["metadata"]["generation"] == before["metadata"]["generation"]
+    finally:
+        second.stop()
+
+
+async def test_removing_a_wish_prunes_what_it_made(client: KubeClient, namespace: str, operator: Operator) -> None:
+    """An object that is no longer wanted goes; one of another owner under our labels stays."""
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    deployment = await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    owned = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": "former",
+            "namespace": namespace,
+            "labels": deployment["metadata"]["labels"],
+            "ownerReferences": deployment["metadata"]["ownerReferences"],
+        },
+    }
+    foreign = {**owned, "metadata": {**owned["metadata"], "name": "foreign", "ownerReferences": []}}
+    config_map = Kind("v1", "ConfigMap", "configmaps")
+    await client.create(config_map, foreign)
+    await client.create(config_map, owned)
+    await until(lambda: is_gone(client, config_map, namespace, "former"), "the former object is pruned")
+    await client.get(config_map, namespace, "foreign")
+
+
+async def test_an_unsupported_wish_is_refused_with_its_path_and_heals(
+    client: KubeClient, namespace: str, operator: Operator
+) -> None:
+    bad = manifest(namespace, podTemplate={"spec": {"hostNetwork": True}})
+    await client.create(INFERENCE_SERVICE, bad)
+    seen = await reaches(client, namespace, "Ready", "False", "PodTemplateRefused")
+    assert "spec.podTemplate.spec.hostNetwork" in seen["message"]
+    await client.patch(INFERENCE_SERVICE, namespace, "smollm2", {"spec": {"podTemplate": None}})
+    await reaches(client, namespace, "RuntimeResolved", "True")
+    await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+
+
+async def test_external_mode_follows_the_scale_subresource(
+    client: KubeClient, namespace: str, operator: Operator
+) -> None:
+    wish = manifest(namespace, autoscaling={"mode": "External"}, replicas=1)
+    await client.create(INFERENCE_SERVICE, wish)
+    await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    path = INFERENCE_SERVICE.path(namespace, "smollm2", "scale")
+    found = await client._call("GET", path)
+    assert found["spec"]["replicas"] == 1
+    wish = {"spec": {"replicas": 2}}
+    await client._call("PATCH", path, body=wish, content_type="application/merge-patch+json")
+
+    async def scaled() -> bool:
+        return bool((await client.get(DEPLOYMENT, namespace, "smollm2"))["spec"]["replicas"] == 2)
+
+    await until(scaled, "the Deployment follows /scale")
+
+
+class Engine:
+    """A metrics page over HTTP whose load the test sets."""
+
+    def __init__(self) -> None:
+        self.waiting, self.running, self.kv = 0, 0, 0.0
+        engine = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                page = (
+                    f"octavo_requests_waiting {engine.waiting}\noctavo_requests_running {engine.running}\n"
+                    f"octavo_kv_cache_utilization {engine.kv}\n"
+                )
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(page.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+async def test_load_scales_up_and_the_status_explains_it(
+    client: KubeClient, namespace: str, operator: Operator, node: FakeNode, plane: ControlPlane
+) -> None:
+    if not plane.has_controllers:
+        pytest.skip("KUBEBUILDER_ASSETS lacks kube-controller-manager: no pods are made")
+    engine = Engine()
+    node.annotations["smollm2"] = {"serving.octavo.dev/address": engine.address}
+    try:
+        await client.create(INFERENCE_SERVICE, manifest(namespace))
+        await reaches(client, namespace, "ScalingActive", "True", "MetricsFresh")
+        engine.waiting, engine.running, engine.kv = 20, 30, 0.95
+
+        async def scaled() -> bool:
+            return bool((await client.get(DEPLOYMENT, namespace, "smollm2"))["spec"]["replicas"] == 2)
+
+        await until(scaled, "two replicas are wanted")
+
+        async def explained() -> Any:
+            service = await client.get(INFERENCE_SERVICE, namespace, "smollm2")
+            return (service["status"].get("scaling") or {}).get("history")
+
+        (event, *_) = await until(explained, "the status tells of the change")
+        assert (event["from"], event["to"]) == (1, 2)
+        assert "KVCacheUtilization" in event["reason"]
+    finally:
+        node.annotations.pop("smollm2")
+        engine.stop()
+
+
+async def test_an_idle_service_is_given_back_and_a_suspended_one_runs_nothing(
+    client: KubeClient, namespace: str, operator: Operator
+) -> None:
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    await client.patch(INFERENCE_SERVICE, namespace, "smollm2", {"spec": {"suspend": True}})
+
+    async def stopped() -> bool:
+        return bool((await client.get(DEPLOYMENT, namespace, "smollm2"))["spec"]["replicas"] == 0)
+
+    await until(stopped, "no replica is wanted")
+    await reaches(client, namespace, "Ready", "False", "Suspended")
+
+
+async def test_a_model_cache_downloads_once_and_services_wait_for_it(
+    client: KubeClient, namespace: str, operator: Operator
+) -> None:
+    spec = SMOLLM2["spec"]
+    wish = manifest(namespace, model={**spec["model"], "cacheRef": {"name": "smollm2"}})
+    await client.create(INFERENCE_SERVICE, wish)
+    await reaches(client, namespace, "ModelReady", "False", "WaitingForModelCache")
+    assert await is_gone(client, DEPLOYMENT, namespace, "smollm2")
+    cache = {
+        "apiVersion": MODEL_CACHE.api_version,
+        "kind": "ModelCache",
+        "metadata": {"name": "smollm2", "namespace": namespace},
+        "spec": {"storageUri": spec["model"]["storageUri"], "storage": {"size": "1Gi"}},
+    }
+    await client.create(MODEL_CACHE, cache)
+    job_kind = Kind("batch/v1", "Job", "jobs")
+    job = await until(lambda: client.get(job_kind, namespace, "smollm2-download"), "the download Job exists")
+    now = job["metadata"]["creationTimestamp"]
+    done = [{"type": kind, "status": "True", "lastTransitionTime": now} for kind in ("SuccessCriteriaMet", "Complete")]
+    status = {"conditions": done, "startTime": now, "completionTime": now, "succeeded": 1}
+    await client.patch_status(job_kind, namespace, "smollm2-download", status)
+
+    async def ready() -> Any:
+        return (await condition(client, namespace, "Ready", MODEL_CACHE)).get("status") == "True"
+
+    await until(ready, "the cache is ready")
+    deployment = await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
+    assert {"claimName": "smollm2-model", "readOnly": True} in [v.get("persistentVolumeClaim") for v in volumes]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"autoscaling": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas must not exceed maxReplicas"),
+        ({"replicas": 1}, "replicas is fixed by hand"),
+        ({"model": {"storageUri": "file:///x"}}, "must start with one of"),
+        ({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}, "must not both be 0"),
+        ({"model": {"storageUri": "hf://a/b", "maxModelLength": 1}}, "unknown field"),
+        ({"engine": {"env": [{"name": "LD_PRELOAD", "value": "x"}]}}, "which code is loaded"),
+    ],
+)
+async def test_the_api_server_itself_refuses_bad_specs(
+    client: KubeClient, namespace: str, spec: dict[str, Any], message: str
+) -> None:
+    path = INFERENCE_SERVICE.path(namespace)
+    params = {"fieldValidation": "Strict", "dryRun": "All"}
+    with pytest.raises(ApiError) as refused:
+        await client._call("POST", path, params=params, body=manifest(namespace, **spec))
+    assert message in str(refused.value)
+
+
+async def test_the_task_cannot_be_changed(client: KubeClient, namespace: str) -> None:
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    with pytest.raises(ApiError, match="task cannot be changed"):
+        await client.patch(INFERENCE_SERVICE, namespace, "smollm2", {"spec": {"model": {"task": "Embed"}}})
