@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +11,17 @@ import typer
 import uvloop
 
 from octavo_gateway.access_log import JsonFormatter
-from octavo_gateway.discovery import StaticDiscovery, load_static
+from octavo_gateway.discovery import ApiServer, load_static
+from octavo_gateway.discovery.static import StaticFile
 from octavo_gateway.errors import ConfigError
-from octavo_gateway.registry import Registry
-from octavo_gateway.server import GatewayServer
+from octavo_gateway.process import Sources, run_gateway
 from octavo_gateway.settings import GatewaySettings, load_settings
 from octavo_gateway.tenancy import hash_key
 from octavo_gateway.tenancy import new_key as make_key
 from octavo_gateway.tenancy.keys import format_hash
-from octavo_gateway.tenancy.source import TenantFiles, load_tenants
-from octavo_gateway.usage import Ledger, LedgerError, PriceTable
+from octavo_gateway.usage import LedgerError, PriceTable
+
+NOT_SETTINGS = frozenset({"config", "kubernetes", "kubernetes_api", "namespace", "new_key"})
 
 log = logging.getLogger("octavo.gateway")
 
@@ -37,12 +35,20 @@ def _print_new_key(wanted: bool) -> None:
 
 
 ConfigFile = Annotated[
-    Path, typer.Option("--config", "-c", help="YAML file with `models:` (and optionally `settings:`).", exists=False)
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file with `models:` (and optionally `settings:`).", exists=False),
 ]
 
 
 def gateway(
-    config: ConfigFile,
+    config: ConfigFile = None,
+    kubernetes: Annotated[
+        bool, typer.Option("--kubernetes", help="Find models and replicas in the cluster this pod runs in.")
+    ] = False,
+    kubernetes_api: Annotated[
+        str | None, typer.Option(help="Address of the Kubernetes API, such as that of `kubectl proxy`.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only services of this namespace.", show_default="all")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default="8080")
@@ -71,7 +77,10 @@ def gateway(
     ] = None,
     tenants: Annotated[
         str | None,
-        typer.Option(help="File or folder of InferenceTenant manifests and Secrets.", show_default="open to everybody"),
+        typer.Option(
+            help="File or folder of InferenceTenant manifests and Secrets, or `kubernetes`.",
+            show_default="open to everybody",
+        ),
     ] = None,
     ledger: Annotated[
         str | None, typer.Option(help="Folder of the usage ledger.", show_default="nothing is recorded")
@@ -92,76 +101,38 @@ def gateway(
     """Run the tenants' door to many replicas.
 
     Settings come from the config file's `settings:`, then OCTAVO_GATEWAY_* variables, then these flags.
-    Every replica named in the file is probed and gets requests while it is ready; edits take effect within seconds.
+    Models are named in the config file, whose replicas are probed and whose edits take effect within seconds, or found
+    in the cluster through the Kubernetes API.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    flags = {name: value for name, value in given.items() if name not in ("config", "new_key")}
+    flags = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
     try:
-        file = load_static(config)
-        settings = load_settings(flags, file_values=file.settings, file_name=str(config), environment=os.environ)
-        prices = PriceTable.parse(file.prices, str(config))
+        sources, file_values = _sources(config, kubernetes, kubernetes_api, namespace)
+        settings = load_settings(flags, file_values=file_values, file_name=str(config), environment=os.environ)
         _set_up_logging(settings)
         log.info("settings:\n%s", settings.describe())
-        uvloop.run(_run(settings, config, prices))
+        uvloop.run(run_gateway(settings, sources, lambda text: typer.echo(text, err=True)))
     except (ConfigError, LedgerError) as error:
         typer.echo(f"octavo gateway: {error}", err=True)
         raise typer.Exit(2) from error
 
 
-async def _run(settings: GatewaySettings, config: Path, prices: PriceTable) -> None:
-    """Serve until a signal: the first drains, a second one ends at once."""
-    registry = Registry()
-    directory = load_tenants(Path(settings.tenants)) if settings.tenants else None
-    ledger = Ledger(Path(settings.ledger)) if settings.ledger else None
-    try:
-        server = GatewayServer(settings, registry, directory=directory, ledger=ledger, prices=prices)
-        await server.start()
-        following = []
-        if settings.tenants:
-            following.append(
-                asyncio.create_task(TenantFiles(Path(settings.tenants), server.app.accounts.set_directory).run())
-            )
-        await _serve(server, registry, StaticDiscovery(config, registry))
-        for task in following:
-            task.cancel()
-    finally:
-        if ledger is not None:
-            ledger.close()
-
-
-async def _serve(server: GatewayServer, registry: Registry, source: StaticDiscovery) -> None:
-    discovery = asyncio.create_task(source.run())
-    synced = asyncio.Event()
-    registry.subscribe(lambda _: synced.set())
-    await asyncio.wait({discovery, asyncio.ensure_future(synced.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    typer.echo(f"octavo gateway listens at {server.address}", err=True)
-    if server.admin_address:
-        typer.echo(f"admin API at {server.admin_address}", err=True)
-    stop = asyncio.Event()
-    signals = 0
-
-    def on_signal() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            sys.exit(130)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, discovery}, return_when=asyncio.FIRST_COMPLETED)
-    if not stopping.done():
-        stopping.cancel()
-        await server.stop(0.0)
-        discovery.result()  # raises what ended it
-        return
-    if server.app.in_flight:
-        typer.echo(f"octavo gateway: finishing {server.app.in_flight} requests; Ctrl-C again ends at once", err=True)
-    await server.stop()
-    discovery.cancel()
-    await asyncio.gather(discovery, return_exceptions=True)
+def _sources(
+    config: Path | None, kubernetes: bool, kubernetes_api: str | None, namespace: str | None
+) -> tuple[Sources, dict[str, Any]]:
+    """Where models come from, and the settings written in the config file."""
+    in_cluster = kubernetes or kubernetes_api is not None
+    if config is None and not in_cluster:
+        raise ConfigError("say where the models are: --config FILE, or --kubernetes in a cluster")
+    file = load_static(config) if config is not None else StaticFile(models=[])
+    if in_cluster and file.models:
+        raise ConfigError(f"{config}: models: models come either from this file or from the cluster, not from both")
+    if kubernetes_api is not None:
+        api_server: ApiServer | None = ApiServer(kubernetes_api.rstrip("/"))
+    else:
+        api_server = ApiServer.in_cluster() if in_cluster else None
+    prices = PriceTable.parse(file.prices, str(config))
+    return Sources(None if in_cluster else config, api_server, namespace, prices), file.settings
 
 
 def _set_up_logging(settings: GatewaySettings) -> None:

@@ -43,7 +43,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin API
     admin_token: str | None = None  # what the admin API asks for; best given as OCTAVO_GATEWAY_ADMIN_TOKEN
-    tenants: str | None = None  # file or folder of InferenceTenant manifests and Secrets; None: open to everybody
+    tenants: str | None = None  # file or folder of InferenceTenants and Secrets, or "kubernetes"; None: open to all
+    tenant_secrets_namespace: str | None = None  # where a cluster's key Secrets are; None: where this pod is
     ledger: str | None = None  # folder of the usage ledger; None: nothing is recorded
     tls_certificate: str | None = None
     tls_key: str | None = None

@@ -1,6 +1,8 @@
 """Where models and replicas come from: a static file, the local supervisor, or the Kubernetes API."""
 
+from octavo_gateway.discovery.kube_api import ApiServer
+from octavo_gateway.discovery.kubernetes import KubernetesDiscovery
 from octavo_gateway.discovery.local import LocalDiscovery
 from octavo_gateway.discovery.static import StaticDiscovery, load_static
 
-__all__ = ["LocalDiscovery", "StaticDiscovery", "load_static"]
+__all__ = ["ApiServer", "KubernetesDiscovery", "LocalDiscovery", "StaticDiscovery", "load_static"]

@@ -1,0 +1,126 @@
+"""A gateway as a process of its own: puts discovery, tenants, ledger and server together, and ends on signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from octavo_gateway.discovery import ApiServer, KubernetesDiscovery, StaticDiscovery
+from octavo_gateway.registry import Registry
+from octavo_gateway.server import GatewayServer
+from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.tenancy import TenantDirectory
+from octavo_gateway.tenancy.kubernetes import KubernetesTenants
+from octavo_gateway.tenancy.source import TenantFiles, load_tenants
+from octavo_gateway.usage import Ledger, PriceTable
+
+log = logging.getLogger("octavo.gateway")
+
+KUBERNETES = "kubernetes"
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+class Follower(Protocol):
+    """Something that runs as long as the gateway and keeps a part of it current."""
+
+    async def run(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where models come from: a file, or a cluster (all of it, or one namespace)."""
+
+    models_file: Path | None = None
+    api_server: ApiServer | None = None
+    namespace: str | None = None
+    prices: PriceTable = field(default_factory=PriceTable)
+
+    def discovery(self, registry: Registry) -> Follower:
+        """The follower that fills the registry."""
+        if self.api_server is not None:
+            return KubernetesDiscovery(self.api_server, registry, namespace=self.namespace)
+        if self.models_file is not None:
+            return StaticDiscovery(self.models_file, registry)
+        raise ValueError("neither a models file nor a cluster")
+
+
+async def run_gateway(settings: GatewaySettings, sources: Sources, say: Callable[[str], None]) -> None:
+    """Serve until a signal: the first drains, a second one ends at once.
+
+    Raises `ConfigError` or `LedgerError` for what is wrong at the start, and whatever ends a follower later.
+    """
+    directory = _first_tenants(settings)
+    ledger = Ledger(Path(settings.ledger)) if settings.ledger else None
+    try:
+        registry = Registry()
+        server = GatewayServer(settings, registry, directory=directory, ledger=ledger, prices=sources.prices)
+        await server.start()
+        followers = [sources.discovery(registry), *_tenant_followers(settings, sources, server)]
+        await _serve(server, registry, [asyncio.create_task(f.run()) for f in followers], say)
+    finally:
+        if ledger is not None:
+            ledger.close()
+
+
+def _first_tenants(settings: GatewaySettings) -> TenantDirectory | None:
+    """Nobody gets in before a cluster's tenants are known; files are read at once, so that errors show at the start."""
+    if settings.tenants is None:
+        return None
+    return TenantDirectory() if settings.tenants == KUBERNETES else load_tenants(Path(settings.tenants))
+
+
+def _tenant_followers(settings: GatewaySettings, sources: Sources, server: GatewayServer) -> list[Follower]:
+    take = server.app.accounts.set_directory
+    if settings.tenants is None:
+        return []
+    if settings.tenants != KUBERNETES:
+        return [TenantFiles(Path(settings.tenants), take)]
+    api_server = sources.api_server or ApiServer.in_cluster()
+    own = NAMESPACE_FILE.read_text(encoding="ascii").strip() if NAMESPACE_FILE.is_file() else "default"
+    return [KubernetesTenants(api_server, settings.tenant_secrets_namespace or own, take)]
+
+
+async def _serve(
+    server: GatewayServer, registry: Registry, followers: list[asyncio.Task[None]], say: Callable[[str], None]
+) -> None:
+    stop = _stop_on_signals()
+    synced = asyncio.Event()
+    registry.subscribe(lambda _: synced.set())
+    ends: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait()), *followers]
+    first_view = asyncio.create_task(synced.wait())
+    await asyncio.wait({first_view, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    first_view.cancel()
+    say(f"octavo gateway listens at {server.address}")
+    if server.admin_address:
+        say(f"admin API at {server.admin_address}")
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and server.app.in_flight:
+            say(f"octavo gateway: finishing {server.app.in_flight} requests; Ctrl-C again ends at once")
+        await server.stop(None if stop.is_set() else 0.0)
+        for follower in followers:
+            if follower.done():
+                follower.result()
+    finally:
+        for task in ends:
+            task.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            sys.exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
