@@ -30,6 +30,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: int = 0
     max_num_partial_prefills: int = 4
     enable_prefix_caching: bool = True
+    prefix_cache_tenant_share: float = 1.0  # of all blocks that one tenant's cached prefixes keep from others
+    kv_events_endpoint: str = ""  # ZeroMQ address to publish KV events on, such as tcp://*:5557; they hold token ids
+    kv_events_replay_endpoint: str = ""
+    kv_events_topic: str = ""
     num_speculative_tokens: int = 0  # tokens guessed ahead by prompt lookup while that pays; 0: off
     itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: by device
     priority_ageing_s: float = 10.0  # after this wait, worse priorities get their share of admissions too
@@ -49,6 +53,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not 0.0 < self.kv_cache_memory_fraction <= 1.0:
             raise ConfigError(
                 f"kv_cache_memory_fraction: must be above 0 and at most 1, got {self.kv_cache_memory_fraction}"
+            )
+        if not 0.0 < self.prefix_cache_tenant_share <= 1.0:
+            raise ConfigError(
+                f"prefix_cache_tenant_share: must be above 0 and at most 1, got {self.prefix_cache_tenant_share}"
             )
         positive = ("max_num_seqs", "max_num_partial_prefills", "max_queued_requests", "max_queued_tokens")
         for field in positive:

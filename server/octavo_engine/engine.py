@@ -14,6 +14,7 @@ from octavo_engine.errors import ConfigError, InvalidRequestError, QueueFullErro
 from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
+from octavo_engine.kv.events import KVEventBatch, KVEventLog
 from octavo_engine.messages import (
     AddRequest,
     EmbedRequest,
@@ -64,8 +65,14 @@ class EngineCore:
         self._clock = clock
         self._max_model_len = effective_max_model_len(info)
         self.model = msgspec.structs.replace(info, max_model_len=self._max_model_len)
+        block_size = info.kv_block_size or config.block_size
+        self._kv_events = KVEventLog(block_size) if config.kv_events_endpoint else None
         self.pool = BlockPool(
-            info.kv_blocks_total, info.kv_block_size or config.block_size, enable_caching=config.enable_prefix_caching
+            info.kv_blocks_total,
+            block_size,
+            enable_caching=config.enable_prefix_caching,
+            tenant_quota=config.prefix_cache_tenant_share,
+            events=self._kv_events,
         )
         self.scheduler = Scheduler(scheduler_limits(config, info.device), BlockManager(self.pool))
         if config.num_speculative_tokens:
@@ -146,6 +153,10 @@ class EngineCore:
         self._num_steps += 1
         self._step_time_s = self._clock() - started
         return StepOutput(outputs=outputs, stats=self.stats())
+
+    def take_kv_events(self) -> KVEventBatch | None:
+        """What became of cached blocks since the last call; None if nothing did, or if nobody wants to know."""
+        return None if self._kv_events is None else self._kv_events.take()
 
     def stats(self) -> EngineStats:
         scheduler, speculator = self.scheduler, self.scheduler.speculator

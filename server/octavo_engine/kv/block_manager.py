@@ -18,6 +18,7 @@ class BlockTable:
     """
 
     root: bytes
+    tenant: str = ""
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -72,13 +73,20 @@ class BlockManager:
         if num_full <= table.num_published or not self.pool.enable_caching:
             return
         extend_keys(table.keys, table.root, tokens, num_full, self._block_size)
-        for index in range(table.num_published, num_full):
-            self.pool.publish(table.blocks[index], table.keys[index])
+        first = table.num_published
+        fresh = [self.pool.publish(table.blocks[index], table.keys[index]) for index in range(first, num_full)]
         table.num_published = num_full
+        if any(fresh):
+            first += fresh.index(True)
+            self.pool.announce(
+                table.keys[first:num_full],
+                table.keys[first - 1] if first else None,
+                list(tokens[first * self._block_size : num_full * self._block_size]),
+            )
 
     def free(self, table: BlockTable) -> None:
         """Give every block back; the table's keys stay, for a later `match_prefix` of the same sequence."""
-        self.pool.release(table.blocks)
+        self.pool.release(table.blocks, table.tenant)
         table.blocks = []
         table.num_published = 0
         table.capacity = 0

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from octavo_engine.kv.free_list import FreeList
+from octavo_engine.kv.events import KVEventLog
+from octavo_engine.kv.eviction import EvictionQueue
 
 
 class BlockPool:
     """Reference-counted blocks with a prefix cache keyed by content.
 
     A block is held (reference count above 0) or free. A free block may still be cached: it is found by its key until
-    its memory is reused, least recently released first; blocks without a key are reused before any cached one.
+    its memory is reused, in the order of `EvictionQueue`. `tenant_quota` bounds the share of all blocks that one
+    tenant's cached blocks may keep others from. `events`, if given, hears what becomes findable and what does not.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_caching: bool = True,
+        tenant_quota: float = 1.0,
+        events: KVEventLog | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_caching = enable_caching
-        self._free = FreeList(num_blocks)
+        self._free = EvictionQueue(num_blocks, int(tenant_quota * num_blocks) if tenant_quota < 1.0 else None)
         self._references = [0] * num_blocks
+        self._hits = [0] * num_blocks
+        self._events = events
         self._keys: list[bytes | None] = [None] * num_blocks
         self._block_by_key: dict[bytes, int] = {}
 
@@ -63,18 +75,19 @@ class BlockPool:
             if self._references[block] == 0:
                 self._free.remove(block)
             self._references[block] += 1
+            self._hits[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks with unknown content, forgetting the oldest cached prefixes; check `num_free` first."""
+        """Take `count` blocks with unknown content, forgetting the least valuable prefixes; check `num_free` first."""
         blocks = []
         for _ in range(count):
-            block = self._free.pop_front()
+            block = self._free.pop()
             self._forget(block)
             self._references[block] = 1
             blocks.append(block)
         return blocks
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], tenant: str = "") -> None:
         """Give blocks back, last first, so that the start of a prefix outlives its end."""
         for block in reversed(blocks):
             remaining = self._references[block] - 1
@@ -83,28 +96,49 @@ class BlockPool:
             self._references[block] = remaining
             if remaining == 0:
                 if self._keys[block] is None:
-                    self._free.push_front(block)
+                    self._free.add_unused(block)
                 else:
-                    self._free.push_back(block)
+                    self._free.add_cached(block, self._hits[block], tenant)
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Make a computed full block findable; the first block with that content stays the one that is found."""
-        if self.enable_caching and key not in self._block_by_key and self._keys[block] is None:
-            self._block_by_key[key] = block
-            self._keys[block] = key
+    def publish(self, block: int, key: bytes) -> bool:
+        """Make a computed full block findable; False if another block with that content is the one that is found."""
+        if not self.enable_caching or key in self._block_by_key or self._keys[block] is not None:
+            return False
+        self._block_by_key[key] = block
+        self._keys[block] = key
+        return True
+
+    def announce(self, keys: list[bytes], parent: bytes | None, tokens: list[int]) -> None:
+        """Tell the event log of a chain of blocks that was published."""
+        if self._events is not None:
+            self._events.stored(keys, parent, tokens)
 
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable because their content cannot be trusted."""
         for block in blocks:
-            self._forget(block)
+            self._drop(block)
 
     def reset_cache(self) -> None:
         """Forget every cached block; blocks that sequences hold stay theirs, but no one else finds them any more."""
+        events, self._events = self._events, None
         for block in list(self._block_by_key.values()):
-            self._forget(block)
+            self._drop(block)
+        self._events = events
+        if events is not None:
+            events.cleared()
+
+    def _drop(self, block: int) -> None:
+        """Forget a block where it stands; one that is free has nothing worth keeping from then on."""
+        if self._keys[block] is not None and self._references[block] == 0:
+            self._free.remove(block)
+            self._free.add_unused(block)
+        self._forget(block)
 
     def _forget(self, block: int) -> None:
         key = self._keys[block]
+        self._hits[block] = 0
         if key is not None:
             self._keys[block] = None
             del self._block_by_key[key]
+            if self._events is not None:
+                self._events.removed(key)

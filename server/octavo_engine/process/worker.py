@@ -14,6 +14,7 @@ import zmq
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullError
+from octavo_engine.kv.event_publisher import KVEventPublisher
 from octavo_engine.messages import (
     AbortRequest,
     AddRequest,
@@ -83,11 +84,21 @@ class Worker:
         gc.collect()
         gc.freeze()
         self.send(Ready(model=core.model))
-        self._loop(core)
+        publisher = _publisher(config)
+        try:
+            self._loop(core, publisher)
+        finally:
+            if publisher is not None:
+                publisher.close()
 
-    def _loop(self, core: EngineCore) -> None:
+    def _loop(self, core: EngineCore, publisher: KVEventPublisher | None) -> None:
         commands = self._commands
         while True:
+            if publisher is not None:
+                events = core.take_kv_events()
+                if events is not None:
+                    publisher.publish(events)
+                publisher.serve_replays()
             if not core.has_work and not commands.poll(HEARTBEAT_MS):
                 self.send(StepOutput(outputs=[], stats=core.stats()))
                 continue
@@ -105,6 +116,12 @@ class Worker:
                 self.send(StepOutput(outputs=rejected, stats=core.stats()))
             if core.has_work:
                 self.send(core.step())
+
+
+def _publisher(config: EngineConfig) -> KVEventPublisher | None:
+    if not config.kv_events_endpoint:
+        return None
+    return KVEventPublisher(config.kv_events_endpoint, config.kv_events_replay_endpoint, config.kv_events_topic)
 
 
 def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:

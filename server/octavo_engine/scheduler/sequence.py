@@ -66,7 +66,7 @@ class Sequence:
         self.sampling = request.sampling
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
-        self.table = BlockTable(root_key(request.cache_salt))
+        self.table = BlockTable(root_key(request.cache_salt), request.tenant)
         self.sampler = SamplerState(
             request.sampling, seed, self.tokens, self.num_prompt_tokens, end_token_ids, constraint
         )

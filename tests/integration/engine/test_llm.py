@@ -18,15 +18,15 @@ PROMPTS = [
     "Water boils at",
     "The largest planet is",
     "In 1969",
-    "My favourite colour",
-    "The quick brown fox",
 ]
-GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def llm(smollm2_gguf: Path) -> LLM:
-    return LLM(str(smollm2_gguf), dtype="float32", num_kv_blocks=256, max_num_seqs=32, max_num_batched_tokens=64)
+    return LLM(
+        str(smollm2_gguf), dtype="float32", num_threads=1, num_kv_blocks=256, max_num_seqs=32, max_num_batched_tokens=64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_it_knows_the_capital_of_france(llm: LLM) -> None:
 
 
 def test_32_concurrent_requests_equal_each_alone(llm: LLM, alone: dict[str, list[int]]) -> None:
-    prompts = PROMPTS * 4
+    prompts = (PROMPTS * 6)[:32]
     results = llm.generate(prompts, GREEDY)
     assert [result.outputs[0].token_ids for result in results] == [alone[prompt] for prompt in prompts]
     assert llm.stats.kv_blocks_used == 0
@@ -51,7 +51,7 @@ def test_32_concurrent_requests_equal_each_alone(llm: LLM, alone: dict[str, list
 
 def test_preempted_sequences_equal_undisturbed_ones(smollm2_gguf: Path, alone: dict[str, list[int]]) -> None:
     cramped = LLM(
-        str(smollm2_gguf), dtype="float32", num_kv_blocks=14, block_size=4, max_num_seqs=8, enable_prefix_caching=False
+        str(smollm2_gguf), dtype="float32", num_kv_blocks=12, block_size=4, max_num_seqs=8, enable_prefix_caching=False
     )
     results = cramped.generate(PROMPTS, GREEDY)
     assert cramped.stats.num_preemptions > 0
@@ -68,7 +68,7 @@ def test_a_cached_prefix_changes_nothing(llm: LLM) -> None:
 def test_a_seed_reproduces_in_a_crowd(llm: LLM) -> None:
     seeded = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.9, seed=11)
     alone = llm.generate(PROMPTS[1], seeded)[0].outputs[0].token_ids
-    others = [SamplingParams(max_tokens=10, temperature=1.0)] * 7
+    others = [SamplingParams(max_tokens=10, temperature=1.0)] * 5
     crowd = llm.generate(PROMPTS, [others[0], seeded, *others[1:]])
     assert crowd[1].outputs[0].token_ids == alone
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from octavo_engine.kv.block_manager import BlockManager, BlockTable
 from octavo_engine.kv.block_pool import BlockPool
-from octavo_engine.kv.free_list import FreeList
+from octavo_engine.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventLog
+from octavo_engine.kv.eviction import EvictionQueue
 from octavo_engine.kv.hashing import extend_keys, root_key
 
 
@@ -109,21 +110,109 @@ def test_a_hit_always_leaves_a_token_to_compute() -> None:
     assert manager.match_prefix(second, [*tokens, 9]) == first.blocks
 
 
-@settings(max_examples=50)
-@given(st.lists(st.tuples(st.sampled_from(["front", "back", "pop", "remove"]), st.integers(0, 7)), max_size=60))
-def test_the_free_list_behaves_like_a_list(actions: list[tuple[str, int]]) -> None:
-    free, model = FreeList(8), list(range(8))
-    for action, block in actions:
-        if action == "pop" and model:
-            assert free.pop_front() == model.pop(0)
-        elif action == "remove" and block in model:
-            free.remove(block)
-            model.remove(block)
-        elif action == "front" and block not in model:
-            free.push_front(block)
-            model.insert(0, block)
-        elif action == "back" and block not in model:
-            free.push_back(block)
-            model.append(block)
-        assert len(free) == len(model)
-    assert [free.pop_front() for _ in range(len(model))] == model
+def cached(queue: EvictionQueue, blocks: list[int], num_hits: int = 0, tenant: str = "") -> None:
+    for block in blocks:
+        queue.add_cached(block, num_hits, tenant)
+
+
+def take_all(queue: EvictionQueue) -> list[int]:
+    return [queue.pop() for _ in range(len(queue))]
+
+
+def empty_queue(num_blocks: int, quota: int | None = None) -> EvictionQueue:
+    queue = EvictionQueue(num_blocks, quota)
+    take_all(queue)
+    return queue
+
+
+def test_a_prefix_in_use_outlives_many_prompts_seen_once() -> None:
+    queue = empty_queue(100)
+    cached(queue, [0], num_hits=5)
+    cached(queue, list(range(1, 50)))
+    assert take_all(queue)[-1] == 0
+
+
+def test_a_prefix_that_nobody_uses_any_more_goes_in_the_end() -> None:
+    queue = empty_queue(4)
+    cached(queue, [0], num_hits=20)
+    evicted = []
+    for step in range(200):
+        cached(queue, [1 + step % 2])
+        evicted.append(queue.pop())
+    assert 0 in evicted
+
+
+def test_a_tenant_over_its_share_is_evicted_first_and_only_when_memory_is_needed() -> None:
+    queue = empty_queue(20, quota=4)
+    cached(queue, [0, 1, 2], tenant="small")
+    cached(queue, list(range(3, 13)), num_hits=3, tenant="big")
+    assert len(queue) == 13
+    assert [queue.pop() for _ in range(6)] == [3, 4, 5, 6, 7, 8]
+    assert queue.pop() == 0
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["cached", "unused", "pop", "remove"]), st.integers(0, 7), st.integers(0, 40)),
+        max_size=80,
+    ),
+    st.one_of(st.none(), st.integers(0, 4)),
+)
+def test_no_free_block_is_lost_or_given_twice(actions: list[tuple[str, int, int]], quota: int | None) -> None:
+    queue = EvictionQueue(8, quota)
+    free, with_content = set(range(8)), set()
+    for action, block, hits in actions:
+        if action == "pop" and free:
+            taken = queue.pop()
+            assert taken in free
+            assert with_content.isdisjoint({taken}) or with_content == free
+            free.discard(taken)
+            with_content.discard(taken)
+        elif action == "remove" and block in with_content:
+            queue.remove(block)
+            free.discard(block)
+            with_content.discard(block)
+        elif action == "cached" and block not in free:
+            queue.add_cached(block, hits, f"tenant{block % 2}")
+            free.add(block)
+            with_content.add(block)
+        elif action == "unused" and block not in free:
+            queue.add_unused(block)
+            free.add(block)
+        assert len(queue) == len(free)
+    assert sorted(take_all(queue)) == sorted(free)
+
+
+def test_events_tell_the_whole_story_of_the_cache() -> None:
+    log = KVEventLog(4)
+    manager = BlockManager(BlockPool(3, 4, events=log))
+    tokens = list(range(1, 13))
+    table = BlockTable(root_key())
+    manager.allocate(table, [], 12)
+    manager.publish(table, tokens, 8)
+    manager.publish(table, tokens, 12)
+    manager.free(table)
+    manager.allocate(BlockTable(root_key()), [], 8)
+    manager.pool.reset_cache()
+    batch = log.take()
+    assert batch is not None
+    first, second, removed, cleared = batch.events
+    assert isinstance(first, BlockStored)
+    assert (first.block_hashes, first.parent_block_hash, first.token_ids) == (table.keys[:2], None, tokens[:8])
+    assert isinstance(second, BlockStored)
+    assert (second.block_hashes, second.parent_block_hash) == (table.keys[2:], table.keys[1])
+    assert removed == BlockRemoved(block_hashes=[table.keys[2], table.keys[1]])
+    assert cleared == AllBlocksCleared()
+    assert log.take() is None
+
+
+def test_blocks_that_are_forgotten_are_reused_first() -> None:
+    pool = BlockPool(3, 4)
+    a, b, c = pool.allocate(3)
+    for block in (a, b, c):
+        pool.publish(block, bytes([block]))
+    pool.release([a, b, c])
+    pool.unpublish([b])
+    assert pool.allocate(1) == [b]
+    assert pool.num_cached == 2

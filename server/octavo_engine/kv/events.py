@@ -1,0 +1,73 @@
+"""What happens to cached blocks, in the message format of vLLM's KV events, so that KV-aware routers work unchanged."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+MEDIUM_DEVICE = "GPU"  # vLLM's name for the first tier, wherever it lies
+
+
+class BlockStored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """Blocks became findable: a chain that continues `parent_block_hash`."""
+
+    block_hashes: list[bytes]
+    parent_block_hash: bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str | None = MEDIUM_DEVICE
+    lora_name: str | None = None
+
+
+class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """Blocks cannot be found any more."""
+
+    block_hashes: list[bytes]
+    medium: str | None = MEDIUM_DEVICE
+
+
+class AllBlocksCleared(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The cache is empty."""
+
+
+KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class KVEventBatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Events of one step, in order. `ts` is seconds since the epoch."""
+
+    ts: float
+    events: list[KVEvent]
+    data_parallel_rank: int | None = None
+
+
+class KVEventLog:
+    """Collects events between steps; runs of the same kind become one event."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._events: list[KVEvent] = []
+
+    def stored(self, keys: list[bytes], parent: bytes | None, tokens: list[int]) -> None:
+        self._events.append(
+            BlockStored(block_hashes=keys, parent_block_hash=parent, token_ids=tokens, block_size=self._block_size)
+        )
+
+    def removed(self, key: bytes) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(last, BlockRemoved):
+            last.block_hashes.append(key)
+        else:
+            self._events.append(BlockRemoved(block_hashes=[key]))
+
+    def cleared(self) -> None:
+        self._events.append(AllBlocksCleared())
+
+    def take(self) -> KVEventBatch | None:
+        """What happened since the last call, or None."""
+        if not self._events:
+            return None
+        events, self._events = self._events, []
+        return KVEventBatch(ts=time.time(), events=events)
