@@ -20,9 +20,10 @@ from octavo_engine.messages import LoadProgress, ModelInfo
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.interface import Model
 from octavo_engine.models.registry import find_architecture
+from octavo_engine.runner.kv_cache import kv_bytes_per_token
 from octavo_engine.runner.machine import choose_device, choose_dtype, choose_kv_dtype, free_memory_bytes, usable_cpus
 from octavo_engine.runner.pooling import PoolingMethod
-from octavo_engine.runner.torch_runner import TorchModelRunner, kv_bytes_per_token
+from octavo_engine.runner.torch_runner import TorchModelRunner
 from octavo_engine.storage import resolve
 
 OnProgress = Callable[[LoadProgress], None]

@@ -111,6 +111,18 @@ class WeightLoader:
                 packed = ops.pack_weight(weight.to(self.device).dequantize(self.dtype))
         return self._account(packed, weight.format)
 
+    def tie(self, table: Weight) -> tuple[Weight, Weight]:
+        """(embedding, head) from one table; one object where a kernel both looks up and multiplies the packed form.
+
+        The file's own copy is then let go. A head quantized on the fly never replaces the embedding.
+        """
+        head = self.pack(table, head=True)
+        if self._quantize_to is None and isinstance(head, QuantizedWeight):
+            probe = torch.zeros(1, dtype=torch.int64, device=self.device)
+            if ops.embedding.backend_for(probe, head, self.dtype) != REFERENCE:
+                return head, head
+        return table, head
+
     def _quantize(self, weight: torch.Tensor, head: bool) -> Weight:
         kind = OnTheFly.INT8 if head and self._quantize_to is OnTheFly.INT4 else self._quantize_to
         return weight if kind is None else quantize(weight, kind, self.device) or weight

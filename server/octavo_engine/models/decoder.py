@@ -67,13 +67,13 @@ class Decoder(Model):
         self._ropes: dict[RopeConfig, torch.Tensor] = {}
         self._max_positions = max_positions
         scale = float(torch.tensor(config.embedding_scale, dtype=weights.dtype))
-        shape = (config.vocab_size, config.hidden_size)
-        table = weights.rows("model.embed_tokens.weight", shape)
+        table = weights.rows("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self.can_generate = not config.architecture.endswith("Model")
+        table, head = self._tie_or_read_head(weights, table)
         self.embedding = Embedding(table, weights.dtype, scale)
+        self.lm_head = None if head is None else LMHead(head, config.final_soft_cap)
         self.layers = tuple(self.make_layer(weights, index) for index in range(config.num_layers))
         self.final_norm = self.make_norm(weights, "model.norm")
-        self.can_generate = not config.architecture.endswith("Model")
-        self.lm_head = self._make_head(weights, table) if self.can_generate else None
 
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
@@ -116,12 +116,13 @@ class Decoder(Model):
             lm_head=self.lm_head.weight,
         )
 
-    def _make_head(self, weights: WeightLoader, table: Weight) -> LMHead:
-        config = self.config
-        if config.tie_word_embeddings:
-            return LMHead(weights.pack(table, head=True), config.final_soft_cap)
-        head = weights.head("lm_head.weight", (config.vocab_size, config.hidden_size))
-        return LMHead(head, config.final_soft_cap)
+    def _tie_or_read_head(self, weights: WeightLoader, table: Weight) -> tuple[Weight, Weight | None]:
+        """(embedding, output head); no head for a checkpoint that was saved without one."""
+        if not self.can_generate:
+            return table, None
+        if self.config.tie_word_embeddings:
+            return weights.tie(table)
+        return table, weights.head("lm_head.weight", (self.config.vocab_size, self.config.hidden_size))
 
     def make_layer(self, weights: WeightLoader, index: int) -> Layer:
         prefix, config = f"model.layers.{index}", self.config.layers[index]

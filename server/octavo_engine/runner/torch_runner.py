@@ -13,19 +13,13 @@ from octavo_engine.models.interface import Model
 from octavo_engine.runner.batch_builder import build_packed, build_step
 from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.kv_cache import new_kv_cache
 from octavo_engine.runner.pooling import Pooling
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
 from octavo_kernels.step import CompiledStep, compile_step
 
-_SCALED = (torch.int8, torch.float8_e4m3fn)
 _WARM_UP_LENGTHS = (1, 17)
-
-
-def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, with the scales of 8-bit forms."""
-    scale = 4 if dtype in _SCALED else 0
-    return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale)
 
 
 class TorchModelRunner:
@@ -52,7 +46,7 @@ class TorchModelRunner:
             raise ConfigError(f"num_kv_blocks: must be at least 1, got {num_blocks}")
         try:
             self._caches = [self._new_cache(num_blocks) for _ in range(self.model.config.num_layers)]
-        except RuntimeError as error:  # torch reports exhausted memory so
+        except (OSError, RuntimeError) as error:  # how the system and torch report exhausted memory
             raise ConfigError(
                 f"num_kv_blocks: {num_blocks} blocks need {needed / 2**30:.1f} GiB on {self._device}, "
                 "which is not free; lower num_kv_blocks, max_model_len or kv_cache_memory_fraction"
@@ -102,11 +96,7 @@ class TorchModelRunner:
     def _new_cache(self, num_blocks: int) -> PagedKVCache:
         config = self.model.config
         shape = (num_blocks, config.num_kv_heads, self._info.kv_block_size, config.head_dim)
-        key, value = (torch.zeros(shape, dtype=self._kv_dtype, device=self._device) for _ in range(2))
-        if self._kv_dtype not in _SCALED:
-            return PagedKVCache(key, value)
-        scales = [torch.ones(shape[:3], dtype=torch.float32, device=self._device) for _ in range(2)]
-        return PagedKVCache(key, value, *scales)
+        return new_kv_cache(shape, self._kv_dtype, self._device)
 
     def _compile(self) -> None:
         plan = self.model.plan()
