@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "render": Command("octavo_cli.render", "render", "Print a manifest's Kubernetes objects.", CLUSTER, "operator"),
     "chat": Command("octavo_cli.chat", "chat", "Talk to a model from the terminal.", WORK, "server"),
     "bench": Command("octavo_cli.bench", "bench", "Load an OpenAI endpoint and report latencies.", WORK, "server"),
+    "quantize": Command("octavo_cli.quantize", "quantize", "Make a model smaller, with a report.", WORK, "server"),
     "tune": Command("octavo_cli.tune", "tune", "Measure kernel configurations on this GPU.", WORK, "gpu"),
     "doctor": Command("octavo_cli.doctor", "doctor", "Say what this machine can do.", WORK, "server"),
 }

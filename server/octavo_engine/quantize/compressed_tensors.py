@@ -26,8 +26,8 @@ def encode(prefix: str, weight: IntWeight, scheme: Scheme) -> dict[str, torch.Te
         f"{prefix}.weight_shape": torch.tensor(weight.shape),
     }
     if weight.zeros is not None:
-        zeros = weight.zeros.to(torch.int64) + (0 if scheme.bits == 4 else half)
-        tensors[f"{prefix}.weight_zero_point"] = pack(zeros.t(), scheme.bits).t().contiguous()
+        zeros = pack(weight.zeros.to(torch.int64).t(), scheme.bits)
+        tensors[f"{prefix}.weight_zero_point"] = zeros.t().contiguous()
     return tensors
 
 

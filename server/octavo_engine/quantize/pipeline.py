@@ -40,10 +40,10 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     output: Path
-    method: Method = Method.AWQ
+    method: Method = Method.AWQ_GPTQ
     bits: int = 4
     group_size: int | None = None
-    symmetric: bool = False
+    symmetric: bool = True
     calibration: Path | None = None
     evaluation: Path | None = None
     num_windows: int = 64
@@ -145,7 +145,7 @@ def _quantize_layers(
             walk.run(layer)
             for item in inside:
                 item.on_input = None
-        if method in (Method.AWQ, Method.SMOOTHQUANT):
+        if method in (Method.AWQ, Method.AWQ_GPTQ, Method.SMOOTHQUANT):
             for fold in find_folds(prefix, inside, loader.vectors, heads):
                 seen = statistics[id(fold.projection)]
                 smooth = method is Method.SMOOTHQUANT
@@ -159,7 +159,7 @@ def _quantize_layers(
 def _round(projection: Projection, statistics: InputStatistics, method: Method, scheme: Scheme) -> None:
     """Replace the weight by its rounded value and keep the codes of every part."""
     weight = projection.weight.float()
-    if method is Method.GPTQ and statistics.count:
+    if method in (Method.GPTQ, Method.AWQ_GPTQ) and statistics.count:
         codes, grid = gptq(weight, statistics, scheme)
     else:
         grid = fit_grid(weight, scheme, statistics.mean_square if statistics.count else None)

@@ -18,11 +18,15 @@ CHUNK_WEIGHTS = 1 << 17
 
 
 class Method(enum.StrEnum):
-    """rtn: round to nearest. gptq: arXiv 2210.17323. awq: arXiv 2306.00978. smoothquant: arXiv 2211.10438."""
+    """rtn: round to nearest. gptq: arXiv 2210.17323. awq: arXiv 2306.00978. smoothquant: arXiv 2211.10438.
+
+    awq-gptq scales as AWQ does and rounds as GPTQ does.
+    """
 
     RTN = "rtn"
     GPTQ = "gptq"
     AWQ = "awq"
+    AWQ_GPTQ = "awq-gptq"
     SMOOTHQUANT = "smoothquant"
 
 
@@ -57,6 +61,8 @@ def choose_scheme(
         if bits != 8 or group_size:
             raise ConfigError("method smoothquant: rounds weights and activations to 8 bits, without groups")
         return Scheme(8, 0, symmetric=True, activation_bits=8)
+    if bits == 8 and not symmetric:
+        raise ConfigError("asymmetric: only for 4 bits; 8 bits gain nothing from zero points")
     if group_size == 0 or (group_size is None and bits == 8):
         return Scheme(bits, 0, symmetric)
     common = math.gcd(*in_features)
@@ -170,6 +176,4 @@ def as_int_weight(codes: torch.Tensor, grid: Grid, scheme: Scheme) -> IntWeight:
     if scheme.bits == 4:
         unsigned = codes if grid.zeros is not None else codes + half
         return IntWeight(unsigned.to(torch.uint8), grid.scales.bfloat16(), grid.zeros, 4)
-    if grid.zeros is not None:
-        return IntWeight((codes - half).to(torch.int8), grid.scales.bfloat16(), grid.zeros - half, 8)
     return IntWeight(codes.to(torch.int8), grid.scales.bfloat16(), None, 8)
