@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.d
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
     owner = np.repeat(np.arange(len(ordered)), query_lens)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    token_ids = np.concatenate([np.asarray(s.token_ids, dtype=np.int64) for s in ordered])
+    token_ids = _flat((s.token_ids for s in ordered), int(ends[-1]), np.int64)
     batch = AttentionBatch(
         positions=_tensor(positions, device),
         slot_mapping=_tensor(slots, device),
@@ -60,7 +61,7 @@ def build_packed(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     ends = np.cumsum(lengths)
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    token_ids = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+    token_ids = _flat(prompts, int(ends[-1]), np.int64)
     batch = AttentionBatch(
         positions=_tensor(positions, device),
         slot_mapping=torch.empty(0, dtype=torch.int64, device=device),
@@ -84,16 +85,23 @@ def _check(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) ->
 
 def _block_tables(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> Array:
     used = -(-seq_lens // block_size)
+    ids = _flat((s.block_table[:n] for s, n in zip(slices, used.tolist(), strict=True)), int(used.sum()), np.int32)
     tables = np.zeros((len(slices), int(used.max())), dtype=np.int32)
-    for row, piece, count in zip(tables, slices, used.tolist(), strict=True):
-        row[:count] = piece.block_table[:count]
+    tables[np.arange(tables.shape[1]) < used[:, None]] = ids
     return tables
 
 
+def _flat(parts: Iterable[Sequence[int]], count: int, dtype: npt.DTypeLike) -> Array:
+    """Many short sequences as one array; several times as fast as an array for each."""
+    return np.fromiter(itertools.chain.from_iterable(parts), dtype=dtype, count=count)
+
+
 def _logits_rows(slices: Sequence[SequenceSlice], order: Sequence[int], ends: Array) -> Array:
-    end_of = dict(zip(order, ends.tolist(), strict=True))
-    rows = [np.arange(end_of[i] - piece.num_logits, end_of[i], dtype=np.int64) for i, piece in enumerate(slices)]
-    return np.concatenate(rows)
+    last = np.empty(len(slices), dtype=np.int64)
+    last[np.asarray(order)] = ends
+    counts = np.fromiter((piece.num_logits for piece in slices), dtype=np.int64, count=len(slices))
+    before = np.cumsum(counts) - counts
+    return np.repeat(last - counts - before, counts) + np.arange(counts.sum())
 
 
 def _tensor(array: Array, device: torch.device) -> torch.Tensor:
