@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -42,10 +42,22 @@ def parse(body: bytes, kind: type[T], refused: Mapping[str, str] | None = None) 
         request = _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
         raise from_validation_error(error) from None
-    except RecursionError:
-        raise _too_deep() from None
     known = _field_names(kind)
     return Parsed(request, tuple(name for name in raw if name not in known and name not in (refused or {})))
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The body as a plain object, for routes whose keys are not known beforehand; an empty body is an empty object."""
+    if not body.strip():
+        return {}
+    _check_text(body)
+    try:
+        value = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise bad_request(f"The body is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict) or len(value) > LIMITS.metadata_entries:
+        raise bad_request(f"The body must be a JSON object of at most {LIMITS.metadata_entries} entries.")
+    return value
 
 
 def from_validation_error(error: msgspec.ValidationError) -> ApiError:
@@ -64,20 +76,23 @@ def from_validation_error(error: msgspec.ValidationError) -> ApiError:
 def _decode_object(body: bytes) -> dict[str, msgspec.Raw]:
     if not body.strip():
         raise bad_request("The body is empty; send a JSON object.")
+    _check_text(body)
     try:
-        if _depth_exceeds(body, LIMITS.json_depth):
-            raise _too_deep()
         return _RAW_OBJECT.decode(body)
     except msgspec.ValidationError:
         raise bad_request("The body must be a JSON object.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise bad_request(f"The body is not valid JSON: {str(error)[:200]}") from None
-    except RecursionError:
-        raise _too_deep() from None
 
 
-def _too_deep() -> ApiError:
-    return bad_request(f"The body nests deeper than {LIMITS.json_depth} levels.")
+def _check_text(body: bytes) -> None:
+    """What the decoder must be spared: it finds bad UTF-8 only in the parts it reads, and recurses into depth."""
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        raise bad_request("The body is not valid UTF-8.") from None
+    if _depth_exceeds(body, LIMITS.json_depth):
+        raise bad_request(f"The body nests deeper than {LIMITS.json_depth} levels.")
 
 
 def _depth_exceeds(body: bytes, limit: int) -> bool:

@@ -12,7 +12,7 @@ from octavo_server.errors import bad_request
 from octavo_server.oip.models import VERSION, InferRequest, InferResponse
 from octavo_server.oip.tensors import Tensor, TensorSpec, tensor_from_values
 from octavo_server.openai.request_types import SamplingFields
-from octavo_server.parsing import parse
+from octavo_server.parsing import json_object, parse
 
 _OWN_FIELDS = ("id", "parameters", "model_name", "model_version")
 _SAMPLING_FIELDS = frozenset({*SamplingFields.__struct_fields__, "max_tokens", "logprobs"})
@@ -30,7 +30,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
 def generate_request(body: bytes, inputs: Sequence[TensorSpec], *, stream: bool) -> InferRequest:
     """Keys and parameters that name an input become its tensor, those that name a sampling field are collected."""
     declared = parse(body, GenerateBody).request
-    values: dict[str, Any] = {**declared.parameters, **json.loads(body)}
+    values: dict[str, Any] = {**declared.parameters, **json_object(body)}
     for name in _OWN_FIELDS:
         values.pop(name, None)
     values["stream"] = (declared.stream is not False) and stream

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,14 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo_server.caller import Caller, caller_of
-from octavo_server.errors import ApiError, bad_request
+from octavo_server.errors import ApiError
 from octavo_server.event_stream import EventStream, encode_event
 from octavo_server.json_response import JsonResponse
-from octavo_server.limits import LIMITS
 from octavo_server.oip.generate import generate_request, generate_response
 from octavo_server.oip.http_codec import HEADER_LENGTH, compress, decode_request, decompress, encode_response
 from octavo_server.oip.models import VERSION, InferRequest, with_parameters
 from octavo_server.oip.repository import EXTENSIONS, SERVER_NAME, Repository
+from octavo_server.parsing import json_object
 from octavo_server.replica import VERSION as SERVER_VERSION
 from octavo_server.replica import Replica
 
@@ -62,7 +61,7 @@ def _add_server_routes(routes: APIRouter, repository: Repository) -> None:
     @routes.post("/v2/logging")
     async def change_logging(http: Request) -> Response:
         """Change log settings."""
-        return JsonResponse(repository.log_settings(await _json_object(http)))
+        return JsonResponse(repository.log_settings(json_object(await http.body())))
 
     @routes.get("/v2/trace/setting")
     @routes.get(f"{_MODEL}/trace/setting")
@@ -74,7 +73,7 @@ def _add_server_routes(routes: APIRouter, repository: Repository) -> None:
     @routes.post(f"{_MODEL}/trace/setting")
     async def change_trace(http: Request) -> Response:
         """Refused unless nothing changes."""
-        return JsonResponse(repository.trace_settings(await _json_object(http)))
+        return JsonResponse(repository.trace_settings(json_object(await http.body())))
 
     @routes.api_route("/v2/{kind}sharedmemory/{rest:path}", methods=["GET", "POST"])
     async def shared_memory(kind: str, rest: str) -> Response:
@@ -86,13 +85,13 @@ def _add_repository_routes(routes: APIRouter, repository: Repository) -> None:
     @routes.post("/v2/repository/index")
     async def index(http: Request) -> Response:
         """Every served name with its state."""
-        wanted = await _json_object(http)
+        wanted = json_object(await http.body())
         return JsonResponse(repository.index(ready_only=bool(wanted.get("ready"))))
 
     @routes.post("/v2/repository/models/{name:path}/load")
     async def load(name: str, http: Request) -> Response:
         """Succeeds for the model that is served."""
-        repository.load(name, (await _json_object(http)).get("parameters") or {})
+        repository.load(name, (json_object(await http.body())).get("parameters") or {})
         return JsonResponse({})
 
     @routes.post("/v2/repository/models/{name:path}/unload")
@@ -190,17 +189,3 @@ async def _generate_events(
 
 def _caller(http: Request, request: InferRequest) -> Caller:
     return with_parameters(caller_of(http), request)
-
-
-async def _json_object(http: Request) -> dict[str, Any]:
-    """The body as an object; an empty body is an empty one."""
-    body = await http.body()
-    if not body.strip():
-        return {}
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise bad_request("The body is not valid JSON.") from None
-    if not isinstance(value, dict) or len(value) > LIMITS.metadata_entries:
-        raise bad_request("The body must be a JSON object.")
-    return value
