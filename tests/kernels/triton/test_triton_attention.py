@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,17 +16,8 @@ DECODES = [(1, 1), (1, 16), (1, 17), (1, 150), (1, 63)]
 MIXED = [(1, 40), (1, 1), (5, 5), (33, 70), (2, 130), (19, 19)]
 
 
-def readable(batch):
-    """The reference reads whole blocks of the longest sequence: give its padding entries a block that exists."""
-    from dataclasses import replace
-
-    return replace(batch, block_tables=batch.block_tables.where(batch.block_tables < 2**29, 0))
-
-
 def expected(query, cache, batch, scale, **options):
     """The reference, one sequence at a time in float32, so that no unused block is touched."""
-    from dataclasses import replace
-
     wide = query.float()
     out = torch.empty_like(wide)
     for seq in range(batch.num_seqs):
@@ -132,8 +125,8 @@ def test_hostile_block_tables_read_nothing_outside_the_cache(make_paged, entry):
     cache.key.nan_to_num_()
     cache.value.nan_to_num_()
     batch.block_tables[:, 1] = entry
-    batch.seq_lens[0] = 10_000  # longer than its table
-    batch.max_seq_len = 10_000
+    batch.seq_lens[0] = 500  # longer than its table
+    batch.max_seq_len = 500
     out = ops.paged_attention(query, cache, batch, 0.2)
     assert torch.isfinite(out).all()
 

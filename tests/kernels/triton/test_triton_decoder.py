@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as hf
 
 from models.tiny_checkpoints import (
@@ -35,24 +36,24 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(family: str, device: torch.device, tmp_path: Path) -> None:
     model_type, config = FAMILIES[family]
     model = write_checkpoint(tmp_path, model_type, config())
     prompts = random_prompts((1, 12))
 
-    found = paged_logits(load(tmp_path), prompts)
+    found = paged_logits(load(tmp_path, device=device.type), prompts)
 
     for ours, theirs in zip(found, reference_logits(model, prompts), strict=True):
-        assert relative_error(ours, theirs) < 1e-4
+        assert relative_error(ours.cpu(), theirs) < 1e-4
     used = {choice.op for choice in registry.choices() if choice.backend == "triton"}
     assert {"rms_norm", "add_rms_norm", "rope_and_store_kv", "paged_attention"} <= used
 
 
-def test_a_float8_cache_gives_what_the_reference_gives(tmp_path: Path) -> None:
+def test_a_float8_cache_gives_what_the_reference_gives(device: torch.device, tmp_path: Path) -> None:
     model_type, config = FAMILIES["qwen3"]
     write_checkpoint(tmp_path, model_type, config())
     prompts = random_prompts((1, 12))
-    runner = load(tmp_path, kv_cache_dtype="fp8")
+    runner = load(tmp_path, device=device.type, kv_cache_dtype="fp8")
 
     found = paged_logits(runner, prompts)
     with registry.use_backends("reference"):

@@ -137,7 +137,8 @@ def test_rope_and_cache_write_match(device, kv_dtype, heads, kv_heads, head_dim,
 def test_slots_outside_the_cache_are_not_written(device, slot):
     query, key = torch.randn(1, 4, 32, device=device), torch.randn(1, 2, 32, device=device)
     cache = empty_cache(device, 2, 32, torch.float32)
-    ops.rope_and_store_kv(query, key, key, torch.zeros(1, dtype=torch.long), torch.tensor([slot]), cache, None)
+    positions, slots = torch.zeros(1, dtype=torch.long, device=device), torch.tensor([slot], device=device)
+    ops.rope_and_store_kv(query, key, key, positions, slots, cache, None)
     assert (cache.key == 0).all()
     assert (cache.value == 0).all()
 
@@ -154,7 +155,7 @@ def test_without_a_cache_only_queries_and_keys_turn(device):
 @pytest.mark.parametrize("kv_dtype", [torch.float16, *QUANTIZED])
 def test_block_copies_read_all_sources_first(device, kv_dtype):
     cache = empty_cache(device, 2, 32, kv_dtype, blocks=6)
-    cache.key.copy_(torch.randn(cache.key.shape).to(kv_dtype))
+    cache.key.copy_(torch.randn(cache.key.shape, device=device).to(kv_dtype))
     before = cache.key.clone()
     ops.copy_blocks(cache, torch.tensor([0, 1, 4], device=device), torch.tensor([1, 5, 0], device=device))
     wanted = before.float()

@@ -129,11 +129,11 @@ def test_draft_verification_matches(device, certain):
 
 
 def test_tokens_the_reference_verified_follow_the_target(device):
-    count = 3000
+    count = 1000
     target = torch.tensor([0.1, 0.2, 0.7], device=device).expand(count, 2, 3).contiguous()
     draft = torch.tensor([0.6, 0.3, 0.1], device=device).expand(count, 1, 3).contiguous()
     seeds = torch.arange(count, device=device)
     tokens = reference.sample(draft[:, 0].log(), *settings(count, device)[:4], seeds + 10_000, seeds * 0).unsqueeze(1)
     out = reference.verify_drafts(target, draft, tokens, torch.ones(count, dtype=torch.int32), seeds, seeds * 0)
     frequency = torch.bincount(out[:, 0], minlength=3) / count
-    torch.testing.assert_close(frequency, target[0, 0], atol=0.035, rtol=0)
+    torch.testing.assert_close(frequency, target[0, 0], atol=0.06, rtol=0)

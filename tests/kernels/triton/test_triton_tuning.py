@@ -70,15 +70,15 @@ def test_candidates_start_with_the_default_and_are_distinct():
 
 
 @pytest.mark.usefixtures("on_triton")
-def test_the_search_keeps_the_fastest_candidate_and_reports_it():
+def test_the_search_keeps_the_fastest_candidate_and_reports_it(device):
     from octavo_kernels.quantized_weights import quantize_int4
 
-    weight = pack_int(quantize_int4(torch.randn(8, 64), 32))
+    weight = pack_int(quantize_int4(torch.randn(8, 64, device=device), 32))
     seen: list[LaunchConfig] = []
-    x = torch.randn(1, 64)
+    x = torch.randn(1, 64, device=device)
 
     def run():
-        seen.append(tuning.launch_config("packed_gemv", KEY, CPU, LaunchConfig()))
+        seen.append(tuning.launch_config("packed_gemv", KEY, device, LaunchConfig()))
         return ops.linear(x, weight)
 
     with tuning.recording() as asked:
@@ -90,11 +90,11 @@ def test_the_search_keeps_the_fastest_candidate_and_reports_it():
         if len(seen) < 2:  # run the kernel for the first candidates, then only look
             call()
         else:
-            seen.append(tuning.launch_config(kernel, KEY, CPU, LaunchConfig()))
+            seen.append(tuning.launch_config(kernel, KEY, device, LaunchConfig()))
         return 1.0 if seen[-1] != replace(seen[-1], block_n=2, num_warps=8, block_k=256) else 0.5
 
     findings = []
-    table = autotune.tune([Workload("tiny", lambda device: Call(run, 1))], CPU, measure, findings.append)
+    table = autotune.tune([Workload("tiny", lambda device: Call(run, 1))], device, measure, findings.append)
     best = table["packed_gemv"][KEY]
     assert (best.block_n, best.num_warps, best.block_k) == (2, 8, 256)
     assert findings[0].improved
