@@ -15,12 +15,13 @@ from octavo_server.errors import INTERNAL_ERROR, ApiError
 from octavo_server.oip import http as open_inference
 from octavo_server.openai import chat, completions, embeddings, models, ranking, tokens
 from octavo_server.replica import VERSION, Replica
+from octavo_server.responses import routes as responses
 
 
 def build_app(replica: Replica) -> RequestBoundary:
     """Every route behind the request boundary."""
     app = FastAPI(title="Octavo", version=VERSION, redoc_url=None)
-    for face in (observation, models, chat, completions, tokens, embeddings, ranking, open_inference):
+    for face in (observation, models, chat, completions, responses, tokens, embeddings, ranking, open_inference):
         app.include_router(face.router(replica))
 
     @app.exception_handler(ApiError)

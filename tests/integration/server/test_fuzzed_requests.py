@@ -22,11 +22,14 @@ from octavo_server.openai.ranking import RerankRequest, ScoreRequest
 from octavo_server.openai.request_types import REFUSED_FIELDS, ChatCompletionRequest, CompletionRequest
 from octavo_server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from octavo_server.replica import Replica
+from octavo_server.responses.request import REFUSED_FIELDS as RESPONSES_REFUSED
+from octavo_server.responses.request import ResponsesRequest
 from octavo_server.settings import ServeSettings
 
 ROUTES: dict[str, set[str]] = {
     "/v1/chat/completions": {*ChatCompletionRequest.__struct_fields__, *REFUSED_FIELDS},
     "/v1/completions": {*CompletionRequest.__struct_fields__, *REFUSED_FIELDS},
+    "/v1/responses": {*ResponsesRequest.__struct_fields__, *RESPONSES_REFUSED},
     "/v1/embeddings": set(EmbeddingRequest.__struct_fields__),
     "/score": set(ScoreRequest.__struct_fields__),
     "/rerank": set(RerankRequest.__struct_fields__),

@@ -1,0 +1,1 @@
+"""`/v1/responses`: OpenAI's newer shape of a chat, on the same path as chat completions. Nothing is stored."""
