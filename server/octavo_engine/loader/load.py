@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from octavo_engine.runner.torch_runner import TorchModelRunner
 from octavo_engine.storage import resolve
 
 OnProgress = Callable[[LoadProgress], None]
+
+_LONGEST_UNASKED = 1 << 17
+_log = logging.getLogger(__name__)
 
 
 def load_runner(config: EngineConfig, on_progress: OnProgress) -> TorchModelRunner:
@@ -108,10 +112,13 @@ def _on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """What was asked for; else what the model allows, up to a length whose tables any machine can hold."""
     longest = model.max_position_embeddings
     if config.max_model_len > longest:
         raise ConfigError(f"max_model_len: {config.max_model_len} is beyond the {longest} positions of the model")
-    return config.max_model_len or longest
+    if not config.max_model_len and longest > _LONGEST_UNASKED:
+        _log.warning("serving %d of the model's %d positions; set max_model_len for more", _LONGEST_UNASKED, longest)
+    return config.max_model_len or min(longest, _LONGEST_UNASKED)
 
 
 def _num_blocks(config: EngineConfig, info: ModelInfo) -> int:

@@ -146,18 +146,18 @@ class WeightLoader:
         return ", ".join(name for name, _ in self.formats.most_common()) or "none"
 
     def _matrix(self, name: str, shape: tuple[int, int]) -> Weight:
-        weight = self._get(name)
-        if tuple(weight.shape) != shape:
-            raise self._wrong_shape(name, tuple(weight.shape), shape)
-        return weight
+        return self._checked(name, self._get(name), shape)
 
     def _dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        weight = self._get(name)
+        weight = self._checked(name, self._get(name), shape)
         if isinstance(weight, QuantizedWeight):
             raise ModelLoadError(f"{self.checkpoint.path}: {name} is stored as {weight.format}; expected plain numbers")
+        return weight
+
+    def _checked(self, name: str, weight: Weight, shape: tuple[int, ...]) -> Weight:
         if tuple(weight.shape) != shape:
             raise self._wrong_shape(name, tuple(weight.shape), shape)
-        if not weight.dtype.is_floating_point:
+        if isinstance(weight, torch.Tensor) and not weight.dtype.is_floating_point:
             raise ModelLoadError(f"{self.checkpoint.path}: {name} has type {weight.dtype}; expected floating point")
         return weight
 
