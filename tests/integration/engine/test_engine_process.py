@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from fake_runner import CRASH, EXIT, HANG, SLOW, greedy, load_fake
 from octavo_engine.config import EngineConfig
@@ -46,6 +47,13 @@ async def running(**settings: object) -> AsyncIterator[EngineProcessClient]:
         await client.shutdown(timeout_s=5.0)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client() -> AsyncIterator[EngineProcessClient]:
+    """One engine for the tests that leave it as they found it."""
+    async with running(step_timeout_s=2.0) as shared:
+        yield shared
+
+
 async def collect(client: EngineProcessClient, name: str, prompt: list[int], max_tokens: int = 8) -> list[int]:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     tokens: list[int] = []
@@ -72,51 +80,51 @@ def break_while_loading(_config: object, _on_progress: object) -> None:
     os._exit(3)
 
 
-async def test_concurrent_requests_stream_what_each_gets_alone() -> None:
-    async with running() as client:
-        prompts = {f"r{i}": [i + 1, 2, 3] for i in range(20)}
-        results = await asyncio.gather(*(collect(client, name, prompt) for name, prompt in prompts.items()))
-        assert results == [greedy(prompt, 8) for prompt in prompts.values()]
-        assert client.model.name == "fake"
-        assert client.progress is None
-        client.check_health()
-        await until(lambda: client.stats.kv_blocks_used == 0)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_concurrent_requests_stream_what_each_gets_alone(client: EngineProcessClient) -> None:
+    prompts = {f"r{i}": [i + 1, 2, 3] for i in range(20)}
+    results = await asyncio.gather(*(collect(client, name, prompt) for name, prompt in prompts.items()))
+    assert results == [greedy(prompt, 8) for prompt in prompts.values()]
+    assert client.model.name == "fake"
+    assert client.progress is None
+    client.check_health()
+    await until(lambda: client.stats.kv_blocks_used == 0)
 
 
-async def test_a_slow_reader_gets_everything_in_fewer_messages() -> None:
-    async with running() as client:
-        sampling = SamplingParams(max_tokens=50, temperature=0.0)
-        stream = client.generate(request_id="a", prompt_token_ids=[1, 2], sampling=sampling)
-        first = await anext(stream)
-        await until(lambda: client.stats.num_running == 0)
-        rest = [output async for output in stream]
-        assert len(rest) == 1
-        assert first.token_ids + rest[0].token_ids == greedy([1, 2], 50)
-        assert rest[0].finish_reason is FinishReason.LENGTH
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_slow_reader_gets_everything_in_fewer_messages(client: EngineProcessClient) -> None:
+    sampling = SamplingParams(max_tokens=50, temperature=0.0)
+    stream = client.generate(request_id="a", prompt_token_ids=[1, 2], sampling=sampling)
+    first = await anext(stream)
+    await until(lambda: client.stats.num_running == 0)
+    rest = [output async for output in stream]
+    assert len(rest) == 1
+    assert first.token_ids + rest[0].token_ids == greedy([1, 2], 50)
+    assert rest[0].finish_reason is FinishReason.LENGTH
 
 
-async def test_closing_a_stream_frees_its_blocks() -> None:
-    async with running() as client:
-        sampling = SamplingParams(max_tokens=240, temperature=0.0)
-        stream = client.generate(request_id="a", prompt_token_ids=[SLOW, 2], sampling=sampling)
-        await anext(stream)
-        await stream.aclose()
-        await until(lambda: client.stats.num_running == 0 and client.stats.kv_blocks_used == 0)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_closing_a_stream_frees_its_blocks(client: EngineProcessClient) -> None:
+    sampling = SamplingParams(max_tokens=240, temperature=0.0)
+    stream = client.generate(request_id="a", prompt_token_ids=[SLOW, 2], sampling=sampling)
+    await anext(stream)
+    await stream.aclose()
+    await until(lambda: client.stats.num_running == 0 and client.stats.kv_blocks_used == 0)
 
 
-async def test_cancelling_the_consumer_frees_its_blocks() -> None:
-    async with running() as client:
-        task = asyncio.create_task(collect(client, "a", [1, 2], max_tokens=250))
-        await until(lambda: client.stats.generation_tokens > 0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await until(lambda: client.stats.num_running == 0 and client.stats.kv_blocks_used == 0)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_cancelling_the_consumer_frees_its_blocks(client: EngineProcessClient) -> None:
+    task = asyncio.create_task(collect(client, "a", [1, 2], max_tokens=250))
+    await until(lambda: client.stats.generation_tokens > 0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await until(lambda: client.stats.num_running == 0 and client.stats.kv_blocks_used == 0)
 
 
-async def test_embeddings_come_back_as_vectors() -> None:
-    async with running() as client:
-        output = await client.embed(request_id="e", prompt_token_ids=[1, 2])
-        assert output.embedding == [3.0, 2.0, 0.0, 1.0]
+@pytest.mark.asyncio(loop_scope="module")
+async def test_embeddings_come_back_as_vectors(client: EngineProcessClient) -> None:
+    output = await client.embed(request_id="e", prompt_token_ids=[1, 2])
+    assert output.embedding == [3.0, 2.0, 0.0, 1.0]
 
 
 async def test_a_full_queue_refuses_and_names_a_time() -> None:
@@ -131,25 +139,25 @@ async def test_a_full_queue_refuses_and_names_a_time() -> None:
         client.check_health()
 
 
-async def test_a_request_the_engine_refuses_raises_and_names_the_field() -> None:
-    async with running() as client:
-        with pytest.raises(InvalidRequestError) as caught:
-            await collect(client, "a", [5_000])
-        assert caught.value.param == "prompt"
-        with pytest.raises(InvalidRequestError, match="at most 255 fit"):
-            await collect(client, "b", [1] * 300)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_the_engine_refuses_raises_and_names_the_field(client: EngineProcessClient) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await collect(client, "a", [5_000])
+    assert caught.value.param == "prompt"
+    with pytest.raises(InvalidRequestError, match="at most 255 fit"):
+        await collect(client, "b", [1] * 300)
 
 
-async def test_a_request_that_crashes_the_model_ends_alone() -> None:
-    async with running() as client:
-        sampling = SamplingParams(max_tokens=8, temperature=0.0)
-        good = asyncio.create_task(collect(client, "good", [1, 2], 100))
-        outputs = [
-            output async for output in client.generate(request_id="bad", prompt_token_ids=[CRASH], sampling=sampling)
-        ]
-        assert outputs[-1].finish_reason is FinishReason.ERROR
-        assert await good == greedy([1, 2], 100)
-        client.check_health()
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_that_crashes_the_model_ends_alone(client: EngineProcessClient) -> None:
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    good = asyncio.create_task(collect(client, "good", [1, 2], 100))
+    outputs = [
+        output async for output in client.generate(request_id="bad", prompt_token_ids=[CRASH], sampling=sampling)
+    ]
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+    assert await good == greedy([1, 2], 100)
+    client.check_health()
 
 
 async def test_a_killed_engine_ends_every_request_within_seconds() -> None:
@@ -191,12 +199,12 @@ async def test_a_stopped_idle_engine_is_unhealthy() -> None:
         await until(lambda: not _healthy(client))
 
 
-async def test_an_idle_engine_stays_healthy_and_keeps_reporting() -> None:
-    async with running(step_timeout_s=2.0) as client:
-        before = client.stats.time
-        await asyncio.sleep(3.5)
-        client.check_health()
-        assert client.stats.time > before
+@pytest.mark.asyncio(loop_scope="module")
+async def test_an_idle_engine_stays_healthy_and_keeps_reporting(client: EngineProcessClient) -> None:
+    before = client.stats.time
+    await asyncio.sleep(3.5)
+    client.check_health()
+    assert client.stats.time > before
 
 
 @pytest.mark.parametrize(
@@ -241,12 +249,12 @@ async def test_shutdown_kills_an_engine_that_does_not_answer() -> None:
         await hung
 
 
-async def test_interrupting_the_process_group_leaves_the_engine_to_its_parent() -> None:
-    async with running() as client:
-        assert client.pid is not None
-        os.kill(client.pid, signal.SIGINT)
-        os.kill(client.pid, signal.SIGTERM)
-        assert await collect(client, "a", [1, 2]) == greedy([1, 2], 8)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_interrupting_the_process_group_leaves_the_engine_to_its_parent(client: EngineProcessClient) -> None:
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGINT)
+    os.kill(client.pid, signal.SIGTERM)
+    assert await collect(client, "a", [1, 2]) == greedy([1, 2], 8)
 
 
 def test_the_engine_dies_with_its_parent() -> None:
