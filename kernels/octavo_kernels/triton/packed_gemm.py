@@ -61,10 +61,20 @@ def _upper_bits(high_ptr, n, k, mask, in_features):
 
 
 @triton.jit
+def _twice_e2m1(code):
+    """Twice the value of a 4-bit float (sign, two bits of exponent, one of mantissa), as an integer."""
+    exponent = (code >> 1) & 3
+    mantissa = code & 1
+    size = tl.where(exponent == 0, mantissa, (2 + mantissa) << (tl.maximum(exponent, 1) - 1))
+    return tl.where(code > 7, -size, size)
+
+
+@triton.jit
 def load_weights(
     codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, n, n_valid, start, in_features,
     BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr,
-    SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr,
+    SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FLOAT4: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows n [N] at bytes start .. start + BLOCK_K - 1 of the packed rows: (low weights [N, K], high weights, inputs
     of the low ones [K]). Eight-bit codes have no second half: the high weights repeat the low ones."""
@@ -82,6 +92,8 @@ def load_weights(
     low = codes if BITS == 8 else (codes & 15).to(tl.int32)
     if BITS == 6:
         low = low | _upper_bits(high_ptr, rows, k[None, :], mask, in_features)
+    if FLOAT4:
+        low = _twice_e2m1(low)
     low = _affine(
         low, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, rows, k_run, runs_mask, groups,
         super_groups, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT,
@@ -91,6 +103,8 @@ def load_weights(
         upper = (codes >> 4).to(tl.int32)
         if BITS == 6:
             upper = upper | _upper_bits(high_ptr, rows, k[None, :] + HALF, mask, in_features)
+        if FLOAT4:
+            upper = _twice_e2m1(upper)
         high = _affine(
             upper, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, rows, k_run + HALF, runs_mask, groups,
             super_groups, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT,
@@ -103,7 +117,7 @@ def _gemv_kernel(
     x_ptr, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, bias_ptr, out_ptr,
     x_stride, out_features, in_features,
     BIAS: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FLOAT4: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of outputs, rows of x)."""
@@ -115,7 +129,8 @@ def _gemv_kernel(
         place = start + tl.arange(0, BLOCK_K)
         low, high, k = load_weights(
             codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, n, n < out_features,
-            start, in_features, BITS, HALF, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, BLOCK_K,
+            start, in_features, BITS, HALF, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, FLOAT4,
+            BLOCK_K,
         )  # fmt: skip
         x_low = tl.load(x_ptr + row * x_stride + k, mask=place < bytes_a_row, other=0.0).to(tl.float32)
         acc += low * x_low[None, :]
@@ -133,7 +148,7 @@ def _gemm_kernel(
     x_ptr, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, bias_ptr, out_ptr,
     rows, x_stride, out_features, in_features,
     BIAS: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FLOAT4: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +165,8 @@ def _gemm_kernel(
         place = step * BLOCK_K + tl.arange(0, BLOCK_K)
         low, high, k = load_weights(
             codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, n, n < out_features,
-            step * BLOCK_K, in_features, BITS, HALF, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, BLOCK_K,
+            step * BLOCK_K, in_features, BITS, HALF, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, FLOAT4,
+            BLOCK_K,
         )  # fmt: skip
         mask = (m < rows)[:, None] & (place < bytes_a_row)[None, :]
         x_low = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
@@ -186,7 +202,7 @@ def _dequantize_kernel(
     codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, ids_ptr, out_ptr,
     out_features, in_features,
     GATHER: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FLOAT4: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, parts of a row). GATHER: row i is weight row ids[i]; ids outside the matrix give zeros."""
@@ -199,7 +215,7 @@ def _dequantize_kernel(
     low, high, k = load_weights(
         codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, n, n >= 0,
         tl.program_id(1) * BLOCK_K, in_features, BITS, HALF, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT,
-        BLOCK_K,
+        FLOAT4, BLOCK_K,
     )  # fmt: skip
     keep = tl.where(inside, 1.0, 0.0)
     mask = (place < bytes_a_row)[None, :]
@@ -311,6 +327,7 @@ def _constants(weight: PackedWeight, block_k: int) -> dict[str, int]:
         "HALF": weight.half,
         "OFFSET": weight.offset,
         "GROUP": weight.group,
+        "FLOAT4": weight.float4,
         "MINIMA": weight.minima is not None,
         "SUPER": weight.super_scales is not None,
         "SUPER_BLOCK": SUPER_BLOCK,

@@ -22,6 +22,7 @@ from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight
 
 SUPER_BLOCK = 256
+_TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class PackedWeight(QuantizedWeight):
     """codes: [out, in / 2] uint8, or [out, in] int8 or uint8. high: [out, in / 4] uint8, the two upper bits of Q6_K.
 
     scales, minima: [out, in / group], floating, or integers to be multiplied with super_scales and super_minima
-    [out, in / 256] float32-able. offset: subtracted from every code.
+    [out, in / 256] float32-able. offset: subtracted from every code. float4: codes are E2M1 numbers (MXFP4), taken
+    as twice their value.
     """
 
     codes: torch.Tensor
@@ -40,6 +42,7 @@ class PackedWeight(QuantizedWeight):
     offset: int
     source: str
     half: int = 0
+    float4: bool = False
     high: torch.Tensor | None = None
     minima: torch.Tensor | None = None
     super_scales: torch.Tensor | None = None
@@ -81,6 +84,12 @@ class PackedWeight(QuantizedWeight):
     def _codes(self) -> torch.Tensor:
         if self.bits == 8:
             return self.codes
+        if self.float4:
+            values = torch.tensor(_TWICE_E2M1, dtype=torch.int8, device=self.device)
+            return values[self._nibbles().long()]
+        return self._nibbles()
+
+    def _nibbles(self) -> torch.Tensor:
         rows = self.codes.shape[0]
         halves = self.codes.view(rows, -1, 1, self.half)
         codes = torch.cat((halves & 15, halves >> 4), dim=2).view(rows, self.in_features)
@@ -194,6 +203,12 @@ def _q6_k(blocks: Blocks, columns: int) -> PackedWeight:
                         high=_rows(blocks[..., 128:192]), super_scales=_halves(blocks, 208))  # fmt: skip
 
 
+def _mxfp4(blocks: Blocks, columns: int) -> PackedWeight:
+    """The scale is a power of two, exact in bfloat16; halved because codes count in halves."""
+    scales = torch.exp2(blocks[..., 0].float() - 128.0).to(torch.bfloat16)
+    return PackedWeight(_rows(blocks[..., 1:]), scales, columns, 4, 32, 0, "MXFP4", half=16, float4=True)
+
+
 _PACKERS: dict[GGMLType, Callable[[Blocks, int], PackedWeight]] = {
     GGMLType.Q4_0: _q4_0,
     GGMLType.Q4_1: _q4_1,
@@ -203,4 +218,5 @@ _PACKERS: dict[GGMLType, Callable[[Blocks, int], PackedWeight]] = {
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.MXFP4: _mxfp4,
 }

@@ -275,7 +275,7 @@ def _products() -> list[Workload]:
 
         return prepare
 
-    kinds = ("int4-g128", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "int8")
+    kinds = ("int4-g128", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "MXFP4", "int8")
     small = [Workload(f"{kind} {m} rows", packed(kind, m, 14336, 4096)) for kind in kinds for m in (1, 16, 64)]
     fp8 = [
         Workload(f"fp8{' block' if blockwise else ''} {m} rows", float8(blockwise, m, 14336, 4096))
@@ -319,6 +319,9 @@ def random_packed(kind: str, device: torch.device, outputs: int, inputs: int) ->
             return replace(weight, high=codes(inputs // 4), super_scales=scales(inputs // 256))
         case "Q8_0":
             return PackedWeight(codes(inputs, INT8), scales(inputs // 32), inputs, 8, 32, 0, kind)
+        case "MXFP4":
+            scale = scales(inputs // 32).bfloat16()
+            return PackedWeight(codes(inputs // 2), scale, inputs, 4, 32, 0, kind, half=16, float4=True)
         case "int8":
             return PackedWeight(codes(inputs, INT8), scales(1).float(), inputs, 8, inputs, 0, kind)
     raise ValueError(f"no packed form named {kind!r}")
