@@ -271,8 +271,14 @@ class Gateway:
         salt = identity.tenant.name if identity else ""
         prefix = seen.prefix(entry.name, resolved.adapter, salt) if entry.strategy is Strategy.PREFIX_AWARE else ()
         session = header(exchange.headers, entry.session_header.encode())
-        route = RouteRequest(entry.name, prefix, session.decode("latin-1") if session else None, resolved.adapter)
         stream = seen.stream and api is Api.GENERATE
+        route = RouteRequest(
+            entry.name,
+            prefix,
+            session.decode("latin-1") if session else None,
+            resolved.adapter,
+            seen.prompt_tokens if stream else 0,
+        )
         strip = False
         if stream and self.accounts.counting and exchange.path in TELLS_USAGE_IF_ASKED:
             body, strip = ask_for_usage(body)

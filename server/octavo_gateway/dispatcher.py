@@ -48,6 +48,7 @@ class Lease:
     entry: ModelEntry
     choice: Choice
     leased_at: float
+    pending_tokens: float = 0.0  # of the prompt, until the first byte of the answer
     held_s: float = 0.0
     released: bool = False
 
@@ -129,6 +130,7 @@ class Dispatcher:
         if lease.released:
             raise RuntimeError(f"lease on {lease.endpoint.id} released twice")
         lease.released = True
+        self._prompt_done(lease)
         self._loads.end(lease.endpoint.id)
         line = self._line(lease.entry)
         line.signals.in_flight -= 1
@@ -139,8 +141,13 @@ class Dispatcher:
 
     def first_byte(self, lease: Lease) -> None:
         """The replica of this lease has begun to answer."""
+        self._prompt_done(lease)
         self._outliers.success(lease.endpoint.id)
         self._line(lease.entry).signals.first_byte(self._clock() - lease.leased_at)
+
+    def _prompt_done(self, lease: Lease) -> None:
+        self._loads.answered(lease.endpoint.id, lease.pending_tokens)
+        lease.pending_tokens = 0.0
 
     def completed(self, lease: Lease) -> None:
         """The replica of this lease has answered in full."""
@@ -297,10 +304,12 @@ class Dispatcher:
         if route.adapter is not None:
             candidates = [c for c in candidates if route.adapter in c.endpoint.adapters] or candidates
         choice = self._router.choose(entry.strategy, candidates, route)
-        self._loads.begin(choice.endpoint.id)
+        fresh = 1.0 - choice.matched_blocks / len(route.prefix) if route.prefix else 1.0
+        pending_tokens = route.prompt_tokens * fresh
+        self._loads.begin(choice.endpoint.id, pending_tokens)
         self._outliers.chosen(choice.endpoint.id)
         self._line(entry).signals.in_flight += 1
-        return Lease(entry, choice, self._clock())
+        return Lease(entry, choice, self._clock(), pending_tokens)
 
     def _line(self, entry: ModelEntry) -> _Line:
         line = self._lines.get(entry.name)

@@ -9,6 +9,9 @@ from octavo_gateway.registry import Saturation
 COLD_CONCURRENCY = 8
 """Requests a replica may receive before its first report arrives, and the least it may gain between two reports."""
 
+PREFILL_TOKENS = 250.0
+"""Prompt tokens still to be computed that weigh as much as one request being decoded."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -28,11 +31,20 @@ class LoadReport:
 class EndpointLoad:
     """Load of one replica. Times are seconds of the caller's monotonic clock."""
 
-    __slots__ = ("_in_flight_at_report", "expects_reports", "in_flight", "last_chosen", "report", "tokens_per_second")
+    __slots__ = (
+        "_in_flight_at_report",
+        "expects_reports",
+        "in_flight",
+        "last_chosen",
+        "pending_tokens",
+        "report",
+        "tokens_per_second",
+    )
 
     def __init__(self) -> None:
         self.in_flight = 0
         self.last_chosen = 0
+        self.pending_tokens = 0.0  # prompt tokens to compute of streams that have not begun to answer
         self.report: LoadReport | None = None
         self.expects_reports = True
         self.tokens_per_second = 0.0
@@ -79,8 +91,10 @@ class EndpointLoad:
         return max(0.0, own, sent_since - free)
 
     def score(self, weight: float = 1.0) -> float:
-        """Comparable load: work present, queued work counted twice, weighed up by how full the KV cache is."""
-        return (self.outstanding + self.waiting) * (1.0 + self.kv_cache_utilization) / weight
+        """Comparable load: work present, queued work counted twice, weighed up by how full the KV cache is; and the
+        prompts this gateway knows to be uncomputed, which is what a new request's first token waits for."""
+        prefill = self.pending_tokens / PREFILL_TOKENS
+        return ((self.outstanding + self.waiting) * (1.0 + self.kv_cache_utilization) + prefill) / weight
 
     def saturated(self, line: Saturation) -> bool:
         """True when new requests should wait in the gateway rather than here.
@@ -115,12 +129,18 @@ class LoadBook:
     def __len__(self) -> int:
         return len(self._loads)
 
-    def begin(self, endpoint_id: str) -> None:
-        """Count one request sent to this endpoint."""
+    def begin(self, endpoint_id: str, pending_tokens: float = 0.0) -> None:
+        """Count one request sent to this endpoint, and the prompt tokens it must compute before it answers."""
         load = self[endpoint_id]
         load.in_flight += 1
+        load.pending_tokens += pending_tokens
         self._clock += 1
         load.last_chosen = self._clock
+
+    def answered(self, endpoint_id: str, pending_tokens: float) -> None:
+        """The prompt of a request was computed (or the request is over)."""
+        load = self[endpoint_id]
+        load.pending_tokens = max(0.0, load.pending_tokens - pending_tokens)
 
     def end(self, endpoint_id: str) -> None:
         """Count one request finished or given up."""

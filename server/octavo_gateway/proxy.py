@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo_gateway import headers
 from octavo_gateway.asgi import EVENT_STREAM, Headers, header
@@ -44,7 +44,7 @@ REFUSED = frozenset({429, 503})
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What is sent to a replica, for whom, and who counts its tokens (None: nobody needs to know)."""
+    """What is sent to a replica, for whom, and what counts its tokens."""
 
     resolved: Resolved
     body: bytes
@@ -52,7 +52,7 @@ class Forward:
     turn: Turn
     stream: bool
     identity: Identity | None = None
-    meter: UsageMeter | None = None
+    meter: UsageMeter = field(default_factory=UsageMeter)
 
     @property
     def entry(self) -> ModelEntry:
@@ -178,6 +178,7 @@ class Proxy:
                 self._dispatcher.first_byte(lease)
             await self._relay(exchange, request, lease, connection, head)
             self._dispatcher.completed(lease)
+            self._learn(request, lease)
         except asyncio.CancelledError:
             self._dispatcher.abandoned(lease)
             raise
@@ -281,7 +282,7 @@ class Proxy:
     async def _relay_events(
         self,
         exchange: Exchange,
-        meter: UsageMeter | None,
+        meter: UsageMeter,
         connection: UpstreamConnection,
         head: ResponseHead,
         idle: _IdleTimer,
@@ -289,9 +290,7 @@ class Proxy:
         relay = EventRelay()
         while data := await connection.read():
             idle.touch()
-            events = relay.feed(data)
-            if meter is not None:
-                events = meter.feed_events(events)
+            events = meter.feed_events(relay.feed(data))
             if events:
                 await exchange.write(events)
         if rest := relay.rest():
@@ -300,15 +299,13 @@ class Proxy:
             raise ConnectionLostError("the stream ended without [DONE]", reused=False)
 
     async def _relay_bytes(
-        self, exchange: Exchange, meter: UsageMeter | None, connection: UpstreamConnection, idle: _IdleTimer
+        self, exchange: Exchange, meter: UsageMeter, connection: UpstreamConnection, idle: _IdleTimer
     ) -> None:
         while data := await connection.read():
             idle.touch()
-            if meter is not None:
-                meter.feed_body(data)
+            meter.feed_body(data)
             await exchange.write(data)
-        if meter is not None:
-            meter.finish_body()
+        meter.finish_body()
 
     async def _refusal_in_stream(self, exchange: Exchange, connection: UpstreamConnection) -> None:
         """Heartbeats have begun a 200 stream, and now the replica answers with an error document: make it an event."""
@@ -318,6 +315,13 @@ class Proxy:
         flat = document.replace(b"\r", b"").replace(b"\n", b" ")
         await exchange.write(b"data: " + flat + b"\n\n")
         await exchange.finish()
+
+    def _learn(self, request: Forward, lease: Lease) -> None:
+        """Compare the engine's cached tokens with what routing believed."""
+        meter, prefix = request.meter, request.route.prefix
+        if meter.known and meter.prompt_tokens and prefix:
+            cached = meter.cached_tokens / meter.prompt_tokens
+            self._index.observe(lease.endpoint.id, lease.choice.matched_blocks, len(prefix), cached)
 
     def _own(self, exchange: Exchange, lease: Lease) -> Headers:
         """Server-Timing tells where the time before the first byte went."""

@@ -24,12 +24,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """What a policy may look at: never the prompt itself, only its chained block hashes."""
+    """What a policy may look at: never the prompt itself, only its chained block hashes.
+
+    `prompt_tokens` is estimated, and 0 where the end of prefill cannot be seen (answers that do not stream).
+    """
 
     model: str
     prefix: tuple[int, ...] = ()
     session: str | None = None
     adapter: str | None = None
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ BLOCK_BYTES = 256
 MAX_BLOCKS = 256
 """Longest prefix that is told apart; beyond 64 KiB of shared text the first blocks decide."""
 
+MIN_LEARNED_BLOCKS = 64
+
 
 def chain_hashes(prompt: bytes | memoryview, seed: bytes, block_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:
     """Hash each full block of `prompt` chained to the one before, starting from `seed`.
@@ -41,6 +43,7 @@ class PrefixIndex:
             raise ValueError(f"max_blocks: must be at least 1, got {max_blocks}")
         self.max_blocks = max_blocks
         self._blocks: dict[str, OrderedDict[int, None]] = {}
+        self._learned: dict[str, int] = {}  # blocks that an endpoint's engine seems to keep
 
     def __len__(self) -> int:
         return sum(len(blocks) for blocks in self._blocks.values())
@@ -71,23 +74,30 @@ class PrefixIndex:
         for block in reversed(prefix):
             blocks[block] = None
             blocks.move_to_end(block)
-        self._shrink(blocks)
+        self._shrink(endpoint_id, blocks)
 
-    def correct(self, endpoint_id: str, prefix: Sequence[int], cached_fraction: float) -> None:
-        """Learn from the engine's own cached-token count: forget the blocks past what it really had.
+    def observe(self, endpoint_id: str, expected_blocks: int, num_blocks: int, cached_fraction: float) -> None:
+        """Learn from the engine's own cached-token count how much this endpoint really keeps.
 
-        Called with the blocks that were expected to be cached, before the answer proved otherwise.
+        `expected_blocks` of the prompt's `num_blocks` were believed cached when the request was sent. Where much less
+        was there, the engine has evicted what the index still believes in: the endpoint's share of the index shrinks,
+        oldest first, as the engine's cache did. Where the belief held it grows back slowly.
         """
         blocks = self._blocks.get(endpoint_id)
-        if blocks is None:
+        if blocks is None or expected_blocks <= 0:
             return
-        for block in prefix[int(len(prefix) * cached_fraction) :]:
-            blocks.pop(block, None)
+        share = self._limit(endpoint_id)
+        if cached_fraction * num_blocks < 0.5 * expected_blocks:
+            self._learned[endpoint_id] = max(MIN_LEARNED_BLOCKS, int(0.9 * min(share, len(blocks))))
+            self._shrink(endpoint_id, blocks)
+        elif endpoint_id in self._learned:
+            self._learned[endpoint_id] += max(1, share // 500)
 
     def forget(self, endpoint_id: str, blocks: Iterable[int] | None = None) -> None:
         """Drop some blocks of an endpoint, or all of them when it is gone or has reset its cache."""
         if blocks is None:
             self._blocks.pop(endpoint_id, None)
+            self._learned.pop(endpoint_id, None)
             return
         known = self._blocks.get(endpoint_id)
         if known is not None:
@@ -97,16 +107,17 @@ class PrefixIndex:
     def retain(self, endpoint_ids: set[str]) -> None:
         """Drop every endpoint that is not in the set."""
         for gone in [i for i in self._blocks if i not in endpoint_ids]:
-            del self._blocks[gone]
+            self.forget(gone)
 
-    def _limit(self) -> int:
-        return max(1, self.max_blocks // max(1, len(self._blocks)))
+    def _limit(self, endpoint_id: str) -> int:
+        fair = max(1, self.max_blocks // max(1, len(self._blocks)))
+        return min(fair, self._learned.get(endpoint_id, fair))
 
-    def _shrink(self, blocks: OrderedDict[int, None]) -> None:
-        limit = self._limit()
+    def _shrink(self, endpoint_id: str, blocks: OrderedDict[int, None]) -> None:
+        limit = self._limit(endpoint_id)
         while len(blocks) > limit:
             blocks.popitem(last=False)
 
     def _shrink_all(self) -> None:
-        for blocks in self._blocks.values():
-            self._shrink(blocks)
+        for endpoint_id, blocks in self._blocks.items():
+            self._shrink(endpoint_id, blocks)

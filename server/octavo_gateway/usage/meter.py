@@ -38,7 +38,7 @@ class UsageMeter:
 
     __slots__ = ("_kept", "_kept_bytes", "_strip", "cached_tokens", "events", "known", "output_tokens", "prompt_tokens")
 
-    def __init__(self, *, strip: bool) -> None:
+    def __init__(self, *, strip: bool = False) -> None:
         self._strip = strip
         self._kept: list[bytes] = []
         self._kept_bytes = 0

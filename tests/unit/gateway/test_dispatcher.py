@@ -235,6 +235,22 @@ async def test_an_adapter_goes_where_it_is_loaded_and_fails_open() -> None:
     assert desk.dispatcher.try_acquire(entry, RouteRequest("m", adapter="unknown")) is not None
 
 
+async def test_a_prompt_counts_against_its_replica_until_the_first_byte_or_the_end() -> None:
+    desk = Desk()
+    entry = desk.serve(A)
+    leases = [desk.dispatcher.try_acquire(entry, RouteRequest("m", prompt_tokens=1_000)) for _ in range(2)]
+    assert desk.loads["a"].pending_tokens == 2_000
+    assert leases[0] is not None
+    assert leases[1] is not None
+
+    desk.dispatcher.first_byte(leases[0])
+    assert desk.loads["a"].pending_tokens == 1_000
+    for lease in leases:
+        assert lease is not None
+        desk.dispatcher.release(lease)
+    assert desk.loads["a"].pending_tokens == 0
+
+
 async def test_a_lease_cannot_be_released_twice() -> None:
     desk = Desk()
     lease = desk.dispatcher.try_acquire(desk.serve(A), ROUTE)

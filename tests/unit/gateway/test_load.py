@@ -82,6 +82,17 @@ def test_more_load_never_scores_lower(waiting: int, running: int, kv: float, sen
     assert load.score(weight=2.0) <= load.score()
 
 
+def test_prompts_still_to_be_computed_count_until_their_first_byte() -> None:
+    book = LoadBook()
+    book.begin("long", pending_tokens=8_000)
+    book.begin("short", pending_tokens=100)
+    assert book["long"].score() > book["short"].score()
+
+    book.answered("long", 8_000)
+    book.answered("short", 100)
+    assert book["long"].score() == book["short"].score()
+
+
 def test_a_request_ends_only_if_it_began() -> None:
     book = LoadBook()
     book.begin("a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,12 +45,44 @@ def test_a_recorded_prefix_matches_up_to_the_first_unknown_block() -> None:
     assert index.matched("other", (1,)) == 0
 
 
-def test_a_wrong_expectation_is_unlearned_from_its_tail() -> None:
-    index = PrefixIndex()
-    index.record("r", (1, 2, 3, 4))
-    index.correct("r", (1, 2, 3, 4), cached_fraction=0.5)
+def false_beliefs(learn: bool) -> float:
+    """Share of wrong beliefs when the index could hold 10,000 blocks and the engine keeps 200 of 1,000 in use."""
+    index, keeps, rng = PrefixIndex(max_blocks=10_000), 200, random.Random(4)
+    engine: list[int] = []
+    believed = wrong = 0
+    for turn in range(1_500):
+        start = rng.randrange(100) * 10
+        prefix = tuple(range(start, start + 10))
+        expected = index.matched("r", prefix)
+        cached = sum(1 for block in prefix if block in engine[-keeps:])
+        if learn:
+            index.observe("r", expected, len(prefix), cached / len(prefix))
+        if turn >= 500 and expected:
+            believed += 1
+            wrong += cached < expected / 2
+        index.record("r", prefix)
+        engine = [block for block in engine[-keeps:] if block not in prefix] + list(prefix)
+    return wrong / believed
 
-    assert index.matched("r", (1, 2, 3, 4)) == 2
+
+def test_the_index_learns_how_much_an_engine_really_keeps() -> None:
+    assert false_beliefs(learn=False) > 0.7
+    assert false_beliefs(learn=True) < 0.3
+
+
+def test_a_belief_that_held_lets_the_share_grow_back() -> None:
+    index = PrefixIndex(max_blocks=10_000)
+    for start in range(0, 1_000, 10):
+        index.record("r", tuple(range(start, start + 10)))
+    index.observe("r", 10, 10, 0.0)
+    shrunk = len(index)
+    for _ in range(500):
+        index.observe("r", 10, 10, 1.0)
+    for start in range(0, 1_000, 10):
+        index.record("r", tuple(range(start, start + 10)))
+
+    assert shrunk == 900
+    assert len(index) == 1_000
 
 
 def test_eviction_never_orphans_the_start_of_a_chain() -> None:
