@@ -68,7 +68,7 @@ def _client() -> KubeClient:
 def _configure(settings: kopf.OperatorSettings) -> None:
     """kopf shall watch and nothing else: no Events of its own, no annotations, no finalizers, no webhooks."""
     settings.posting.enabled = False
-    settings.scanning.disabled = False
+    settings.scanning.disabled = True
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
