@@ -71,7 +71,7 @@ def test_transformers_and_the_engine_read_the_same_model(source: Path, options: 
     read = reference_logits(theirs, prompts)
     assert rms_error(ours, read) < (0.05 if options["method"] is Method.SMOOTHQUANT else 0.01)
     exact = reference_logits(hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), prompts)
-    assert 1e-4 < rms_error(read, exact) < (0.05 if options["bits"] == 8 else 0.5)
+    assert 1e-4 < rms_error(read, exact) < (0.1 if options["bits"] == 8 else 0.8)
     assert report.num_quantized == 3 * 7
 
 
@@ -98,7 +98,7 @@ def test_the_report_tells_and_keeps_the_facts(source: Path) -> None:
     assert report.scheme == "W8A16"
     assert report.weight_bytes_after < report.weight_bytes_before
     assert abs(report.perplexity_change) < 0.02
-    assert report.evaluation_tokens == report.calibration_tokens == 512
+    assert (report.calibration_tokens, report.evaluation_tokens) == (512, 896)
 
 
 def test_progress_passes_through_every_phase(source: Path) -> None:

@@ -36,7 +36,7 @@ class Projection:
         if self.on_input is not None:
             self.on_input(x)
         if self.activation_bits == 8:
-            x = _rounded_rows(x)
+            x = rounded_rows(x)
         return functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def rows_of(self, prefix: str) -> slice:
@@ -53,7 +53,7 @@ class Projection:
         return next((name for name in self.rows if name.endswith(f".{suffix}")), None)
 
 
-def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
     """Activations as int8 with one scale a token would carry them."""
     scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-10)
     return ((x.float() / scale).round().clamp(-128, 127) * scale).to(x.dtype)

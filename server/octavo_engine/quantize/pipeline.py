@@ -149,7 +149,7 @@ def _quantize_layers(
             for fold in find_folds(prefix, inside, loader.vectors, heads):
                 seen = statistics[id(fold.projection)]
                 smooth = method is Method.SMOOTHQUANT
-                scale = smoothquant_scale(fold, seen) if smooth else awq_scale(fold, seen, scheme)
+                scale = smoothquant_scale(fold, seen, scheme) if smooth else awq_scale(fold, seen, scheme)
                 fold.apply(scale, seen)
         for item in inside:
             _round(item, statistics[id(item)], method, scheme)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from octavo_engine.quantize.folding import Fold
+from octavo_engine.quantize.observed import rounded_rows
 from octavo_engine.quantize.scheme import Scheme, fit_grid
 from octavo_engine.quantize.statistics import InputStatistics
 
 AWQ_STEPS = 12
-SMOOTHING = 0.5
+SMOOTHING_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SMALLEST = 1e-4
 
 
@@ -30,11 +31,26 @@ def awq_scale(fold: Fold, statistics: InputStatistics, scheme: Scheme) -> torch.
     return best
 
 
-def smoothquant_scale(fold: Fold, statistics: InputStatistics) -> torch.Tensor:
-    """Half of the activations' range moves into the weights. Source: Xiao et al., arXiv 2211.10438. Returns [in]."""
-    weights = fold.projection.weight.float().abs().amax(0).clamp_min(SMALLEST)
-    scale = statistics.largest.clamp_min(SMALLEST) ** SMOOTHING / weights ** (1 - SMOOTHING)
-    return fold.shared(scale).clamp_min(SMALLEST)
+def smoothquant_scale(fold: Fold, statistics: InputStatistics, scheme: Scheme) -> torch.Tensor:
+    """The share of the activations' range to move into the weights that leaves the least error in the outputs.
+
+    Source: Xiao et al., arXiv 2211.10438, with the share searched for each projection. Returns [in]; all ones when no
+    share helps.
+    """
+    weight, x = fold.projection.weight.float(), statistics.sample
+    exact = x @ weight.t()
+    weights = weight.abs().amax(0).clamp_min(SMALLEST)
+    activations = x.abs().amax(0).clamp_min(SMALLEST)
+    shares = [
+        fold.shared(activations**share / weights ** (1 - share)).clamp_min(SMALLEST) for share in SMOOTHING_SHARES
+    ]
+    candidates = [torch.ones_like(weights), *shares]
+    return min(candidates, key=lambda scale: float((_rounded_product(x, weight, scale, scheme) - exact).square().sum()))
+
+
+def _rounded_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    scaled = weight * scale
+    return rounded_rows(x / scale) @ fit_grid(scaled, scheme, cut_extremes=False).rounded(scaled).t()
 
 
 def _output_error(weight: torch.Tensor, scale: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> float:
