@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,8 @@ class BlockTable:
     """The blocks of one sequence; block i holds positions `i * block_size .. (i + 1) * block_size - 1`.
 
     `keys` are the content keys of its full blocks as far as they were needed; `num_published` of them are computed
-    and findable by others. `capacity` is the number of positions the blocks can hold.
+    and findable by others, those up to `num_promised` will be. `capacity` is the number of positions the blocks can
+    hold.
     """
 
     root: bytes
@@ -22,6 +24,7 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
+    num_promised: int = 0
     capacity: int = 0
 
 
@@ -31,6 +34,7 @@ class BlockManager:
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self._block_size = pool.block_size
+        self._promised: Counter[bytes] = Counter()
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` positions need."""
@@ -44,6 +48,15 @@ class BlockManager:
         extend_keys(table.keys, table.root, tokens, num_blocks, self._block_size)
         return self.pool.match(table.keys[:num_blocks])
 
+    def num_coming(self, table: BlockTable, cached: Sequence[int]) -> int:
+        """Blocks after `cached` that another sequence is computing right now, and that will be findable soon."""
+        count = 0
+        for key in table.keys[len(cached) :]:
+            if key not in self._promised:
+                break
+            count += 1
+        return count
+
     def num_free_after(self, cached: Sequence[int], num_tokens: int) -> int:
         """Free blocks left if a table of `num_tokens` positions began with `cached`; negative if it does not fit."""
         pool = self.pool
@@ -55,6 +68,8 @@ class BlockManager:
         self.pool.acquire(cached)
         table.blocks = [*cached, *self.pool.allocate(self.blocks_for(num_tokens) - len(cached))]
         table.num_published = len(cached)
+        table.num_promised = max(len(cached), len(table.keys))
+        self._promised.update(table.keys[len(cached) :])
         table.capacity = len(table.blocks) * self._block_size
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
@@ -75,7 +90,7 @@ class BlockManager:
         extend_keys(table.keys, table.root, tokens, num_full, self._block_size)
         first = table.num_published
         fresh = [self.pool.publish(table.blocks[index], table.keys[index]) for index in range(first, num_full)]
-        table.num_published = num_full
+        self._keep_promise(table, num_full)
         if any(fresh):
             first += fresh.index(True)
             self.pool.announce(
@@ -86,7 +101,18 @@ class BlockManager:
 
     def free(self, table: BlockTable) -> None:
         """Give every block back; the table's keys stay, for a later `match_prefix` of the same sequence."""
+        self._keep_promise(table, table.num_promised)
         self.pool.release(table.blocks, table.tenant)
         table.blocks = []
         table.num_published = 0
+        table.num_promised = 0
         table.capacity = 0
+
+    def _keep_promise(self, table: BlockTable, num_blocks: int) -> None:
+        """Blocks up to `num_blocks` are published now, or will not be by this sequence."""
+        for key in table.keys[table.num_published : min(num_blocks, table.num_promised)]:
+            if self._promised[key] == 1:
+                del self._promised[key]
+            else:
+                self._promised[key] -= 1
+        table.num_published = num_blocks

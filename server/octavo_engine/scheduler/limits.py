@@ -14,7 +14,9 @@ class SchedulerLimits:
     `overtake_window` sequences behind it. Admission leaves blocks free for the growth of running sequences: the
     greater of `watermark`, a share of all blocks, and `growth_reserve`, a share of the growth that is expected.
     `max_logits_rows` bounds the positions of a step whose logits are kept for prompt log-probabilities. Beside running
-    decodes a step gets at least `min_prefill_tokens` of prefill, whatever the latency target says.
+    decodes a step gets at least `min_prefill_tokens` of prefill, whatever the latency target says. A sequence waits
+    while another one computes `min_coming_blocks` or more of its own prefix: soon they come from the cache; at
+    most `deferral_window` do so at a time.
     """
 
     max_num_seqs: int
@@ -31,3 +33,5 @@ class SchedulerLimits:
     watermark: float = 0.01
     growth_reserve: float = 0.5
     max_logits_rows: int = 512
+    min_coming_blocks: int = 4
+    deferral_window: int = 16

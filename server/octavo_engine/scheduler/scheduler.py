@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import heapq
 
 from octavo_engine.errors import QueueFullError
@@ -15,6 +16,14 @@ from octavo_engine.scheduler.sequence import Sequence, SequenceState
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
 from octavo_engine.speculation.speculator import Speculator
+
+
+class Admission(enum.Enum):
+    """What became of a waiting sequence; a deferred one waits for a prefix that is being computed."""
+
+    STARTED = enum.auto()
+    BLOCKED = enum.auto()
+    DEFERRED = enum.auto()
 
 
 class Scheduler:
@@ -222,7 +231,12 @@ class Scheduler:
         planned = sum(seq.num_uncomputed for seq in prefills)
         reserve = self._growth_blocks() if self._waiting else 0
         blocked: list[Sequence] = []
-        while len(self._running) < limits.max_num_seqs and len(blocked) < limits.overtake_window:
+        deferred: list[Sequence] = []
+        while (
+            len(self._running) < limits.max_num_seqs
+            and len(blocked) < limits.overtake_window
+            and len(deferred) < limits.deferral_window
+        ):
             if planned >= budget and len(prefills) >= limits.max_num_partial_prefills:
                 break
             if blocked and blocked[0].num_overtaken >= limits.max_overtakes:
@@ -230,8 +244,9 @@ class Scheduler:
             seq = self._waiting.pop()
             if seq is None:
                 break
-            if not self._try_start(seq, reserve if self._running else 0, now):
-                blocked.append(seq)
+            admission = self._try_start(seq, reserve if self._running else 0, now)
+            if admission is not Admission.STARTED:
+                (blocked if admission is Admission.BLOCKED else deferred).append(seq)
                 continue
             for passed in blocked:
                 passed.num_overtaken += 1
@@ -239,14 +254,16 @@ class Scheduler:
             planned += seq.num_uncomputed
             prefills.append(seq)
         self._head_blocked = bool(blocked)
-        for seq in blocked:
+        for seq in (*blocked, *deferred):
             self._waiting.push(seq)
 
-    def _try_start(self, seq: Sequence, reserve: int, now: float) -> bool:
+    def _try_start(self, seq: Sequence, reserve: int, now: float) -> Admission:
         blocks = self.blocks
         cached = [] if seq.wants_prompt_logprobs else blocks.match_prefix(seq.table, seq.tokens)
+        if self._running and blocks.num_coming(seq.table, cached) >= self.limits.min_coming_blocks:
+            return Admission.DEFERRED
         if blocks.num_free_after(cached, len(seq.tokens)) < reserve:
-            return False
+            return Admission.BLOCKED
         blocks.allocate(seq.table, cached, len(seq.tokens))
         seq.num_computed = len(cached) * blocks.pool.block_size
         self.prefix_queries += len(seq.tokens)
@@ -257,7 +274,7 @@ class Scheduler:
             self.fairness.charge_prompt(seq.tenant, seq.num_uncomputed)
         seq.state = SequenceState.RUNNING
         self._running[seq.request_id] = seq
-        return True
+        return Admission.STARTED
 
     def _growth_blocks(self) -> int:
         """Blocks that admission leaves free for what runs: a share of the growth its tenants' past outputs promise."""

@@ -135,6 +135,34 @@ def test_a_head_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> No
     assert started.index("big") == 1 + 10
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_equal_prompts_that_arrive_together_are_computed_once(caching: bool) -> None:
+    rng = random.Random(6)
+    shared = tokens(rng, 400)
+    requests = [SimulatedRequest(f"r{i}", 0.0, (*shared, i), 10) for i in range(8)]
+    computed = 0
+
+    def count(_: Scheduler, batch: Batch) -> None:
+        nonlocal computed
+        computed += sum(len(piece.token_ids) for piece in batch.slices)
+
+    simulation = Simulation(limits(), num_blocks=500, step_seconds=true_cost, enable_caching=caching, on_step=count)
+    result = simulation.run(requests)
+    assert all(t.finished_s is not None for t in result.timelines.values())
+    assert (computed < 700) == caching
+
+
+def test_who_waits_for_a_prefix_starts_when_its_owner_is_gone() -> None:
+    scheduler = Scheduler(limits(), BlockManager(BlockPool(500, 16)))
+    owner, follower = sequence("owner", prompt=400), sequence("follower", prompt=400)
+    scheduler.add(owner)
+    scheduler.add(follower)
+    assert scheduler.schedule(0.0).sequences == [owner]
+    assert scheduler.schedule(0.0).sequences == [owner]
+    scheduler.finish(owner)
+    assert scheduler.schedule(0.0).sequences == [follower]
+
+
 def test_requests_past_their_deadline_end_without_holding_memory() -> None:
     rng = random.Random(3)
     requests = [SimulatedRequest(f"r{i}", 0.0, tokens(rng, 200), 200, deadline_s=0.2) for i in range(20)]
