@@ -15,6 +15,7 @@ import torch
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.embedding import Embedding, LMHead
+from octavo_engine.layers.fused_moe import FusedMoE
 from octavo_engine.layers.mlp import GATED, GatedMLP
 from octavo_engine.layers.moe import MoE
 from octavo_engine.layers.norm import RMSNorm
@@ -28,7 +29,7 @@ from octavo_kernels.step import DecoderLayerPlan, DecoderPlan
 from octavo_kernels.weights import Weight
 
 Residual = torch.Tensor | None
-MLP = GatedMLP | MoE
+MLP = GatedMLP | MoE | FusedMoE
 
 
 class Layer(Protocol):

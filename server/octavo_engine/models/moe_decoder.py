@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo_engine.layers.fused_moe import fuse
 from octavo_engine.layers.mlp import GATED, GatedMLP
 from octavo_engine.layers.moe import MoE, SharedExpert
 from octavo_engine.loader.weights import WeightLoader
@@ -23,13 +24,14 @@ class MoEDecoder(Decoder):
         if moe is None:
             return super().make_mlp(weights, prefix, layer)
         router = {f"{prefix}.{self.router_name}": moe.num_experts}
-        return MoE(
+        layer_moe = MoE(
             weights.linear(router, self.config.hidden_size, bias=self.router_bias, exact=True),
             self.make_experts(weights, f"{prefix}.experts", moe),
             moe.top_k,
             moe.renormalize,
             self.make_shared_expert(weights, prefix),
         )
+        return layer_moe if weights.device.type == "cpu" else fuse(layer_moe)
 
     def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig) -> tuple[GatedMLP, ...]:
         return tuple(
