@@ -25,6 +25,7 @@ from octavo_engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
+from octavo_engine.prompt import check_prompt
 from octavo_engine.rejection import rejection
 from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 from octavo_engine.sampler.logprobs import token_logprobs
@@ -183,17 +184,7 @@ class EngineCore:
 
     def check_prompt(self, prompt: Sequence[int], room: int = 1) -> None:
         """Raise `InvalidRequestError` for a prompt that cannot run with `room` more tokens."""
-        longest = self._max_model_len - room
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty: at least one token is needed", "prompt")
-        if len(prompt) > longest:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens, and at most {longest} fit: the model's context here is "
-                f"{self._max_model_len} tokens; shorten the prompt or raise max_model_len",
-                "prompt",
-            )
-        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
-            raise InvalidRequestError(f"prompt token ids must be between 0 and {self.model.vocab_size - 1}", "prompt")
+        check_prompt(prompt, self.model, room)
 
     def _check_id(self, request_id: str) -> None:
         if self.scheduler.get(request_id) is not None or request_id in self._embeddings or request_id in self._grammars:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from octavo_engine.errors import InvalidRequestError, QueueFullError
+from octavo_engine.errors import InvalidRequestError, QueueFullError, RequestFailedError
 from octavo_engine.messages import FinishReason, SequenceOutput
 
 
-def rejection(request_id: str, error: InvalidRequestError | QueueFullError) -> SequenceOutput:
+def rejection(request_id: str, error: InvalidRequestError | QueueFullError | RequestFailedError) -> SequenceOutput:
     """The output that ends a request which never ran, and from which a client can raise the same error again."""
     return SequenceOutput(
         request_id=request_id,

@@ -47,6 +47,7 @@ from octavo_engine.messages import (
 )
 from octavo_engine.process.stream import OutputStream
 from octavo_engine.process.worker import run_worker
+from octavo_engine.prompt import check_prompt
 from octavo_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -146,12 +147,8 @@ class EngineProcessClient:
         deadline_s: float | None = None,
     ) -> AsyncIterator[SequenceOutput]:
         self._check_open()
-        if len(prompt_token_ids) >= self.model.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt_token_ids)} tokens, and at most {self.model.max_model_len - 1} fit the "
-                f"model's context of {self.model.max_model_len} tokens; shorten the prompt",
-                "prompt",
-            )
+        check_prompt(prompt_token_ids, self.model, room=1)
+        sampling.validate(self.model.vocab_size)
         self._check_queue()
         request = AddRequest(
             request_id=request_id,
@@ -176,6 +173,7 @@ class EngineProcessClient:
 
     async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
         self._check_open()
+        check_prompt(prompt_token_ids, self.model, room=0)
         self._check_queue()
         stream = self._open_stream(
             EmbedRequest(
@@ -229,8 +227,12 @@ class EngineProcessClient:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use by a request still running", "request_id"
             )
+        try:
+            message = self._encoder.encode(request)
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise InvalidRequestError(f"a field of the request cannot be sent to the engine: {error}") from error
         stream = self._streams[request.request_id] = OutputStream()
-        self._send(request)
+        self._commands.send(message, zmq.NOBLOCK)
         return stream
 
     def _close_stream(self, request_id: str, finished: bool) -> None:
@@ -352,6 +354,8 @@ def _raise_rejection(output: SequenceOutput) -> None:
         raise QueueFullError(message, output.retry_after_s or 1.0)
     if output.error_kind == "InvalidRequestError":
         raise InvalidRequestError(message, output.error_param)
+    if output.error_kind == "RequestFailedError":
+        raise RequestFailedError(message)
 
 
 def _describe_exit(code: int | None) -> str:

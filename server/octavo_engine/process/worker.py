@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullError
+from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullError, RequestFailedError
 from octavo_engine.kv.event_publisher import KVEventPublisher
 from octavo_engine.messages import (
     AbortRequest,
@@ -138,6 +138,9 @@ def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:
                 core.add_embedding(command)
         except (InvalidRequestError, QueueFullError) as error:
             return [rejection(command.request_id, error)]
+        except Exception as error:  # a request the engine cannot even take in must not end the others
+            logger.exception("a request could not be queued")
+            return [rejection(command.request_id, RequestFailedError(f"the engine cannot run this request: {error}"))]
     return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import uniform
 from octavo_engine.sampler.processors import process_row
 from octavo_engine.sampler.state import SamplerState
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE = -1
 ALL_EXCLUDED = -2
@@ -43,7 +46,7 @@ class Sampler:
         raw = logits[torch.tensor(reported, device=logits.device)] if reported else None
         for i, state in enumerate(states):
             if state.has_processors:
-                process_row(logits[i], state)
+                _process(logits[i], state)
         best, tokens = row_max(logits)
         random = [i for i, state in enumerate(states) if not state.is_greedy]
         if random:
@@ -84,3 +87,12 @@ class Sampler:
             for k, entry in zip(rows, found, strict=True):
                 logprobs[reported[k]] = entry
         return logprobs
+
+
+def _process(row: torch.Tensor, state: SamplerState) -> None:
+    """Apply a request's processors; whatever goes wrong in them is that request's failure and nobody else's."""
+    try:
+        process_row(row, state)
+    except Exception:
+        logger.exception("a request's logit processors failed; the request ends with an error")
+        row.fill_(float("nan"))

@@ -146,6 +146,13 @@ async def test_a_request_the_engine_refuses_raises_and_names_the_field(client: E
     assert caught.value.param == "prompt"
     with pytest.raises(InvalidRequestError, match="at most 255 fit"):
         await collect(client, "b", [1] * 300)
+    with pytest.raises(InvalidRequestError, match="between 0 and 96"):
+        await collect(client, "c", [2**70])
+    with pytest.raises(InvalidRequestError, match="cannot be sent"):
+        await collect(client, "\ud800", [1])
+    sampling = SamplingParams(temperature=float("nan"))
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        await anext(client.generate(request_id="d", prompt_token_ids=[1], sampling=sampling))
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 
@@ -318,3 +320,49 @@ def test_stats_count_what_happened() -> None:
     assert (stats.prompt_tokens, stats.generation_tokens) == (6, 10)
     assert stats.requests_finished["length"] == 2
     assert stats.step == 8
+
+
+class _Broken:
+    is_complete = False
+
+    def mask(self, row: torch.Tensor) -> None:
+        raise RuntimeError("a bug in a grammar")
+
+    def accept(self, token: int) -> bool:
+        return True
+
+
+def test_a_failing_logit_processor_ends_its_request_alone() -> None:
+    core = engine()
+    core.add(request("good", [1, 2]))
+    core.add(request("bad", [3, 4], min_tokens=1))
+    bad = core.scheduler.get("bad")
+    assert bad is not None
+    bad.sampler.constraint = _Broken()
+    out = run(core)
+    assert out["bad"][-1].finish_reason is FinishReason.ERROR
+    assert tokens(out["good"]) == greedy([1, 2], 8)
+
+
+def test_two_thousand_requests_with_secrets_never_see_each_others() -> None:
+    rng = Random(0)
+    core = engine(runner=FakeRunner(num_blocks=60, max_model_len=64), max_num_seqs=16, max_num_batched_tokens=64)
+    prompts = {f"r{i}": [1, 2, 3, 4, 5, *divmod(i, 80), 7] for i in range(2_000)}
+    waiting = list(prompts)
+    answers: dict[str, list[int]] = {name: [] for name in prompts}
+    aborted: set[str] = set()
+    while waiting or core.has_work:
+        for name in waiting[:5]:
+            core.add(request(name, prompts[name], max_tokens=4))
+        del waiting[:5]
+        if rng.random() < 0.3 and core.scheduler.sequences():
+            name = rng.choice(core.scheduler.sequences()).request_id
+            aborted.add(name)
+            core.abort([name])
+        for output in core.step().outputs:
+            answers[output.request_id].extend(output.token_ids)
+    assert core.scheduler.prefix_hits > 0
+    assert len(aborted) > 50
+    for name, prompt in prompts.items():
+        expected = greedy(prompt, 4)
+        assert answers[name] == (expected[: len(answers[name])] if name in aborted else expected)

@@ -205,6 +205,7 @@ def check(world: World, actions: list[tuple]) -> None:  # type: ignore[type-arg]
     world.run_to_idle()
     assert set(world.reasons) == set(world.prompts)
     assert world.core.pool.num_used == 0
+    assert not world.core.scheduler.blocks._promised
     assert world.core.pool.num_free == world.num_blocks
     for name, (prompt, max_tokens) in world.prompts.items():
         poisoned = CRASH in prompt or NAN in prompt
