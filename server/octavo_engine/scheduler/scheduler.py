@@ -18,6 +18,10 @@ from octavo_engine.scheduler.waiting_queue import WaitingQueue
 from octavo_engine.speculation.speculator import Speculator
 
 
+# Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
+MIN_PREFILL_STRETCH = 1.5
+
+
 class Admission(enum.Enum):
     """What became of a waiting sequence; a deferred one waits for a prefix that is being computed."""
 
@@ -222,7 +226,8 @@ class Scheduler:
             return budget
         decode = StepLoad(batch.num_tokens, batch.decode_context)
         start = min((seq.num_computed for seq in prefills), default=0)
-        fitting = self.step_time.prefill_tokens_within(limits.itl_target_s, decode, start)
+        target_s = max(limits.itl_target_s, MIN_PREFILL_STRETCH * self.step_time.predict(decode))
+        fitting = self.step_time.prefill_tokens_within(target_s, decode, start)
         return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
 
     def _admit(self, prefills: list[Sequence], budget: int, now: float) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.llm import LLM
 from octavo_engine.messages import FinishReason
-from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.sampling_params import SamplingParams, StructuredOutput
 
 PROMPTS = [
     "The capital of France is",
@@ -94,3 +96,30 @@ def test_an_impossible_prompt_is_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="at most"):
         llm.generate(["fine", [1] * 10_000], GREEDY)
     assert llm.stats.step == before
+
+
+def test_a_small_model_answers_in_the_schema_it_is_given(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer"}},
+        "required": ["city", "population"],
+        "additionalProperties": False,
+    }
+    conversation = [{"role": "user", "content": "Name a city and its population as JSON."}]
+    structured = StructuredOutput(json_schema=json.dumps(schema))
+    sampling = SamplingParams(max_tokens=60, temperature=0.0, structured=structured)
+    answer = llm.chat(conversation, sampling)[0].outputs[0]
+    assert answer.finish_reason is FinishReason.STOP
+    jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_guessing_ahead_gives_the_same_text_in_fewer_steps(llm: LLM, smollm2_gguf: Path) -> None:
+    guessing = LLM(str(smollm2_gguf), dtype="float32", num_threads=1, num_kv_blocks=64, num_speculative_tokens=4)
+    conversation = [{"role": "user", "content": "Repeat exactly: one two three one two three one two three"}]
+    sampling = SamplingParams(max_tokens=24, temperature=0.0)
+    before = llm.stats.step
+    plain = llm.chat(conversation, sampling)[0].outputs[0]
+    guessed = guessing.chat(conversation, sampling)[0].outputs[0]
+    assert guessed.token_ids == plain.token_ids
+    assert guessing.stats.spec_accepted_tokens > 0
+    assert guessing.stats.step < llm.stats.step - before
