@@ -19,6 +19,7 @@ from models.tiny_checkpoints import (
     relative_error,
     write_checkpoint,
 )
+from octavo_kernels.registry import load_backend, use_backends
 
 LENGTHS = (1, 7, 23, 40)
 Case = tuple[type, Callable[[], Any]]
@@ -85,6 +86,22 @@ def test_float32_logits_equal_transformers_in_mixed_batches(name: str, tmp_path:
     prompts = random_prompts(LENGTHS)
 
     found = paged_logits(load(tmp_path), prompts)
+
+    for ours, theirs in zip(found, reference_logits(model, prompts), strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_native_cpu_kernels_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    status = load_backend("cpu")
+    if not status.available:
+        pytest.skip(f"no native kernels here: {status.detail}")
+    model_type, config = CASES[name]
+    model = write_checkpoint(tmp_path, model_type, config())
+    prompts = random_prompts(LENGTHS)
+
+    with use_backends("cpu"):
+        found = paged_logits(load(tmp_path), prompts)
 
     for ours, theirs in zip(found, reference_logits(model, prompts), strict=True):
         assert relative_error(ours, theirs) < 1e-4
