@@ -116,5 +116,8 @@ _SPACES: dict[str, _Space] = {
         "block_n": (32, 64, 128), "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4),
     },
     "scaled_gemm": {"block_n": (32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "grouped_packed": {
+        "block_n": (32, 64, 128), "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4),
+    },
     "grouped_gemm": {"block_n": (64, 128, 256), "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
 }  # fmt: skip

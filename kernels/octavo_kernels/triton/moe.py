@@ -10,7 +10,9 @@ from octavo_kernels import ops
 from octavo_kernels.expert_weights import ExpertWeight
 from octavo_kernels.triton import mode
 from octavo_kernels.triton.environment import runs_here, sigmoid
-from octavo_kernels.triton.grouped_gemm import grouped_product, sort_by_group
+from octavo_kernels.triton.grouped_gemm import SortedRows, grouped_product, sort_by_group
+from octavo_kernels.triton.grouped_packed import grouped_packed_product
+from octavo_kernels.triton.packed_weight import PackedWeight
 from octavo_kernels.triton.tuning import LaunchConfig, launch_config
 
 MAX_EXPERTS = 1_024
@@ -134,8 +136,14 @@ def _supports_mlp(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> bool:
-    dense = gate_up.data.is_contiguous() and down.data.is_contiguous() and x.stride(1) == 1
-    return runs_here(x) and dense and x.shape[0] > 0 and activation in _ACTIVATIONS
+    readable = _readable(gate_up) and _readable(down) and x.stride(1) == 1
+    return runs_here(x) and readable and x.shape[0] > 0 and activation in _ACTIVATIONS
+
+
+def _readable(weight: ExpertWeight) -> bool:
+    if isinstance(weight.data, torch.Tensor):
+        return weight.data.is_contiguous()
+    return isinstance(weight.data, PackedWeight)
 
 
 @ops.moe_mlp.register("triton", supports=_supports_mlp)
@@ -155,7 +163,7 @@ def moe_mlp(
     config = _config(x, gate_up, tokens * top_k)
     rows = sort_by_group(expert_ids, gate_up.num_experts, config.block_m)
     hidden = torch.empty((tokens * top_k, gate_up.out_features), dtype=x.dtype, device=x.device)
-    grouped_product(x, gate_up.data, rows, hidden, config, rows_each=top_k, scale=gate_up.scale, bias=gate_up.bias)
+    _product(x, gate_up, rows, hidden, config, rows_each=top_k)
     if activation == "silu_and_mul":
         hidden = ops.silu_and_mul(hidden)
     elif activation == "gelu_and_mul":
@@ -163,9 +171,7 @@ def moe_mlp(
     else:
         hidden = ops.clamped_swiglu_and_mul(hidden, alpha, limit)
     parts = torch.empty((tokens * top_k, down.out_features), dtype=torch.float32, device=x.device)
-    grouped_product(
-        hidden, down.data, rows, parts, config, scale=down.scale, bias=down.bias, factor=weights.reshape(-1)
-    )
+    _product(hidden, down, rows, parts, config, factor=weights.reshape(-1))
     out = torch.empty((tokens, down.out_features), dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(down.out_features))
     _combine_kernel[(tokens, triton.cdiv(down.out_features, block))](
@@ -175,11 +181,36 @@ def moe_mlp(
     return out
 
 
+def _product(
+    x: torch.Tensor,
+    weight: ExpertWeight,
+    rows: SortedRows,
+    out: torch.Tensor,
+    config: LaunchConfig,
+    rows_each: int = 1,
+    factor: torch.Tensor | None = None,
+) -> None:
+    if isinstance(weight.data, torch.Tensor):
+        grouped_product(
+            x, weight.data, rows, out, config, rows_each=rows_each, scale=weight.scale, bias=weight.bias, factor=factor
+        )
+    elif isinstance(weight.data, PackedWeight):
+        grouped_packed_product(
+            x, weight.data, weight.num_experts, rows, out, config, rows_each=rows_each, bias=weight.bias, factor=factor
+        )
+    else:
+        raise TypeError(f"moe_mlp: no Triton kernel for experts stored as {weight.data.format}")
+
+
 def _config(x: torch.Tensor, weight: ExpertWeight, assignments: int) -> LaunchConfig:
     if mode.batch_invariant():
         return LaunchConfig(block_m=32, block_n=64, block_k=64)
     rows = min(128, max(16, triton.next_power_of_2(triton.cdiv(assignments, weight.num_experts))))
-    bits = weight.data.element_size() * 8
+    if isinstance(weight.data, PackedWeight):
+        default = LaunchConfig(block_m=rows, block_n=64, block_k=64, num_warps=8 if rows >= 128 else 4, num_stages=3)
+        key = f"m{rows}_e{weight.num_experts}_{weight.data.format}"
+        return launch_config("grouped_packed", key, x.device, default)
+    bits = weight.data.dtype.itemsize * 8 if isinstance(weight.data, torch.Tensor) else 16
     default = LaunchConfig(
         block_m=rows, block_n=128 if rows >= 64 and bits < 32 else 64, block_k=64 if bits < 32 else 32,
         num_warps=8 if rows >= 128 else 4, num_stages=4 if bits < 32 else 2,

@@ -244,8 +244,8 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, row_ids: torch.Tensor |
     width = weight.codes.shape[1]
     block = min(1024, triton.next_power_of_2(width))
     _dequantize_kernel[(rows, triton.cdiv(width, block))](
-        *_pointers(weight), row_ids, out, weight.shape[0], weight.in_features,
-        GATHER=row_ids is not None, BLOCK_K=block, **_constants(weight, block), num_warps=4,
+        *pointers(weight), row_ids, out, weight.shape[0], weight.in_features,
+        GATHER=row_ids is not None, BLOCK_K=block, **constants(weight, block), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -255,9 +255,9 @@ def _gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> t
     out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
     config = _config("packed_gemv", x, weight, LaunchConfig(block_n=4, block_k=512, num_warps=4))
     _gemv_kernel[(triton.cdiv(out_features, config.block_n), x.shape[0])](
-        x, *_pointers(weight), bias, out, x.stride(0), out_features, in_features,
+        x, *pointers(weight), bias, out, x.stride(0), out_features, in_features,
         BIAS=bias is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        **_constants(weight, config.block_k),
+        **constants(weight, config.block_k),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
@@ -272,9 +272,9 @@ def _gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> t
     splits = _splits(x, grid[0] * grid[1], weight.codes.shape[1], config)
     parts = torch.empty((splits, rows, out_features), dtype=torch.float32, device=x.device) if splits > 1 else out
     _gemm_kernel[(*grid, splits)](
-        x, *_pointers(weight), bias, parts, rows, x.stride(0), out_features, in_features,
+        x, *pointers(weight), bias, parts, rows, x.stride(0), out_features, in_features,
         BIAS=bias is not None, SPLIT=splits > 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, **_constants(weight, config.block_k),
+        BLOCK_K=config.block_k, **constants(weight, config.block_k),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -315,11 +315,12 @@ def _splits(x: torch.Tensor, programs: int, width: int, config: LaunchConfig) ->
     return int(max(1, min(2 * multiprocessors(x.device) // programs, steps // 4, MAX_SPLITS)))
 
 
-def _pointers(weight: PackedWeight) -> tuple[torch.Tensor | None, ...]:
+def pointers(weight: PackedWeight) -> tuple[torch.Tensor | None, ...]:
+    """The tensors `load_weights` reads, in its order."""
     return weight.codes, weight.high, weight.scales, weight.minima, weight.super_scales, weight.super_minima
 
 
-def _constants(weight: PackedWeight, block_k: int) -> dict[str, int]:
+def constants(weight: PackedWeight, block_k: int) -> dict[str, int]:
     """The kernel's compile-time description of the format. SEGMENT: bytes of a tile that share one scale."""
     return {
         "SEGMENT": math.gcd(weight.group, weight.half or weight.group, block_k),

@@ -348,6 +348,23 @@ def _experts() -> list[Workload]:
 
         return prepare
 
+    def packed(kind: str, tokens: int) -> Callable[[torch.device], Call]:
+        def prepare(device: torch.device) -> Call:
+            count, dim, inner, top_k = 32, 2880, 2880, 4  # gpt-oss-20b; widths rounded to whole blocks
+            dim = inner = 3072 if kind == "Q4_K" else dim
+            gate_up, down = (
+                ExpertWeight(random_packed(kind, device, count * rows, columns), count=count)
+                for rows, columns in ((2 * inner, dim), (dim, inner))
+            )
+            x, logits = _randn(device, tokens, dim), torch.randn(tokens, count, device=device)
+            weights, ids = ops.route_experts(logits, top_k)
+            used = 1 - (1 - top_k / count) ** tokens
+            moved = int((gate_up.data.nbytes + down.data.nbytes) * used) + 4 * x.nbytes
+            flops = 2 * tokens * top_k * 3 * dim * inner
+            return Call(lambda: ops.moe_mlp(x, gate_up, down, weights, ids), moved, flops)
+
+        return prepare
+
     def router(device: torch.device) -> Call:
         logits = torch.randn(4096, 128, device=device)
         return Call(lambda: ops.route_experts(logits, 8), logits.nbytes)
@@ -369,6 +386,9 @@ def _experts() -> list[Workload]:
         Workload("router 4096 of 128", router),
         *[Workload(f"experts {tokens} tokens", experts(tokens, BF16)) for tokens in (1, 64, 4096)],
         Workload("experts 64 tokens fp8", experts(64, FP8)),
+        Workload("experts 1 token MXFP4", packed("MXFP4", 1)),
+        Workload("experts 64 tokens MXFP4", packed("MXFP4", 64)),
+        Workload("experts 64 tokens Q4_K", packed("Q4_K", 64)),
         Workload("adapters 64 tokens", adapters(64)),
     ]
 

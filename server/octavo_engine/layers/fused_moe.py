@@ -15,9 +15,10 @@ from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.layers.moe import MoE, SharedExpert
 from octavo_kernels import ops
-from octavo_kernels.expert_weights import ExpertWeight
+from octavo_kernels.expert_weights import ExpertWeight, join_rows
 from octavo_kernels.quantized_weights import Fp8Weight
-from octavo_kernels.registry import Op
+from octavo_kernels.registry import REFERENCE, Op
+from octavo_kernels.weights import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,7 @@ class FusedMoE:
 def fuse(moe: MoE) -> MoE | FusedMoE:
     """The layer as one op where its experts can be stacked, else the layer as it is.
 
-    Dense experts and those in float8 with a scale for each row can; experts in parts, or in formats that are read in
-    blocks, cannot.
+    Dense experts can, and quantized ones of one format for which there is a kernel; experts in parts cannot.
     """
     gate_up = _stacked([expert.gate_up for expert in moe.experts])
     down = _stacked([expert.down for expert in moe.experts])
@@ -54,7 +54,17 @@ def fuse(moe: MoE) -> MoE | FusedMoE:
     if gate_up is None or down is None or activation is None:
         return moe
     name, alpha, limit = activation
+    if isinstance(gate_up.data, QuantizedWeight) and not _has_kernel(gate_up, down, name):
+        return moe
     return FusedMoE(moe.router, gate_up, down, moe.top_k, moe.renormalize, name, alpha, limit, moe.shared)
+
+
+def _has_kernel(gate_up: ExpertWeight, down: ExpertWeight, activation: str) -> bool:
+    """Whether a backend multiplies these without making them dense at every step."""
+    device = gate_up.data.device
+    x = torch.empty((1, gate_up.data.shape[-1]), device=device)
+    weights, experts = torch.ones((1, 1), device=device), torch.zeros((1, 1), dtype=torch.int32, device=device)
+    return ops.moe_mlp.backend_for(x, gate_up, down, weights, experts, activation) != REFERENCE
 
 
 def _activation(expert: GatedMLP) -> tuple[str, float, float] | None:
@@ -77,9 +87,9 @@ def _stacked(projections: list[Linear]) -> ExpertWeight | None:
     dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     if len(dense) == len(weights):
         return ExpertWeight(torch.stack(dense), None, bias)
-    rows = [weight for weight in weights if isinstance(weight, Fp8Weight) and weight.scale.shape == weight.shape[:1]]
-    if len(rows) == len(weights):
-        # Bytes: torch stacks no float8 on some devices.
-        codes = torch.stack([row.codes.view(torch.uint8) for row in rows]).view(torch.float8_e4m3fn)
-        return ExpertWeight(codes, torch.stack([row.scale for row in rows]), bias)
-    return None
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    joined = join_rows(quantized) if len(quantized) == len(weights) else None
+    if isinstance(joined, Fp8Weight) and not joined.is_blockwise:
+        rows, columns = weights[0].shape
+        return ExpertWeight(joined.codes.view(len(weights), rows, columns), joined.scale.view(-1, rows), bias)
+    return ExpertWeight(joined, None, bias, len(weights)) if joined is not None else None

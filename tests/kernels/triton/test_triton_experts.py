@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from octavo_kernels import ops
-from octavo_kernels.expert_weights import ExpertWeight
+from octavo_kernels.expert_weights import ExpertWeight, join_rows
+from octavo_kernels.quantized_weights import quantize_int4, quantize_int8
 from octavo_kernels.reference import lora, mla, moe, quantize
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned")
@@ -66,6 +67,25 @@ def test_experts_match(device, kind, tokens):
     gate_up, down = expert_weight(device, 6, 48, 40, kind), expert_weight(device, 6, 40, 24, kind)
     x = torch.randn(tokens, 40, device=device)
     weights, ids = moe.route_experts(torch.randn(tokens, 6, device=device), 2)
+    actual = ops.moe_mlp(x, gate_up, down, weights, ids)
+    torch.testing.assert_close(actual, moe.moe_mlp(x, gate_up, down, weights, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_of_packed_integers_match(device, bits, biased):
+    experts, dim, inner = 3, 64, 32
+
+    def weight(rows, columns):
+        parts = [torch.randn(rows, columns, device=device) / columns**0.5 for _ in range(experts)]
+        quantized = [quantize_int4(part, 32) if bits == 4 else quantize_int8(part) for part in parts]
+        packed = join_rows([ops.pack_weight(part) for part in quantized])
+        bias = torch.randn(experts, rows, device=device) if biased else None
+        return ExpertWeight(packed, None, bias, experts)
+
+    gate_up, down = weight(2 * inner, dim), weight(dim, inner)
+    x = torch.randn(21, dim, device=device)
+    weights, ids = moe.route_experts(torch.randn(21, experts, device=device), 2)
     actual = ops.moe_mlp(x, gate_up, down, weights, ids)
     torch.testing.assert_close(actual, moe.moe_mlp(x, gate_up, down, weights, ids), rtol=1e-4, atol=1e-4)
 
