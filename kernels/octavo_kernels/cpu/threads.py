@@ -57,9 +57,9 @@ def _own_folders(cgroup_root: Path, proc_cgroup: Path) -> list[Path]:
 def _v2_limit(file: Path) -> float | None:
     try:
         quota, period = file.read_text().split()[:2]
+        return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def _v1_limit(folder: Path) -> float | None:

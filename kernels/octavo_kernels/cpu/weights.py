@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from octavo_kernels.cpu.int_blocks import to_gguf_blocks
 from octavo_kernels.cpu.library import Activations, Codes, Matrix, Scales, check, native
 from octavo_kernels.gguf_types import GGMLType
+from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight, Weight
 
 ENV_ACTIVATIONS = "OCTAVO_CPU_ACTIVATIONS"
@@ -119,6 +121,9 @@ def pack(weight: Weight) -> PackedWeight | None:
     """The weight in panels, or None where its form has no native layout (float16, types not in `_GGUF_FORMS`)."""
     if isinstance(weight, PackedWeight):
         return weight
+    if isinstance(weight, IntWeight):
+        blocks = to_gguf_blocks(weight)
+        return None if blocks is None else _pack_gguf(blocks, weight.format)
     source = weight.data if isinstance(weight, GGUFWeight) else weight
     if not isinstance(source, torch.Tensor) or source.ndim != 2:
         return None
@@ -136,14 +141,14 @@ def _packed_before(source: torch.Tensor) -> PackedWeight | None:
     return known[1]() if known is not None and known[0]() is source else None
 
 
-def _pack_gguf(weight: GGUFWeight) -> PackedWeight | None:
+def _pack_gguf(weight: GGUFWeight, name: str = "") -> PackedWeight | None:
     if not weight.ggml_type.is_quantized:
         return _pack_dense(weight.dequantize(torch.bfloat16 if weight.ggml_type is GGMLType.BF16 else torch.float32))
     form = _GGUF_FORMS.get(weight.ggml_type)
     if form is None or weight.in_features % weight.ggml_type.block_size:
         return None
     data = weight.data.contiguous()
-    packed = PackedWeight(weight.shape, form, weight.format)
+    packed = PackedWeight(weight.shape, form, name or weight.format)
     check(native.oct_pack_gguf(int(weight.ggml_type), data.data_ptr(), ctypes.byref(packed.matrix)))
     return packed
 
