@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +21,9 @@ from octavo_server.responses import routes as responses
 
 def build_app(replica: Replica) -> RequestBoundary:
     """Every route behind the request boundary."""
-    app = FastAPI(title="Octavo", version=VERSION, redoc_url=None)
+    # Requests are traced at the boundary, where all of their time is seen.
+    untraced: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
+    app = FastAPI(title="Octavo", version=VERSION, redoc_url=None, telemetry=untraced)
     for face in (observation, models, chat, completions, responses, tokens, embeddings, ranking, open_inference):
         app.include_router(face.router(replica))
 
@@ -44,6 +47,7 @@ def build_app(replica: Replica) -> RequestBoundary:
         app,
         lifecycle=replica.lifecycle,
         metrics=replica.metrics,
+        telemetry=replica.telemetry,
         render_error=render_error,
         max_body_bytes=replica.settings.max_body_bytes,
         request_timeout_s=replica.settings.request_timeout,

@@ -17,10 +17,13 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from opentelemetry.trace import Span
+
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.lifecycle import InFlight, Lifecycle
 from octavo_server.limits import LIMITS
 from octavo_server.metrics import Metrics
+from octavo_server.telemetry import Telemetry, context_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -48,6 +51,7 @@ class RequestBoundary:
         *,
         lifecycle: Lifecycle,
         metrics: Metrics,
+        telemetry: Telemetry,
         render_error: RenderError,
         max_body_bytes: int,
         request_timeout_s: float,
@@ -55,6 +59,7 @@ class RequestBoundary:
         self._app = app
         self._lifecycle = lifecycle
         self._metrics = metrics
+        self._telemetry = telemetry
         self._render_error = render_error
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
@@ -64,6 +69,7 @@ class RequestBoundary:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        span = self._start_span(scope)
         try:
             exchange.request_id = _request_id(scope)
             await self._serve(exchange, scope, receive)
@@ -73,7 +79,16 @@ class RequestBoundary:
         except _ClientGoneError:
             exchange.status = 499
         finally:
+            self._telemetry.end_request(span, exchange.status)
             _log_exchange(exchange, scope)
+
+    def _start_span(self, scope: Scope) -> Span | None:
+        if not self._telemetry.enabled:
+            return None
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        span = self._telemetry.start_request(scope["method"], scope["path"], headers)
+        scope.setdefault("state", {})["trace_context"] = context_of(span)
+        return span
 
     async def _serve(self, exchange: _Exchange, scope: Scope, receive: Receive) -> None:
         in_flight = InFlight(exchange.request_id)

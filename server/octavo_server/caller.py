@@ -8,10 +8,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from opentelemetry.context import Context
 from starlette.requests import Request
 
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.limits import LIMITS
+from octavo_server.telemetry import context_from
 
 TENANT_HEADER = "x-octavo-tenant"
 PRIORITY_HEADER = "x-octavo-priority"
@@ -30,7 +32,7 @@ class Caller:
     priority: int | None = None
     deadline_s: float | None = None
     arrived_at: float = 0.0
-    traceparent: str | None = None
+    trace_context: Context | None = None
 
     def cache_salt(self, own_salt: str | None) -> str:
         """Salt of this request's prefix-cache keys: never equal for two tenants, whatever salt they choose."""
@@ -41,10 +43,13 @@ class Caller:
 
 def caller_of(request: Request) -> Caller:
     """Read the caller's headers; raises a 400 naming the header that is malformed."""
-    return caller_from(request.headers, request.scope.get("state", {}).get("arrived_at"))
+    state = request.scope.get("state", {})
+    return caller_from(request.headers, state.get("arrived_at"), state.get("trace_context"))
 
 
-def caller_from(headers: Mapping[str, str], arrived_at: float | None = None) -> Caller:
+def caller_from(
+    headers: Mapping[str, str], arrived_at: float | None = None, trace_context: Context | None = None
+) -> Caller:
     """The same from headers or gRPC metadata with lower-case names."""
     tenant = headers.get(TENANT_HEADER, "")
     if len(tenant) > LIMITS.identifier_chars:
@@ -57,7 +62,7 @@ def caller_from(headers: Mapping[str, str], arrived_at: float | None = None) -> 
         priority=_integer(headers.get(PRIORITY_HEADER), PRIORITY_HEADER, LIMITS.priority),
         deadline_s=None if deadline_ms is None else deadline_ms / 1_000,
         arrived_at=time.monotonic() if arrived_at is None else arrived_at,
-        traceparent=headers.get("traceparent"),
+        trace_context=trace_context or context_from(headers),
     )
 
 

@@ -17,6 +17,7 @@ from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.caller import Caller
 from octavo_server.errors import INTERNAL_ERROR, ApiError, from_engine_error
 from octavo_server.metrics import RequestLatencies
+from octavo_server.telemetry import SequenceFacts, SequenceTimes, Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class SequenceRequest:
     cache_salt: str = ""
     priority: int = 0
     continues_prompt: bool = False  # the text is appended to the prompt's own
+    operation: str = "text_completion"  # in the words of the GenAI semantic conventions
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,14 @@ class DeltaStream:
 class Generator:
     """Sequences of one loaded model."""
 
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, latencies: RequestLatencies) -> None:
+    def __init__(
+        self, engine: EngineClient, tokenizer: Tokenizer, latencies: RequestLatencies, telemetry: Telemetry, model: str
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._latencies = latencies
+        self._telemetry = telemetry
+        self._model = model
 
     async def start(self, requests: Sequence[SequenceRequest]) -> DeltaStream:
         """Begin all `requests` and wait for the first delta, so that a refusal still becomes an HTTP status.
@@ -119,7 +125,7 @@ class Generator:
                     finish, stop_reason = FinishReason.STOP, piece.stop_reason
                     token_ids = token_ids[: piece.num_tokens]
                     logprobs = None if logprobs is None else logprobs[: piece.num_tokens]
-                timing.observe(output, finished=finish is not None)
+                timing.observe(output, finish)
                 yield Delta(
                     index=request.index,
                     text=piece.text,
@@ -136,31 +142,38 @@ class Generator:
             raise from_engine_error(error) from error
         finally:
             await _close(outputs)
+            if self._telemetry.enabled:
+                self._telemetry.sequence(request.caller.trace_context, timing.facts(self._model), timing.times())
 
 
 class _Timing:
     """Latencies of one sequence."""
 
-    __slots__ = ("_first_at", "_latencies", "_num_tokens", "_previous_at", "_request")
-
     def __init__(self, latencies: RequestLatencies, request: SequenceRequest) -> None:
         self._latencies = latencies
         self._request = request
-        self._first_at = 0.0
-        self._previous_at = 0.0
+        self._submitted_at = time.monotonic()
+        self._first_at: float | None = None
+        self._previous_at = self._submitted_at
         self._num_tokens = 0
+        self._num_cached_tokens = 0
+        self._last: SequenceOutput | None = None
+        self._finish_reason: FinishReason | None = None
 
-    def observe(self, output: SequenceOutput, *, finished: bool) -> None:
+    def observe(self, output: SequenceOutput, finish_reason: FinishReason | None) -> None:
         now = time.monotonic()
         if output.token_ids:
-            if self._num_tokens == 0:
+            if self._first_at is None:
                 self._first_at = now
                 self._latencies.ttft(now - self._request.caller.arrived_at)
             else:
                 self._latencies.itl(now - self._previous_at)
-            self._previous_at = now
             self._num_tokens += len(output.token_ids)
-        if finished:
+        self._previous_at = now
+        self._num_cached_tokens = output.num_cached_tokens or self._num_cached_tokens
+        self._last = output
+        if finish_reason is not None:
+            self._finish_reason = finish_reason
             self._finish(output, now)
 
     def _finish(self, output: SequenceOutput, now: float) -> None:
@@ -169,8 +182,32 @@ class _Timing:
         latencies.queue_time(output.queue_time_s)
         latencies.prompt_tokens(len(self._request.prompt_token_ids))
         latencies.generation_tokens(self._num_tokens)
-        if self._num_tokens > 1:
+        if self._num_tokens > 1 and self._first_at is not None:
             latencies.tpot((now - self._first_at) / (self._num_tokens - 1))
+
+    def times(self) -> SequenceTimes:
+        return SequenceTimes(
+            self._request.caller.arrived_at,
+            self._submitted_at,
+            0.0 if self._last is None else self._last.queue_time_s,
+            self._first_at,
+            self._previous_at,
+        )
+
+    def facts(self, model: str) -> SequenceFacts:
+        request, reason = self._request, self._finish_reason
+        return SequenceFacts(
+            operation=request.operation,
+            model=model,
+            request_id=request.request_id,
+            sampling=request.sampling,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_output_tokens=self._num_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_preemptions=0 if self._last is None else self._last.num_preemptions,
+            finish_reason="abort" if reason is None else reason.value,
+            failed=reason is None,
+        )
 
 
 def _raise_failure(output: SequenceOutput) -> None:

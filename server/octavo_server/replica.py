@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.parsers.choose import thinks, tool_parser_for
 from octavo_server.served_model import ServedModel
 from octavo_server.settings import ServeSettings
+from octavo_server.telemetry import Telemetry
 from octavo_server.text_pool import TextPool
 
 VERSION = version("octavo")
@@ -39,6 +41,7 @@ class Replica:
         self.text = TextPool()
         self.metrics = Metrics(self._current_stats, VERSION)
         self.inference_statistics = ModelStatistics()
+        self.telemetry = Telemetry(settings.otlp_endpoint, VERSION)
         self._load_tokenizer = load_tokenizer
         self._served: ServedModel | None = None
         self._generator: Generator | None = None
@@ -60,7 +63,8 @@ class Replica:
             tool_parser=tool_parser_for(self.settings.tool_call_parser, template),
             thinks=thinks(self.settings.reasoning_parser, template),
         )
-        self._generator = Generator(self.engine, tokenizer, self.metrics.for_model(self._served.name))
+        latencies = self.metrics.for_model(self._served.name)
+        self._generator = Generator(self.engine, tokenizer, latencies, self.telemetry, self._served.name)
         self._embedder = Embedder(self.engine, self._served, self.text)
         self.lifecycle.become_ready()
 
@@ -95,6 +99,7 @@ class Replica:
         """End the engine process and the threads."""
         self.text.close()
         await self.engine.shutdown(timeout_s)
+        await asyncio.to_thread(self.telemetry.shutdown)
 
     def _current_stats(self) -> tuple[str, EngineStats] | None:
         return None if self._served is None else (self._served.name, self.engine.stats)

@@ -68,14 +68,15 @@ def sequence_requests(
             index = position * n + sibling
             requests.append(
                 SequenceRequest(
-                    index,
-                    f"{identity.id}-{index}",
-                    prompt.token_ids,
-                    sampling,
-                    caller,
-                    salt,
-                    priority,
-                    continues_prompt,
+                    index=index,
+                    request_id=f"{identity.id}-{index}",
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=sampling,
+                    caller=caller,
+                    cache_salt=salt,
+                    priority=priority,
+                    continues_prompt=continues_prompt,
+                    operation="text_completion" if continues_prompt else "chat",
                 )
             )
     return requests
