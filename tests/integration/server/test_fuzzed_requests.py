@@ -117,7 +117,7 @@ def test_any_json_object(target: Target, path: str) -> None:
     }  # fmt: skip
     own = {name: value for name, value in base.items() if name in ROUTES[path]}
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=35, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(st.sampled_from(sorted(ROUTES[path])), values, max_size=4), st.booleans())
     def run(fields: dict[str, Any], complete: bool) -> None:
         check(target, path, json.dumps({**own, **fields} if complete else fields).encode())
@@ -129,7 +129,7 @@ def test_any_json_object(target: Target, path: str) -> None:
 def test_any_bytes_and_headers(target: Target, path: str) -> None:
     good = json.dumps({"messages": [MESSAGE], "prompt": "Hi", "inputs": [TENSOR], "text_input": "Hi"}).encode()
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         st.binary(max_size=60) | st.integers(0, len(good)).map(lambda cut: good[:cut]),
         st.integers(0, len(good)),

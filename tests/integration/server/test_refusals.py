@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from fakes.asgi_client import asgi_call
+from fakes.byte_tokenizer import ByteTokenizer
+from fakes.fake_engine import FakeEngine
+from octavo_server.app import build_app
+from octavo_server.replica import Replica
+from octavo_server.settings import ServeSettings
 
 Serve = Callable[..., Any]
 USER = {"role": "user", "content": "Hi"}
@@ -60,16 +68,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), CASES, ids=lambda value: str(value)[:60])
-async def test_chat_names_the_field(serve: Serve, body: dict[str, Any], param: str) -> None:
-    server = await serve()
+async def test_chat_names_the_field(body: dict[str, Any], param: str) -> None:
+    replica = Replica(ServeSettings(model="fake"), FakeEngine(), lambda path: ByteTokenizer())
+    await replica.start()
 
-    status, answer, _ = await server.post("/v1/chat/completions", body)
+    status, _, answer = await asgi_call(build_app(replica), "POST", "/v1/chat/completions", json.dumps(body).encode())
 
+    error = json.loads(answer)["error"]
     assert status == 400
-    assert answer["error"]["param"] == param
-    assert answer["error"]["type"] == "BadRequestError"
-    assert answer["error"]["code"] == 400
-    assert param.split("[")[0].split(".")[0] in answer["error"]["message"]
+    assert error["param"] == param
+    assert error["type"] == "BadRequestError"
+    assert error["code"] == 400
+    assert param.split("[")[0].split(".")[0] in error["message"]
 
 
 async def test_completions_name_the_field(serve: Serve) -> None:

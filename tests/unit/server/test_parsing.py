@@ -90,14 +90,14 @@ json_values = st.recursive(
 FIELDS = sorted({*ChatCompletionRequest.__struct_fields__, *CompletionRequest.__struct_fields__, *REFUSED_FIELDS})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6))
 def test_any_object_is_taken_or_refused_with_a_400(body: dict[str, Any]) -> None:
     for kind in (ChatCompletionRequest, CompletionRequest):
         assert status_of(json.dumps(body).encode(), kind) in (200, 400)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_taken_or_refused_with_a_400(body: bytes) -> None:
     assert status_of(body, Body) in (200, 400)
