@@ -13,7 +13,7 @@ from octavo_engine.quantize.statistics import InputStatistics
 
 BLOCK = 128
 DAMPING = 0.01
-MAX_DAMPING = 10.0
+MAX_DAMPING = 1e4
 
 
 def gptq(weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> tuple[torch.Tensor, Grid]:
@@ -25,7 +25,7 @@ def gptq(weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> t
     left[:, unused] = 0
     grid = fit_grid(left, scheme, statistics.mean_square)
     order = gram.diagonal().argsort(descending=True)
-    inverse = _inverse_factor(gram[order][:, order])
+    inverse = _inverse_factor(gram[order][:, order], _damping(statistics))
     columns = weight.shape[1]
     group_of = torch.arange(columns, device=weight.device) // (columns // grid.scales.shape[1])
     scales = grid.scales[:, group_of[order]]
@@ -47,9 +47,16 @@ def gptq(weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> t
     return codes[:, order.argsort()].contiguous(), grid
 
 
-def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+def _damping(statistics: InputStatistics) -> float:
+    """The paper's one per cent, or more where there are few tokens for many inputs.
+
+    What little text says about how inputs go together is partly chance, and errors would be moved where they do harm.
+    """
+    return max(DAMPING, statistics.gram.shape[0] / max(statistics.count, 1))
+
+
+def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of a damped Gram matrix."""
-    damping = DAMPING
     while damping <= MAX_DAMPING:
         damped = gram + torch.eye(gram.shape[0], device=gram.device) * (damping * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(damped)

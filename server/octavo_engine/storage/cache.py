@@ -72,7 +72,17 @@ class ModelCache:
 def default_cache_dir() -> Path:
     """`OCTAVO_CACHE_DIR`, else `~/.cache/octavo`."""
     configured = os.environ.get("OCTAVO_CACHE_DIR")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "octavo"
+    return Path(configured).expanduser() if configured else home_folder() / ".cache" / "octavo"
+
+
+def home_folder() -> Path:
+    """The user's home; raises `ModelLoadError` where there is none, as for the made-up users of containers."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ModelLoadError(
+            "model cache: this user has no home folder; set OCTAVO_CACHE_DIR (and HF_HOME for hf://) to writable ones"
+        ) from error
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from octavo_engine.errors import ModelLoadError
-from octavo_engine.storage.cache import ModelCache
+from octavo_engine.storage.cache import ModelCache, home_folder
 from octavo_engine.storage.http import HttpClient, RemoteError, RemoteFile
 from octavo_engine.storage.local import model_at
 from octavo_engine.storage.progress import OnProgress
@@ -211,8 +211,10 @@ def _endpoint() -> str:
 
 
 def _home() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser()
+    for variable, inside in (("HF_HOME", ""), ("XDG_CACHE_HOME", "huggingface")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser() / inside
+    return home_folder() / ".cache" / "huggingface"
 
 
 def _token() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from octavo_engine.tokenizer.chat_template import ChatTemplates
 from octavo_engine.tokenizer.fast import FastTokenizer, SpecialTokens, add_bos_and_eos, built
 from octavo_engine.tokenizer.pre_tokenizers import BEGINS_WITH_BOS, TAKES_WHOLE_WORDS, pre_tokenizer
 
+_log = logging.getLogger(__name__)
 SPACE = "▁"
 END_OF_TURN_TEXTS = frozenset(
     (
@@ -114,6 +116,12 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: Path) -> FastToke
 
 def _byte_level_bpe(vocabulary: Vocabulary) -> RustTokenizer:
     merges = [_pair(merge, vocabulary) for merge in vocabulary.merges]
+    if vocabulary.pre == "default":
+        _log.warning(
+            "%s names no pre-tokenizer (tokenizer.ggml.pre): text is cut in llama.cpp's default way, "
+            "which may not be the model's own",
+            vocabulary.path,
+        )
     model = models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=vocabulary.pre in TAKES_WHOLE_WORDS)
     tokenizer = RustTokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer(vocabulary.pre)

@@ -137,3 +137,13 @@ def test_progress_rises_to_one_and_is_not_chatty() -> None:
     assert told == sorted(told)
     assert told[-1] == 1.0
     assert len(told) <= 202
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("OCTAVO_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ModelLoadError, match="set OCTAVO_CACHE_DIR"):
+        default_cache_dir()

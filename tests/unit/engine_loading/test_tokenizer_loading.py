@@ -321,6 +321,14 @@ def test_wrong_metadata_names_its_key(changes: dict[str, Any], message: str) -> 
         _load(_gguf_bpe(**changes))
 
 
+def test_a_file_that_names_no_pre_tokenizer_is_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    metadata = _gguf_bpe()
+    del metadata["tokenizer.ggml.pre"]
+    tokenizer = _load(metadata)
+    assert "names no pre-tokenizer" in caplog.text
+    assert tokenizer.decode(tokenizer.encode(CORPUS[1])) == CORPUS[1]
+
+
 def test_sentencepiece_without_scores_is_refused() -> None:
     with pytest.raises(ModelLoadError, match="scores is missing"):
         _load(_sentencepiece_metadata(scores=[]))
