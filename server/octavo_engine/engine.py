@@ -106,6 +106,7 @@ class EngineCore:
         if structured is None:
             self._enqueue(request, self._clock(), None)
         else:
+            self._check_room(len(self._grammars))
             self._grammars.add(request, structured, self._clock())
 
     def _enqueue(self, request: AddRequest, arrival_s: float, constraint: TokenConstraint | None) -> None:
@@ -119,9 +120,10 @@ class EngineCore:
         self.scheduler.add(seq)
 
     def add_embedding(self, request: EmbedRequest) -> None:
-        """Queue a text to pool. Raises `InvalidRequestError`."""
+        """Queue a text to pool. Raises `InvalidRequestError` or `QueueFullError`."""
         self._check_id(request.request_id)
         self.check_prompt(request.prompt_token_ids, room=0)
+        self._check_room(len(self._embeddings))
         self._embeddings.add(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -189,6 +191,14 @@ class EngineCore:
     def _check_id(self, request_id: str) -> None:
         if self.scheduler.get(request_id) is not None or request_id in self._embeddings or request_id in self._grammars:
             raise InvalidRequestError(f"request id {request_id!r} is in use by a request still running", "request_id")
+
+    def _check_room(self, num_queued: int) -> None:
+        """The queues beside the scheduler's have its bound too."""
+        if num_queued >= self._config.max_queued_requests:
+            retry_after_s = self.scheduler.retry_after_s
+            raise QueueFullError(
+                f"the waiting queue is full ({num_queued} requests); try again in {retry_after_s:.0f} s", retry_after_s
+            )
 
     def _take_compiled(self) -> None:
         """Queue the sequences whose grammar is compiled; one that cannot be compiled ends with the reason."""

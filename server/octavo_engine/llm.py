@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from octavo_engine.beam_search import Beam, BeamSearchParams, NextTokens, search
 from octavo_engine.config import EngineConfig
 from octavo_engine.detokenizer import IncrementalDetokenizer
 from octavo_engine.errors import InvalidRequestError, RequestFailedError
@@ -38,6 +39,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float | None = None
     num_cached_tokens: int = 0
     error: str | None = None
 
@@ -139,6 +141,46 @@ class LLM:
                 raise RequestFailedError(found[name].error or "the engine returned no vector for this text")
             vectors.append(found[name].embedding or [])
         return vectors
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """The `beam_width` most likely continuations of each prompt, best first."""
+        params.validate()
+        results = []
+        for item in _prompt_list(prompts):
+            collector = self._collector(item, SamplingParams())
+            self._core.check_prompt(collector.prompt_token_ids, room=params.max_tokens)
+            beams = search(self._extender(collector.prompt_token_ids, params), params, self._eos())
+            outputs = [
+                Completion(
+                    index=index,
+                    text=self.tokenizer.decode(beam.token_ids),
+                    token_ids=list(beam.token_ids),
+                    finish_reason=FinishReason.STOP if beam.token_ids[-1] in self._eos() else FinishReason.LENGTH,
+                    cumulative_logprob=beam.cumulative_logprob,
+                )
+                for index, beam in enumerate(beams)
+            ]
+            results.append(
+                RequestOutput(prompt=collector.prompt, prompt_token_ids=collector.prompt_token_ids, outputs=outputs)
+            )
+        return results
+
+    def _eos(self) -> frozenset[int]:
+        return frozenset(self.model.eos_token_ids)
+
+    def _extender(self, prompt: list[int], params: BeamSearchParams) -> NextTokens:
+        """One step of all beams together; what they share comes from the prefix cache."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * params.beam_width, ignore_eos=True)
+
+        def next_tokens(beams: Sequence[Beam]) -> list[TokenLogprobs]:
+            results = self.generate([[*prompt, *beam.token_ids] for beam in beams], sampling)
+            entries = [result.outputs[0].logprobs for result in results]
+            failed = [result.outputs[0].error for result in results if not result.outputs[0].logprobs]
+            if failed:
+                raise RequestFailedError(failed[0] or "the engine returned no log-probabilities")
+            return [entry[0] for entry in entries if entry]
+
+        return next_tokens
 
     def _collector(self, prompt: Prompt, sampling: SamplingParams) -> _Collector:
         sampling.validate(self.model.vocab_size)

@@ -17,7 +17,6 @@ from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
 from octavo_engine.speculation.speculator import Speculator
 
-
 # Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
 MIN_PREFILL_STRETCH = 1.5
 

@@ -13,7 +13,7 @@ from octavo_engine.engine import EngineCore
 from octavo_engine.errors import InvalidRequestError, QueueFullError
 from octavo_engine.isolation import StepFailedError
 from octavo_engine.messages import AddRequest, EmbedRequest, FinishReason, SequenceOutput
-from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.sampling_params import SamplingParams, StructuredOutput
 
 
 class Clock:
@@ -193,6 +193,18 @@ def test_the_queue_is_bounded_by_tokens_too() -> None:
     core.add(request("a", [1] * 40))
     with pytest.raises(QueueFullError, match="tokens"):
         core.add(request("b", [1] * 40))
+
+
+def test_texts_to_embed_and_grammars_to_compile_are_bounded_too() -> None:
+    core = engine(max_queued_requests=2)
+    structured = StructuredOutput(regex="a")
+    for i in range(2):
+        core.add_embedding(EmbedRequest(request_id=f"e{i}", prompt_token_ids=[1]))
+        core.add(request(f"g{i}", [1], structured=structured))
+    with pytest.raises(QueueFullError):
+        core.add_embedding(EmbedRequest(request_id="e2", prompt_token_ids=[1]))
+    with pytest.raises(QueueFullError):
+        core.add(request("g2", [1], structured=structured))
 
 
 def test_abort_frees_the_blocks_at_every_stage() -> None:
