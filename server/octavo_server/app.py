@@ -15,6 +15,7 @@ from octavo_server.boundary import RequestBoundary
 from octavo_server.errors import INTERNAL_ERROR, ApiError
 from octavo_server.oip import http as open_inference
 from octavo_server.openai import chat, completions, embeddings, models, ranking, tokens
+from octavo_server.openapi import add_openapi
 from octavo_server.replica import VERSION, Replica
 from octavo_server.responses import routes as responses
 
@@ -26,6 +27,7 @@ def build_app(replica: Replica) -> RequestBoundary:
     app = FastAPI(title="Octavo", version=VERSION, redoc_url=None, telemetry=untraced)
     for face in (observation, models, chat, completions, responses, tokens, embeddings, ranking, open_inference):
         app.include_router(face.router(replica))
+    add_openapi(app)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:

@@ -6,13 +6,14 @@ Gauges and counters are read from the engine's newest snapshot when scraped; onl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from octavo_engine.messages import EngineStats
+from octavo_engine.messages import EngineStats, ModelInfo
 
 # fmt: off
 _TTFT_BUCKETS = (
@@ -29,17 +30,27 @@ _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_00
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per counter that no dashboard reads
 
-StatsSource = Callable[[], tuple[str, EngineStats] | None]
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a scrape reads: the served name, the loaded model and the engine's newest stats."""
+
+    name: str
+    info: ModelInfo
+    stats: EngineStats
+
+
+SnapshotSource = Callable[[], Snapshot | None]
 
 
 class Metrics:
-    """The registry of one replica. `stats_source` gives the served model's name and stats, None while loading."""
+    """The registry of one replica. `snapshot` gives what a scrape reads, None while loading."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, stats_source: StatsSource, version: str) -> None:
+    def __init__(self, snapshot: SnapshotSource, version: str) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineStatsCollector(stats_source))
+        self.registry.register(EngineCollector(snapshot))
         self._rejections = Counter(
             "octavo_http_rejections", "Requests answered with an error, by reason.", ["reason"], registry=self.registry
         )
@@ -119,23 +130,23 @@ class Observe:
         self._alias.observe(value)
 
 
-class EngineStatsCollector(Collector):
+class EngineCollector(Collector):
     """Reads the engine's snapshot at scrape time; empty while no model is loaded."""
 
-    def __init__(self, stats_source: StatsSource) -> None:
-        self._stats_source = stats_source
+    def __init__(self, snapshot: SnapshotSource) -> None:
+        self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        current = self._stats_source()
+        current = self._snapshot()
         if current is None:
             return
-        model, stats = current
-        yield from _gauges(model, stats)
-        yield from _counters(model, stats)
-        yield from _finished(model, stats)
+        yield from _gauges(current.name, current.info, current.stats)
+        yield from _counters(current.name, current.stats)
+        yield from _finished(current.name, current.stats)
+        yield from _model(current.name, current.info)
 
 
-def _gauges(model: str, stats: EngineStats) -> Iterator[Metric]:
+def _gauges(model: str, info: ModelInfo, stats: EngineStats) -> Iterator[Metric]:
     utilization = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
     rows: list[tuple[str, str | None, str, float]] = [
         ("requests_waiting", "num_requests_waiting", "Sequences waiting for their first step.", stats.num_waiting),
@@ -144,7 +155,12 @@ def _gauges(model: str, stats: EngineStats) -> Iterator[Metric]:
          "Share of KV blocks that live sequences hold (0 to 1); merely cached blocks are free.", utilization),
         ("queued_kv_tokens", None, "Prompt tokens that waiting sequences still need computed.",
          stats.num_waiting_tokens),
+        ("queued_work_seconds", None, "Seconds of work that wait, by the learned step-time model.",
+         stats.queued_work_s),
         ("kv_blocks", None, "KV blocks of this replica.", stats.kv_blocks_total),
+        ("kv_cache_capacity_tokens", None, "Tokens that the KV blocks hold.",
+         stats.kv_blocks_total * info.kv_block_size),
+        ("weight_bytes", None, "Bytes of weights in memory.", info.weight_bytes),
         ("engine_step_seconds", None, "Duration of the newest engine step.", stats.step_time_s),
     ]  # fmt: skip
     for name, alias, help_text, value in rows:
@@ -164,6 +180,8 @@ def _counters(model: str, stats: EngineStats) -> Iterator[Metric]:
         ("num_preemptions", "Sequences preempted for want of KV blocks.", stats.num_preemptions),
         ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
         ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+        ("spec_decode_num_draft_tokens", "Tokens guessed ahead.", stats.spec_draft_tokens),
+        ("spec_decode_num_accepted_tokens", "Guessed tokens that held.", stats.spec_accepted_tokens),
     ]
     for name, help_text, value in rows:
         own = CounterMetricFamily(f"octavo_{name}", help_text, labels=["model_name"])
@@ -186,3 +204,25 @@ def _finished(model: str, stats: EngineStats) -> Iterator[Metric]:
         vllm.add_metric([model, "0", reason], count)
     yield own
     yield vllm
+
+
+def _model(model: str, info: ModelInfo) -> Iterator[Metric]:
+    about = {
+        "architecture": info.architecture, "dtype": info.dtype, "quantization": info.quantization,
+        "device": info.device, "backend": info.backend,
+    }  # fmt: skip
+    own = GaugeMetricFamily("octavo_model_info", "Always 1; the labels tell.", labels=["model_name", *about])
+    own.add_metric([model, *about.values()], 1)
+    yield own
+    phases = GaugeMetricFamily(
+        "octavo_startup_phase_seconds", "How long each phase of the start took.", labels=["model_name", "phase"]
+    )
+    for phase, seconds in info.phase_seconds.items():
+        phases.add_metric([model, phase], seconds)
+    yield phases
+    cache = GaugeMetricFamily(
+        "vllm:cache_config_info", "Always 1; the labels tell.",
+        labels=["model_name", "engine", "block_size", "num_gpu_blocks"],
+    )  # fmt: skip
+    cache.add_metric([model, "0", str(info.kv_block_size), str(info.kv_blocks_total)], 1)
+    yield cache

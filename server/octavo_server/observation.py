@@ -33,7 +33,8 @@ def router(replica: Replica) -> APIRouter:
         """As readiness."""
         return _readiness(replica)
 
-    @routes.api_route("/ping", methods=["GET", "POST"])
+    @routes.get("/ping")
+    @routes.post("/ping", include_in_schema=False)
     async def ping() -> Response:
         """As readiness."""
         return _readiness(replica)

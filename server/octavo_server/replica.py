@@ -10,13 +10,12 @@ from typing import TypeVar
 
 from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDeadError
-from octavo_engine.messages import EngineStats
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.embedding import Embedder
 from octavo_server.errors import unavailable
 from octavo_server.generation import Generator
 from octavo_server.lifecycle import Lifecycle, Phase
-from octavo_server.metrics import Metrics
+from octavo_server.metrics import Metrics, Snapshot
 from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.parsers.choose import thinks, tool_parser_for
 from octavo_server.served_model import ServedModel
@@ -39,7 +38,7 @@ class Replica:
         self.engine = engine
         self.lifecycle = Lifecycle()
         self.text = TextPool()
-        self.metrics = Metrics(self._current_stats, VERSION)
+        self.metrics = Metrics(self._snapshot, VERSION)
         self.inference_statistics = ModelStatistics()
         self.telemetry = Telemetry(settings.otlp_endpoint, VERSION)
         self._load_tokenizer = load_tokenizer
@@ -101,8 +100,9 @@ class Replica:
         await self.engine.shutdown(timeout_s)
         await asyncio.to_thread(self.telemetry.shutdown)
 
-    def _current_stats(self) -> tuple[str, EngineStats] | None:
-        return None if self._served is None else (self._served.name, self.engine.stats)
+    def _snapshot(self) -> Snapshot | None:
+        served = self._served
+        return None if served is None else Snapshot(served.name, served.info, self.engine.stats)
 
 
 def _loaded(part: T | None) -> T:

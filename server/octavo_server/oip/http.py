@@ -75,7 +75,7 @@ def _add_server_routes(routes: APIRouter, repository: Repository) -> None:
         """Refused unless nothing changes."""
         return JsonResponse(repository.trace_settings(json_object(await http.body())))
 
-    @routes.api_route("/v2/{kind}sharedmemory/{rest:path}", methods=["GET", "POST"])
+    @routes.api_route("/v2/{kind}sharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
     async def shared_memory(kind: str, rest: str) -> Response:
         """Refused: clients never name memory of this host."""
         raise ApiError(501, "shared memory regions are not supported", reason="shared_memory")

@@ -85,6 +85,9 @@ async def test_metrics_carry_our_names_and_vllms(serve: Serve) -> None:
         assert values[f"{prefix}request_success_total"] == 1
         assert values[f"{prefix}prefix_cache_queries_total"] == 0
     assert values["octavo_build_info"] == 1
+    assert values["octavo_model_info"] == 1
+    assert values["octavo_kv_cache_capacity_tokens"] == 1_024 * 16
+    assert 'vllm:cache_config_info{block_size="16"' in text
 
 
 async def test_models_lists_every_served_name(serve: Serve) -> None:
@@ -121,3 +124,15 @@ async def test_small_routes(serve: Serve) -> None:
     assert (status, body["error"]["type"]) == (404, "NotFoundError")
     status, body = await get(server, "/v1/chat/completions")
     assert (status, body["error"]["type"]) == (405, "MethodNotAllowedError")
+
+
+async def test_the_openapi_document_describes_every_body(serve: Serve) -> None:
+    server = await serve()
+
+    status, document = await get(server, "/openapi.json")
+
+    assert status == 200
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]
+    assert "messages" in schema["required"]
+    assert schema["properties"]["temperature"]
