@@ -1,7 +1,7 @@
 """Our scheduler against first come, first served with a constant token budget, on a simulated clock.
 
-The step costs are those of an 8B model in bfloat16 on one H200 (engine.md's formulas: 4 ms to read the weights, 20 us a
-prefill token, attention on top); nothing is computed. Run: python benchmarks/scheduler.py [--seeds 3]
+The step costs are those of an 8B model in bfloat16 on one H200 by its bandwidth and arithmetic (4 ms to read the
+weights, 20 us a prefill token, attention on top); nothing is computed. Run: python benchmarks/scheduler.py [--seeds 3]
 """
 
 from __future__ import annotations
