@@ -25,6 +25,13 @@ PHASES = {
 }
 
 
+class FormatChoice(enum.StrEnum):
+    """The engine's formats."""
+
+    COMPRESSED_TENSORS = "compressed-tensors"
+    GPTQ = "gptq"
+
+
 class MethodChoice(enum.StrEnum):
     """The engine's methods, repeated so that `--help` needs no torch."""
 
@@ -51,6 +58,9 @@ def quantize(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="4 bits with zero points: more exact, but fewer programs read it.")
     ] = False,
+    layout: Annotated[
+        FormatChoice, typer.Option("--format", help="compressed-tensors holds everything, gptq only 4-bit weights.")
+    ] = FormatChoice.COMPRESSED_TENSORS,
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text like what the model will see; a short mixed text if left out.")
     ] = None,
@@ -68,12 +78,13 @@ def quantize(
 ) -> None:
     """Quantize a model after training and write a standard checkpoint.
 
-    The result is in the compressed-tensors format, which Octavo, vLLM and transformers read. The report gives size
-    and perplexity before and after; it is also kept beside the weights.
+    The result is in the compressed-tensors format, which Octavo, vLLM and transformers read, or in that of GPTQ. The
+    report gives size and perplexity before and after; it is also kept beside the weights.
     """
     import msgspec
 
     from octavo_engine.errors import OctavoError
+    from octavo_engine.quantize.layout import Format
     from octavo_engine.quantize.pipeline import QuantizeOptions, quantize_model
     from octavo_engine.quantize.scheme import Method
 
@@ -84,6 +95,7 @@ def quantize(
         bits=bits or (8 if method is MethodChoice.SMOOTHQUANT else 4),
         group_size=group_size,
         symmetric=not asymmetric,
+        format=Format(layout.value),
         calibration=calibration,
         evaluation=evaluation,
         num_windows=windows,

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from models.tiny_checkpoints import SIZES, load, paged_logits, random_prompts, reference_logits, write_checkpoint
 from octavo_engine.errors import ConfigError, ModelLoadError
+from octavo_engine.quantize.layout import Format
 from octavo_engine.quantize.pipeline import QuantizeOptions, quantize_model
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scheme import Method
@@ -42,7 +43,7 @@ def quantized(source: Path, **options: object) -> tuple[Path, QuantizationReport
     text = source.parent / "text.txt"
     text.write_text(TEXT)
     settings = {"window_tokens": 128, "num_windows": 4, "calibration": text, "evaluation": text, "device": "cpu"}
-    output = source.parent / "output"
+    output = Path(str(options.pop("output", source.parent / "output")))
     report = quantize_model(QuantizeOptions(model=str(source), output=output, **(settings | options)), lambda *_: None)
     return output, report
 
@@ -79,6 +80,28 @@ def test_zero_points_reach_the_engine(source: Path) -> None:
     output, _ = quantized(source, method=Method.RTN, bits=4, symmetric=False)
     exact = reference_logits(hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), [[5, 6, 7, 8, 9]])
     assert rms_error(paged_logits(load(output), [[5, 6, 7, 8, 9]]), exact) < 0.5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gptq_format_holds_the_same_weights(source: Path, symmetric: bool, tmp_path: Path) -> None:
+    options = {"method": Method.RTN, "bits": 4, "symmetric": symmetric}
+    packed, _ = quantized(source, **options)
+    older, _ = quantized(source, **options, format=Format.GPTQ, output=tmp_path / "gptq")
+    prompts = random_prompts((9, 30))
+    assert rms_error(paged_logits(load(older), prompts), paged_logits(load(packed), prompts)) < 1e-3
+    assert json.loads((older / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": Method.RTN, "bits": 8}, "holds 4-bit weights, not W8A16"),
+        ({"method": Method.RTN, "bits": 4, "ignore": ("o_proj",)}, "cannot leave out single projections"),
+    ],
+)
+def test_the_gptq_format_refuses_what_it_cannot_hold(source: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantized(source, **options, format=Format.GPTQ)
 
 
 @pytest.mark.parametrize("method", [Method.AWQ, Method.SMOOTHQUANT])

@@ -15,9 +15,9 @@ from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo_engine.models.decoder import Decoder
 from octavo_engine.models.registry import find_architecture
 from octavo_engine.quantize.calibration import LayerWalk, read_text, token_windows
-from octavo_engine.quantize.compressed_tensors import quantization_config
 from octavo_engine.quantize.folding import find_folds
 from octavo_engine.quantize.gptq import gptq
+from octavo_engine.quantize.layout import Format, Layout, choose_layout
 from octavo_engine.quantize.observed import ObservingLoader, Projection
 from octavo_engine.quantize.perplexity import perplexity
 from octavo_engine.quantize.report import QuantizationReport
@@ -44,6 +44,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
+    format: Format = Format.COMPRESSED_TENSORS
     calibration: Path | None = None
     evaluation: Path | None = None
     num_windows: int = 64
@@ -77,6 +78,9 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
         options.symmetric,
         (item.weight.shape[1] for item in targets),
     )
+    kept = [name for item in loader.projections if item not in targets for name in item.rows]
+    rows = [count for item in targets for count in item.rows.values()]
+    layout = choose_layout(options.format, scheme, rows, kept)
     on_progress("before", 0.0, "measuring perplexity")
     before = perplexity(model, held_out, device)
     on_progress("before", 1.0, f"perplexity {before:.3f}")
@@ -85,7 +89,7 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
     after = perplexity(model, held_out, device)
     on_progress("after", 1.0, f"perplexity {after:.3f}")
     on_progress("write", 0.0, str(options.output))
-    num_bytes = _write(options, checkpoint, loader, scheme)
+    num_bytes = _write(options, checkpoint, loader, scheme, layout)
     on_progress("write", 1.0, str(options.output))
     report = QuantizationReport(
         model=options.model,
@@ -171,14 +175,15 @@ def _round(projection: Projection, statistics: InputStatistics, method: Method, 
         projection.quantized[prefix] = as_int_weight(codes[rows], grid.rows(rows), scheme)
 
 
-def _write(options: QuantizeOptions, checkpoint: Checkpoint, loader: ObservingLoader, scheme: Scheme) -> int:
-    kept = [name for item in loader.projections if not item.quantized for name in item.rows]
+def _write(
+    options: QuantizeOptions, checkpoint: Checkpoint, loader: ObservingLoader, scheme: Scheme, layout: Layout
+) -> int:
     settings = {
-        "quantization_config": quantization_config(scheme, ["lm_head", *kept]),
+        "quantization_config": dict(layout.quantization_config),
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
     }
-    tensors = output_tensors(checkpoint, loader, scheme, torch.bfloat16)
+    tensors = output_tensors(checkpoint, loader, scheme, layout, torch.bfloat16)
     return write_checkpoint(options.output, tensors, checkpoint, settings)
 
 

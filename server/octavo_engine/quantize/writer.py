@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from octavo_engine.errors import ConfigError, ModelLoadError
 from octavo_engine.loader.checkpoint import Checkpoint
-from octavo_engine.quantize.compressed_tensors import encode
+from octavo_engine.quantize.layout import Layout
 from octavo_engine.quantize.observed import ObservingLoader
 from octavo_engine.quantize.scheme import Scheme
 from octavo_engine.tokenizer.load import load_tokenizer
@@ -35,7 +35,7 @@ MODEL_TYPES = {
 
 
 def output_tensors(
-    checkpoint: Checkpoint, loader: ObservingLoader, scheme: Scheme, dtype: torch.dtype
+    checkpoint: Checkpoint, loader: ObservingLoader, scheme: Scheme, layout: Layout, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the new checkpoint under its Hugging Face name."""
     quantized = {f"{prefix}.weight": (prefix, item) for item in loader.projections for prefix in item.rows}
@@ -44,7 +44,7 @@ def output_tensors(
             prefix, projection = quantized[name]
             weight = projection.quantized.get(prefix)
             if weight is not None:
-                yield from encode(prefix, weight, scheme).items()
+                yield from layout.encode(prefix, weight, scheme).items()
             else:
                 yield name, projection.weight[projection.rows_of(prefix)].to(dtype)
         elif name in loader.vectors:

@@ -1,0 +1,61 @@
+"""How much perplexity quantizing costs on a real model, with the texts that come with Octavo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.tiny_checkpoints import load
+from octavo_engine.quantize.pipeline import QuantizeOptions, quantize_model
+from octavo_engine.quantize.report import QuantizationReport
+from octavo_engine.quantize.scheme import Method
+from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.tokenizer.load import load_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_800)]
+
+
+def quantized(model: Path, output: Path, **options: object) -> QuantizationReport:
+    settings = {"model": str(model), "output": output, "device": "cpu"}
+    return quantize_model(QuantizeOptions(**(settings | options)), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        pytest.param({"method": Method.RTN, "bits": 8}, 0.01, id="int8"),
+        pytest.param({"method": Method.AWQ_GPTQ, "bits": 4, "group_size": 32}, 0.05, id="int4"),
+        pytest.param({"method": Method.SMOOTHQUANT, "bits": 8}, 0.01, id="int8-with-int8-activations"),
+    ],
+)
+def test_perplexity_stays_within_its_bound(smollm2_gguf: Path, tmp_path: Path, options: dict, bound: float) -> None:
+    report = quantized(smollm2_gguf, tmp_path / "out", **options)
+
+    assert report.perplexity_change < bound
+    assert "Paris" in answer(tmp_path / "out")
+
+
+def test_calibration_is_worth_its_time(smollm2_gguf: Path, tmp_path: Path) -> None:
+    changes = {
+        method: quantized(smollm2_gguf, tmp_path / method.value, method=method, bits=4).perplexity_change
+        for method in (Method.RTN, Method.GPTQ, Method.AWQ)
+    }
+    assert changes[Method.GPTQ] < 0.6 * changes[Method.RTN]
+    assert changes[Method.AWQ] < 0.6 * changes[Method.RTN]
+
+
+@torch.inference_mode()
+def answer(folder: Path) -> str:
+    """A greedy answer of the engine running the quantized checkpoint."""
+    tokenizer = load_tokenizer(folder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.encode(tokenizer.apply_chat_template(question), add_special_tokens=False)
+    runner = load(folder, block_size=16, num_kv_blocks=16)
+    done, generated = 0, []
+    while len(generated) < 12 and (not generated or generated[-1] not in tokenizer.eos_token_ids):
+        logits = runner.forward([SequenceSlice((ids + generated)[done:], done, range(16))])
+        done = len(ids) + len(generated)
+        generated.append(int(logits[-1].argmax()))
+    return tokenizer.decode(generated)
