@@ -87,7 +87,8 @@ class Container(Part):
     image: Annotated[str, Field(min_length=1, max_length=512)]
     """Image; pin it by digest."""
     command: Annotated[list[Argument], Field(max_length=32)] = []
-    """Command. $(MODEL_URI), $(MODEL_PATH), $(MODEL_NAME), $(HOST) and $(PORT) are filled in."""
+    """Command. $(MODEL_URI), $(MODEL_PATH), $(MODEL_NAME), $(MODEL_ALIASES), $(HOST) and $(PORT) are filled
+    in."""
     args: Annotated[list[Argument], Field(max_length=64)] = []
     """Arguments, filled in the same way."""
     flags: Annotated[list[FlagMapping], Field(max_length=64, json_schema_extra={"x-list-map-keys": ["field"]})] = []

@@ -9,6 +9,7 @@ from octavo_operator.api.serving_runtime import Container, FlagMapping
 from octavo_operator.plan.fields import OPTIONAL, Value
 
 HOST, PORT = "{host}", "{port}"
+ALIASES = "$(MODEL_ALIASES)"  # an argument of its own, replaced by one for each alias
 
 
 def command_line(
@@ -19,13 +20,13 @@ def command_line(
     `names` fills $(MODEL_URI), $(MODEL_PATH), $(MODEL_NAME); $(HOST) and $(PORT) become `{host}` and `{port}`.
     """
     filled = {**names, "HOST": HOST, "PORT": PORT}
-    argv = [_fill(word, filled) for word in (*container.command, *container.args)]
+    argv = [_fill(word, filled) for word in _with_aliases((*container.command, *container.args), values)]
     flags = {mapping.field: mapping for mapping in container.flags}
     errors: list[FieldError] = []
     for path, value in values.items():
         mapping = flags.get(path)
         if mapping is None:
-            if path not in OPTIONAL:
+            if path not in OPTIONAL and not (path == "model.aliases" and ALIASES in container.args):
                 errors.append(FieldError(f"spec.{path}", "the runtime has no such setting", _word(value)))
             continue
         words = _flag_words(mapping, value, filled)
@@ -47,9 +48,13 @@ def _flag_words(mapping: FlagMapping, value: Value, names: Mapping[str, str]) ->
     if mapping.flag is None:
         return [word for item in items for word in item.split()]
     template = [_fill(word, names) for word in mapping.flag.split()]
-    if "{*}" in template:
-        return [word for part in template for word in (items if part == "{*}" else (part,))]
     return [part.replace("{}", item) for item in items for part in template]
+
+
+def _with_aliases(words: tuple[str, ...], values: Mapping[str, Value]) -> list[str]:
+    aliases = values.get("model.aliases")
+    names = aliases if isinstance(aliases, tuple) else ()
+    return [word for part in words for word in (names if part == ALIASES else (part,))]
 
 
 def _fill(word: str, names: Mapping[str, str]) -> str:
