@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from torch.nn import functional
 
 from models.tiny_checkpoints import SIZES, load, paged_logits, random_prompts, reference_logits, write_checkpoint
 from octavo_engine.errors import ConfigError
 from octavo_engine.loader.quantization import OnTheFly, quantize
+from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.torch_runner import TorchModelRunner
+from octavo_engine.tokenizer.load import load_tokenizer
+from octavo_kernels.registry import BACKENDS_BY_DEVICE, use_backends
 
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -61,3 +66,50 @@ def test_keys_and_values_in_fewer_bits(
 def test_a_quantized_checkpoint_is_not_quantized_again(smollm2_gguf: Path) -> None:
     with pytest.raises(ConfigError, match="is quantized already and cannot be brought to int4; use quantization=auto"):
         load(smollm2_gguf, quantization="int4")
+
+
+TEXT = (
+    "The river rises in the hills behind the old town and runs for forty miles before it meets the sea. In spring, "
+    "when the snow melts, it floods the low meadows, and the farmers move their sheep to higher ground. There is a "
+    "stone bridge with five arches, built by monks in the twelfth century, and beside it a mill whose wheel still "
+    "turns on market days. Travellers used to stop here for bread and news. Today most of them drive past on the new "
+    "road, but those who turn off find a quiet street, a church with a crooked tower, and an inn that has been kept "
+    "by the same family for nine generations."
+)
+
+
+SHORT = {"num_kv_blocks": 16, "block_size": 16, "max_model_len": 256}
+
+
+@pytest.fixture(scope="module")
+def tokens(smollm2_gguf: Path) -> list[int]:
+    return load_tokenizer(smollm2_gguf).encode(TEXT)
+
+
+@pytest.fixture(scope="module")
+def exact_perplexity(smollm2_gguf: Path, tokens: list[int]) -> float:
+    return perplexity(load(smollm2_gguf, **SHORT), tokens)
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "bound"), [("bfloat16", 1.005), ("int8", 1.01), ("fp8", 1.02)])
+def test_the_real_model_reads_as_well_with_a_small_cache(
+    kv_cache_dtype: str, bound: float, smollm2_gguf: Path, tokens: list[int], exact_perplexity: float
+) -> None:
+    runner = load(smollm2_gguf, kv_cache_dtype=kv_cache_dtype, **SHORT)
+
+    assert exact_perplexity < 30
+    assert perplexity(runner, tokens) < bound * exact_perplexity
+
+
+def test_the_real_model_reads_as_well_with_the_default_settings_of_this_machine(
+    smollm2_gguf: Path, tokens: list[int], exact_perplexity: float
+) -> None:
+    with use_backends(*BACKENDS_BY_DEVICE["cpu"]):
+        found = perplexity(load(smollm2_gguf, dtype="auto", **SHORT), tokens)
+
+    assert found < 1.02 * exact_perplexity
+
+
+def perplexity(runner: TorchModelRunner, tokens: list[int]) -> float:
+    logits = runner.forward([SequenceSlice(tokens[:-1], 0, list(range(16)), len(tokens) - 1)])
+    return float(functional.cross_entropy(logits, torch.tensor(tokens[1:])).exp())
