@@ -67,6 +67,9 @@ def serve(
         bool | None,
         _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse shared prefixes.", panel=_MEMORY),
     ] = None,
+    kv_events_endpoint: Annotated[
+        str | None, _option("--kv-events-endpoint", help="ZeroMQ address for KV events.", panel=_MEMORY)
+    ] = None,
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences running at once.", panel=_SCHEDULING)
     ] = None,
@@ -81,6 +84,14 @@ def serve(
     ] = None,
     max_queued_tokens: Annotated[
         int | None, _option("--max-queued-tokens", help="Waiting prompt tokens before 429.", panel=_SCHEDULING)
+    ] = None,
+    itl_target_s: Annotated[
+        float | None,
+        _option("--itl-target-s", help="Inter-token latency prefills keep to; 0: by device.", panel=_SCHEDULING),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None,
+        _option("--num-speculative-tokens", help="Tokens guessed ahead by prompt lookup; 0: off.", panel=_SCHEDULING),
     ] = None,
     host: Annotated[str | None, _option("--host", help="Address to listen on (127.0.0.1).", panel=_SERVER)] = None,
     port: Annotated[int | None, _option("--port", help="HTTP port (8000); 0: any free one.", panel=_SERVER)] = None,
