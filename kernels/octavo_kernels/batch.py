@@ -15,7 +15,7 @@ class AttentionBatch:
     All tensors live on the model's device. `T` tokens, `S` sequences.
 
     positions:       [T] int64, position of each token in its sequence
-    slot_mapping:    [T] int64, where its key and value go: block_id * block_size + offset
+    slot_mapping:    [T] int64, where its key and value go: block_id * block_size + offset; -1 for padding
     query_start_loc: [S + 1] int32, sequence s owns tokens query_start_loc[s] .. query_start_loc[s + 1] - 1
     seq_lens:        [S] int32, length of each sequence after this step (cached and new tokens)
     block_tables:    [S, max_blocks] int32, padded with 0

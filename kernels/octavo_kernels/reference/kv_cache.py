@@ -26,7 +26,7 @@ def rope_and_store_kv(
     """Per-head RMSNorm (if given), rotary embedding (if given), cache write (if given); returns (query, key).
 
     query: [T, num_heads, head_dim]; key, value: [T, num_kv_heads, head_dim]; views of one fused projection are fine
-    and implementations may overwrite them. positions, slot_mapping: [T] int64. q_norm, k_norm: [head_dim].
+    and implementations may overwrite them. positions, slot_mapping: [T] int64, a slot below 0 is not written. q_norm, k_norm: [head_dim].
     cos_sin: [max_positions, rotary_dim] float32, cosines in the first half and sines in the second; the first
     rotary_dim dimensions of a head are rotated in two halves (NeoX layout), the rest is left alone.
     """
@@ -49,7 +49,11 @@ def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> tor
 
 
 def store_kv(key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor, cache: PagedKVCache) -> None:
-    """Write each token's key and value at its slot. key, value: [T, num_kv_heads, head_dim]; slots distinct."""
+    """Write each token's key and value at its slot. key, value: [T, num_kv_heads, head_dim]; slots distinct, and below
+    0 for padding, which is not written."""
+    if bool((slot_mapping < 0).any()):
+        written = slot_mapping >= 0
+        key, value, slot_mapping = key[written], value[written], slot_mapping[written]
     block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
     for fresh, stored, scales in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
         if scales is None:

@@ -209,8 +209,8 @@ def cascade_attention(
     parts are merged by their softmax statistics (Hydragen, arXiv 2402.05099; FlashInfer's cascade)."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     shared = num_common_blocks * cache.block_size
-    whole = torch.tensor([0, batch.num_tokens], dtype=torch.int32, device=query.device)
-    shared_len = torch.tensor([shared], dtype=torch.int32, device=query.device)
+    whole = torch.arange(2, dtype=torch.int32, device=query.device) * batch.num_tokens
+    shared_len = torch.full((1,), shared, dtype=torch.int32, device=query.device)
     prefix = Problem(
         query, out, cache, batch.block_tables[:1], whole, shared_len, scale, 0, soft_cap, None, causal=False
     )

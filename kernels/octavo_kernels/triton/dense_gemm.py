@@ -13,7 +13,7 @@ BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 64
 GROUP_M = 8  # rows of tiles that share columns of the weight while these are in the cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _dense_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, rows, out_features, in_features, x_stride, weight_stride,
     BIAS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -1,7 +1,12 @@
-"""Where Triton kernels run here: on a CUDA device, or interpreted on CPU tensors (`TRITON_INTERPRET=1`)."""
+"""Where Triton kernels run here: on a CUDA device, or interpreted on CPU tensors (`TRITON_INTERPRET=1`).
+
+Kernels name the integers that change from step to step in `do_not_specialize`: Triton would otherwise compile again
+when a count becomes 1 or a multiple of 16, in the middle of serving.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -48,6 +53,7 @@ def require_device() -> str:
     return f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device, to decide how far to split work."""
     if device.type != "cuda":

@@ -105,7 +105,19 @@ def attend_tile(
     return new_max, row_sum, acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "sliding_window",
+        "first_seq",
+        "num_seqs",
+        "num_blocks",
+        "table_width",
+        "min_key",
+        "total_splits",
+        "split_offset",
+        "table_stride",
+    ]
+)
 def flash_kernel(
     q_ptr, out_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, tables_ptr, query_start_ptr, seq_lens_ptr,
     sinks_ptr, partial_ptr, partial_stats_ptr,
@@ -222,7 +234,7 @@ def flash_kernel(
         tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "splits"])
 def merge_kernel(
     partial_ptr, partial_stats_ptr, sinks_ptr, out_ptr, first_token, splits, out_stride,
     SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -34,7 +34,7 @@ def _epilogue(acc, KIND: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _scaled_kernel(
     x_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
     rows, out_features, in_features, x_scale_stride, weight_scale_stride,

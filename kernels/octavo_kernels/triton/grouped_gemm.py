@@ -20,7 +20,7 @@ from octavo_kernels.triton.tuning import LaunchConfig
 SCAN = 1_024  # assignments a program looks at in one go
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments"])
 def _count_kernel(ids_ptr, counts_ptr, assignments, BLOCK: tl.constexpr):
     """counts[g] = how many ids are g. Grid: (groups,)."""
     group = tl.program_id(0)
@@ -32,7 +32,7 @@ def _count_kernel(ids_ptr, counts_ptr, assignments, BLOCK: tl.constexpr):
     tl.store(counts_ptr + group, tl.sum(found, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "num_blocks"])
 def _scatter_kernel(
     ids_ptr, counts_ptr, sorted_ptr, block_group_ptr, assignments, groups, num_blocks,
     BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def _scatter_kernel(
         tl.store(sorted_ptr + base + done + padding, assignments + padding * 0, mask=base + done + padding < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "out_split_stride"])
 def _grouped_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, factor_ptr, sorted_ptr, block_group_ptr, out_ptr,
     assignments, out_features, in_features, x_stride, out_stride, out_split_stride,

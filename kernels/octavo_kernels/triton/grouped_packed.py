@@ -13,7 +13,7 @@ from octavo_kernels.triton.packed_weight import PackedWeight
 from octavo_kernels.triton.tuning import LaunchConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments"])
 def _grouped_packed_kernel(
     x_ptr, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, bias_ptr, factor_ptr,
     sorted_ptr, block_group_ptr, out_ptr, assignments, out_features, in_features, x_stride, out_stride,

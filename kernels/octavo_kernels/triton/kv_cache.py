@@ -13,7 +13,7 @@ from octavo_kernels.triton.environment import runs_here
 BLOCK = 1_024  # 8-byte words a program copies
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["from_rows", "to_rows"])
 def _copy_rows_kernel(
     from_ptr, to_ptr, sources_ptr, destinations_ptr, from_rows, to_rows, words,
     GATHER: tl.constexpr, BLOCK: tl.constexpr,

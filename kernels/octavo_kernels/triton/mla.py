@@ -21,7 +21,7 @@ MAX_SPLITS = 64
 MIN_TILES = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_blocks", "table_width", "table_stride"])
 def _mla_kernel(
     q_ptr, cache_ptr, tables_ptr, query_start_ptr, positions_ptr, out_ptr, partial_ptr, stats_ptr,
     scale, num_heads, num_seqs, num_blocks, table_width, q_stride, table_stride, block_stride, row_stride,

@@ -13,7 +13,7 @@ MAX_DIM = 32_768  # a row is kept in registers
 TILE = 2_048  # elements a program works on when rows are short
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -52,7 +52,7 @@ def _rms_norm_kernel(
         tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, x_stride, dim, eps,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -143,7 +143,7 @@ def _gemv_kernel(
     tl.store(out_ptr + row * out_features + n, total.to(out_ptr.dtype.element_ty), mask=n < out_features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gemm_kernel(
     x_ptr, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, bias_ptr, out_ptr,
     rows, x_stride, out_features, in_features,
@@ -182,7 +182,7 @@ def _gemm_kernel(
     tl.store(out_ptr + m[:, None] * out_features + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements", "splits"])
 def sum_splits_kernel(
     parts_ptr, bias_ptr, out_ptr, out_features, elements, splits,
     BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,

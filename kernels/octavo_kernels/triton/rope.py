@@ -60,7 +60,7 @@ def _store(
         tl.store(scale_ptr + block * scale_block_stride + heads * scale_head_stride + offset, scale, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "max_positions"])
 def _rope_store_kernel(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, positions_ptr, slots_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr,
     key_cache_ptr, value_cache_ptr, key_scale_ptr, value_scale_ptr,

@@ -105,4 +105,6 @@ def _logits_rows(slices: Sequence[SequenceSlice], order: Sequence[int], ends: Ar
 
 
 def _tensor(array: Array, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    """On a GPU through pinned memory, so that the copy waits neither for the host nor for the device."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

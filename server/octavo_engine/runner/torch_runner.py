@@ -19,7 +19,9 @@ from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
 from octavo_kernels.step import CompiledStep, compile_step
 
-_WARM_UP_LENGTHS = (1, 17)
+# (cached tokens, new tokens). GPU kernels are compiled for each kind of step when it is first met: a decode, short and
+# long prompts, a chunk after a long prefix, drafts to verify after one.
+_WARM_UP_STEPS = ((0, 1), (0, 17), (0, 64), (0, 600), (2000, 64), (2000, 5))
 
 
 class TorchModelRunner:
@@ -82,11 +84,12 @@ class TorchModelRunner:
 
     def warm_up(self) -> None:
         block_size, total = self._info.kv_block_size, self._info.kv_blocks_total
-        for length in _WARM_UP_LENGTHS:
+        capacity = min(block_size * total, self._info.max_model_len)
+        for cached, length in _WARM_UP_STEPS if self._device.type == "cuda" else _WARM_UP_STEPS[:2]:
             if self._info.task == "embed":
                 self.embed([[0] * length])
-            elif length <= min(block_size * total, self._info.max_model_len):
-                self.forward([SequenceSlice([0] * length, 0, range(-(-length // block_size)))])
+            elif cached + length <= capacity:
+                self.forward([SequenceSlice([0] * length, cached, range(-(-(cached + length) // block_size)))])
         self._info = msgspec.structs.replace(self._info, backend=self._describe_backend())
 
     def record_phases(self, seconds: dict[str, float]) -> None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from octavo_kernels import ops
 from octavo_kernels.reference import attention as reference
@@ -150,3 +152,27 @@ def test_cascade_equals_attention_over_whole_tables(make_paged, device, sequence
     sinks = torch.randn(4, device=device)
     actual = ops.cascade_attention(query, cache, batch, 4, 0.2, sinks=sinks)
     assert_close(actual, expected(query, cache, batch, 0.2, sinks=sinks))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_batches_match(make_paged, data):
+    kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    cached = st.integers(0, 90)
+    decodes = [(1, 1 + length) for length in data.draw(st.lists(cached, max_size=3))]
+    chunk = st.tuples(st.integers(2, 40), cached).map(lambda pair: (pair[0], sum(pair)))
+    sequences = decodes + data.draw(st.lists(chunk, min_size=0 if decodes else 1, max_size=2))
+    block_size, head_dim = data.draw(st.sampled_from([1, 3, 16, 64])), data.draw(st.sampled_from([8, 24, 64]))
+    query, cache, batch = make_paged(sequences, kv_heads * group, kv_heads, head_dim, block_size)
+    options = {
+        "sliding_window": data.draw(st.sampled_from([0, 0, 7])),
+        "soft_cap": data.draw(st.sampled_from([0.0, 9.0])),
+    }
+    assert_close(
+        ops.paged_attention(query, cache, batch, 0.3, **options), expected(query, cache, batch, 0.3, **options)
+    )
+
+
+def test_bfloat16_is_computed_as_such(make_paged):
+    query, cache, batch = make_paged(MIXED, 4, 2, 32, dtype=torch.bfloat16)
+    assert_close(ops.paged_attention(query, cache, batch, 0.2), expected(query, cache, batch, 0.2), 2e-2)

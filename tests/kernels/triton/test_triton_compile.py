@@ -57,3 +57,38 @@ def test_every_kind_of_kernel_compiles_for_hopper():
 @pytest.mark.timeout(900)
 def test_all_workloads_compile_for_hopper():
     assert_fits(compiled())
+
+
+CHANGING_BATCHES = """
+import torch
+from octavo_kernels import ops
+from octavo_kernels.registry import use_backends
+from octavo_kernels.triton.offline import compile_launches
+from octavo_kernels.triton.workloads import new_batch, new_cache
+
+meta = torch.device("meta")
+cache = new_cache(meta, 5000, 8, 128, torch.bfloat16)
+
+def steps():
+    for count in (1, 3, 16, 33, 64):
+        for length in (1, 200, 4096):
+            batch = new_batch(meta, [(1, length)] * count)
+            query = torch.empty(count, 32, 128, dtype=torch.bfloat16, device=meta)
+            ops.rms_norm(query.view(count, 4096), query.view(count, 4096)[0], 1e-5)
+            ops.paged_attention(query, cache, batch, 0.1)
+
+with use_backends("triton"):
+    print(*sorted(report.kernel for report in compile_launches(steps)))
+"""
+
+
+@needs_tools
+def test_changing_batches_compile_nothing_new():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["OCTAVO_TRITON_COMPILE_ONLY"] = "1"
+    command = [sys.executable, "-c", CHANGING_BATCHES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = done.stdout.split()
+    assert kernels.count("rms_norm_kernel") == 1
+    assert kernels.count("flash_kernel") == 2  # split over keys, and not

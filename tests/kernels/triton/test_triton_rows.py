@@ -143,6 +143,16 @@ def test_slots_outside_the_cache_are_not_written(device, slot):
     assert (cache.value == 0).all()
 
 
+def test_the_reference_leaves_padding_unwritten_too(device):
+    key = torch.randn(3, 2, 32, device=device)
+    caches = [empty_cache(device, 2, 32, torch.float32) for _ in range(2)]
+    slots, positions = torch.tensor([5, -1, 0], device=device), torch.zeros(3, dtype=torch.long, device=device)
+    ops.rope_and_store_kv(key, key, key, positions, slots, caches[0], None)
+    kv_cache.rope_and_store_kv(key, key, key, positions, slots, caches[1], None)
+    assert torch.equal(caches[0].key, caches[1].key)
+    assert (caches[1].key != 0).any(dim=(1, 3)).sum() == 2
+
+
 def test_without_a_cache_only_queries_and_keys_turn(device):
     query, key = torch.randn(3, 4, 32, device=device), torch.randn(3, 2, 32, device=device)
     cos_sin, positions = torch.randn(8, 32, device=device), torch.arange(3, device=device)
