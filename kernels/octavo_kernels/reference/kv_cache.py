@@ -26,7 +26,8 @@ def rope_and_store_kv(
     """Per-head RMSNorm (if given), rotary embedding (if given), cache write (if given); returns (query, key).
 
     query: [T, num_heads, head_dim]; key, value: [T, num_kv_heads, head_dim]; views of one fused projection are fine
-    and implementations may overwrite them. positions, slot_mapping: [T] int64, a slot below 0 is not written. q_norm, k_norm: [head_dim].
+    and implementations may overwrite them. positions, slot_mapping: [T] int64; a slot below 0 is not written.
+    q_norm, k_norm: [head_dim].
     cos_sin: [max_positions, rotary_dim] float32, cosines in the first half and sines in the second; the first
     rotary_dim dimensions of a head are rotated in two halves (NeoX layout), the rest is left alone.
     """
