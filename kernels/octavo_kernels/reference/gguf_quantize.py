@@ -21,34 +21,29 @@ def quantize_to_ggml(weight: torch.Tensor, ggml_type: GGMLType) -> GGUFWeight:
     return GGUFWeight(blocks.view(rows, -1), ggml_type, columns)
 
 
-def pack_q4_1(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-    """codes: [n, 32] uint8 up to 15; scale, minimum: [n] -> [n, 20] uint8 blocks of scale * code + minimum."""
-    halves = torch.stack((scale, minimum), dim=1).half().view(torch.uint8)
-    return torch.cat((halves, _nibbles(codes)), dim=1)
-
-
-def pack_q8_0(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """codes: [n, 32] int8; scale: [n] -> [n, 34] uint8 blocks of scale * code."""
-    return torch.cat((scale.half().view(torch.uint8).view(-1, 2), codes.view(torch.uint8)), dim=1)
-
-
 def _q8_0(x: torch.Tensor) -> torch.Tensor:
     scale = x.abs().amax(1) / 127
-    return pack_q8_0(_round(x * _inverse(scale)).to(torch.int8), scale)
+    codes = _round(x * _inverse(scale)).to(torch.int8)
+    return torch.cat((_halves(scale), codes.view(torch.uint8)), dim=1)
 
 
 def _q4_0(x: torch.Tensor) -> torch.Tensor:
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True)).squeeze(1)
     scale = extreme / -8
     codes = (x * _inverse(scale) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
-    return torch.cat((scale.half().view(torch.uint8).view(-1, 2), _nibbles(codes)), dim=1)
+    return torch.cat((_halves(scale), _nibbles(codes)), dim=1)
 
 
 def _q4_1(x: torch.Tensor) -> torch.Tensor:
     low, high = x.amin(1), x.amax(1)
     scale = (high - low) / 15
     codes = ((x - low.unsqueeze(1)) * _inverse(scale) + 0.5).trunc().clamp(0, 15).to(torch.uint8)
-    return pack_q4_1(codes, scale, low)
+    return torch.cat((_halves(scale), _halves(low), _nibbles(codes)), dim=1)
+
+
+def _halves(values: torch.Tensor) -> torch.Tensor:
+    """[n] -> the bytes of float16 numbers [n, 2] uint8."""
+    return values.half().view(torch.uint8).view(-1, 2)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:

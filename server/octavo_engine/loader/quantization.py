@@ -1,4 +1,4 @@
-"""Weights quantized while they are loaded, and integer weights in the form this device's kernels multiply."""
+"""Weights quantized while they are loaded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import enum
 import torch
 
 from octavo_kernels.gguf_types import GGMLType
-from octavo_kernels.quantized_weights import IntWeight, quantize_fp8, quantize_int4, quantize_int8
-from octavo_kernels.reference.gguf_quantize import pack_q4_1, pack_q8_0, quantize_to_ggml
-from octavo_kernels.weights import GGUFWeight, QuantizedWeight
+from octavo_kernels.quantized_weights import quantize_fp8, quantize_int4, quantize_int8
+from octavo_kernels.reference.gguf_quantize import quantize_to_ggml
+from octavo_kernels.weights import QuantizedWeight
 
 _GGML_BLOCK = 32
 _GROUPS = (128, 64, 32)
@@ -39,25 +39,3 @@ def quantize(weight: torch.Tensor, kind: OnTheFly, device: torch.device) -> Quan
         return quantize_int8(weight)
     group = next((size for size in _GROUPS if columns % size == 0), 0)
     return quantize_int4(weight, group) if group else None
-
-
-def for_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    """Integer weights of GPTQ, AWQ and compressed-tensors as GGML blocks on a CPU; any other weight as it is.
-
-    The codes stay the same; scales and minima are rounded to half precision.
-    """
-    if device.type != "cpu" or not isinstance(weight, IntWeight) or weight.group_size % _GGML_BLOCK:
-        return weight
-    rows, columns = weight.shape
-    repeat = weight.group_size // _GGML_BLOCK
-    codes = weight.codes.view(-1, _GGML_BLOCK)
-    scale = weight.scales.float().repeat_interleave(repeat, 1).reshape(-1)
-    if weight.bits == 8:
-        return weight if weight.zeros is not None else _q8_0(codes, scale, rows, columns)
-    zeros = weight.zeros if weight.zeros is not None else torch.full_like(weight.scales, weight.symmetric_zero)
-    minimum = -zeros.float().repeat_interleave(repeat, 1).reshape(-1) * scale
-    return GGUFWeight(pack_q4_1(codes, scale, minimum).view(rows, -1), GGMLType.Q4_1, columns)
-
-
-def _q8_0(codes: torch.Tensor, scale: torch.Tensor, rows: int, columns: int) -> GGUFWeight:
-    return GGUFWeight(pack_q8_0(codes, scale).view(rows, -1), GGMLType.Q8_0, columns)

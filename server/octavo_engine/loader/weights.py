@@ -13,7 +13,7 @@ import torch
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.layers.linear import Linear
 from octavo_engine.loader.checkpoint import Checkpoint
-from octavo_engine.loader.quantization import OnTheFly, for_device, quantize
+from octavo_engine.loader.quantization import OnTheFly, quantize
 from octavo_kernels import ops
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.registry import REFERENCE
@@ -86,8 +86,7 @@ class WeightLoader:
 
         exact: never quantized on the fly (routers and gates, small and sensitive).
         """
-        read = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
-        parts = [for_device(part, self.device) if isinstance(part, QuantizedWeight) else part for part in read]
+        parts = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
         biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
         fused = tuple(self.pack(part, exact=exact) for part in _concatenate(parts))
         return Linear(fused, torch.cat(biases) if biases else None)
@@ -102,7 +101,6 @@ class WeightLoader:
             weight = self._quantize(weight, head)
         if not isinstance(weight, QuantizedWeight):
             return self._account(ops.pack_weight(weight.to(self.device, self.dtype)))
-        weight = for_device(weight, self.device)
         packed = ops.pack_weight(weight.to(self.device))
         if isinstance(packed, QuantizedWeight):
             probe = torch.empty((1, packed.shape[1]), dtype=self.dtype, device=self.device)

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.loader.checkpoint import open_checkpoint
-from octavo_engine.loader.quantization import for_device
-from octavo_kernels.weights import GGUFWeight, QuantizedWeight
+from octavo_kernels.weights import QuantizedWeight
 
 OUT, IN, GROUP = 16, 64, 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output the nibbles of an int32 belong to, lowest first
@@ -204,18 +203,6 @@ def test_fp8_in_blocks(tmp_path: Path) -> None:
 
     spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :150]
     torch.testing.assert_close(dense(weight), codes.float() * spread)
-
-
-def test_integer_weights_become_ggml_blocks_on_a_cpu(
-    tmp_path: Path, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor
-) -> None:
-    weight = read(tmp_path, GPTQ, qweight=pack_rows(codes).t(), qzeros=pack_rows(zeros.t() - 1), scales=scales.t())
-    assert isinstance(weight, QuantizedWeight)
-
-    blocks = for_device(weight, torch.device("cpu"))
-
-    assert isinstance(blocks, GGUFWeight)
-    torch.testing.assert_close(blocks.dequantize(), weight.dequantize(), rtol=1e-3, atol=1e-3)
 
 
 BAD = {
