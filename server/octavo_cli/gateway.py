@@ -89,6 +89,13 @@ def gateway(
         int | None,
         typer.Option(help="Port of the admin API; its token is OCTAVO_GATEWAY_ADMIN_TOKEN.", show_default="none"),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port of /metrics and /health alone, which need no key there.", show_default="none"),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Collector of traces (OTLP over HTTP).", show_default="no traces")
+    ] = None,
     new_key: Annotated[
         bool,
         typer.Option(

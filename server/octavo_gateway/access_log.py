@@ -42,7 +42,7 @@ def log_exchange(exchange: Exchange, now: float) -> None:
     fields = Fields(
         event="request",
         request_id=exchange.request_id,
-        trace_id=exchange.trace_id,
+        trace_id=exchange.trace.trace_id,
         method=exchange.method,
         path=exchange.path[:200],
         model=exchange.model,

@@ -26,11 +26,14 @@ Page = Callable[[dict[str, str]], Awaitable[bytes]]
 
 
 class AdminApi:
-    """ASGI application. /metrics and /health need no token: network policy guards the port; the rest needs it."""
+    """ASGI application. /metrics and /health need no token: network policy guards the port; the rest needs it.
 
-    def __init__(self, gateway: Gateway, token: str) -> None:
+    Without a token there is nothing but metrics and health.
+    """
+
+    def __init__(self, gateway: Gateway, token: str | None) -> None:
         self._gateway = gateway
-        self._token = token.encode()
+        self._token = token.encode() if token else None
         self._pages: dict[tuple[str, str], Page] = {
             ("GET", "/admin/tenants"): self._tenants,
             ("GET", "/admin/usage"): self._usage,
@@ -58,7 +61,7 @@ class AdminApi:
 
     async def _page(self, scope: Scope) -> bytes:
         given = header(scope["headers"], b"authorization") or b""
-        allowed = hmac.compare_digest(given, b"Bearer " + self._token)
+        allowed = self._token is not None and hmac.compare_digest(given, b"Bearer " + self._token)
         log.info("admin %s %s: %s", scope["method"], scope["path"][:200], "allowed" if allowed else "refused")
         if not allowed:
             raise AuthenticationError

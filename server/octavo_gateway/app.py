@@ -37,6 +37,7 @@ from octavo_gateway.routing import PrefixIndex, Router, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.signals import GatewaySignals
 from octavo_gateway.tenancy import Identity, TenantDirectory
+from octavo_gateway.tracing import Tracing
 from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import Ledger, PriceTable
 from octavo_gateway.usage.meter import ask_for_usage
@@ -104,6 +105,7 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self._proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
+        self._tracing = Tracing(settings.otlp_endpoint, _version())
         self._poller: asyncio.Task[None] | None = None
         self._pages: dict[str, Page] = {
             "/": self._web_page,
@@ -175,6 +177,7 @@ class Gateway:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
         self.pool.close()
+        await asyncio.to_thread(self._tracing.shutdown)
 
     # ---- ASGI
 
@@ -213,7 +216,7 @@ class Gateway:
         """Pages that tell about models or load need a key where there are tenants; metrics then have their own port."""
         exchange.identity = self.accounts.authenticate(exchange)
         if exchange.identity is not None and exchange.path == "/metrics":
-            raise RouteNotFoundError("Metrics are served on the admin port.")
+            raise RouteNotFoundError("Metrics are served on the metrics port.")
 
     async def _serve(self, exchange: Exchange) -> None:
         """Run the data path; whatever ends it, the client hears of it once."""
@@ -324,6 +327,7 @@ class Gateway:
             self.metrics.response_bytes.labels(model).inc(exchange.bytes_sent)
             if exchange.bytes_sent:
                 self.metrics.ttfb.labels(model).observe(exchange.first_byte_at - exchange.started_at)
+        self._tracing.record(exchange, self._clock())
         if self.settings.access_log:
             log_exchange(exchange, self._clock())
 

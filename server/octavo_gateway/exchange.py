@@ -32,7 +32,7 @@ class Exchange:
         self.headers: Headers = scope["headers"]
         self.started_at = clock()
         self.request_id = headers.request_id(header(self.headers, b"x-request-id"))
-        self.trace_id, self.traceparent = headers.traceparent(header(self.headers, b"traceparent"))
+        self.trace = headers.trace_of(header(self.headers, b"traceparent"))
         self.status = 0
         self.bytes_sent = 0
         self.streaming = False
@@ -40,6 +40,7 @@ class Exchange:
         self.first_byte_at = math.nan
         self.upstream_wait_s = 0.0
         self.held_s = 0.0
+        self.admitted_s = 0.0  # from arrival until a replica was asked for
         self.model = ""
         self.tenant = ""
         self.key_name = ""

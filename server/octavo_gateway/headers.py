@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from octavo_gateway.asgi import Headers
 
@@ -51,14 +52,26 @@ def request_id(given: bytes | None) -> str:
     return os.urandom(16).hex()
 
 
-def traceparent(given: bytes | None) -> tuple[str, bytes]:
-    """(trace id, header for the replica): continues the caller's W3C trace, or starts one."""
+class Trace(NamedTuple):
+    """W3C trace context of one request. `parent_span_id` is the caller's, empty when the trace starts here."""
+
+    trace_id: str
+    span_id: str
+    parent_span_id: str
+    flags: str
+
+    @property
+    def header(self) -> bytes:
+        """`traceparent` for the replica: this gateway's span is its parent."""
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags}".encode()
+
+
+def trace_of(given: bytes | None) -> Trace:
+    """Continue the caller's trace when its `traceparent` is valid, else start one."""
     match = _TRACEPARENT.fullmatch(given) if given is not None else None
     if match is None or set(match[1]) == {ord("0")} or set(match[2]) == {ord("0")}:
-        trace, flags = os.urandom(16).hex(), "00"
-    else:
-        trace, flags = match[1].decode(), match[3].decode()
-    return trace, f"00-{trace}-{os.urandom(8).hex()}-{flags}".encode()
+        return Trace(os.urandom(16).hex(), os.urandom(8).hex(), "", "01")
+    return Trace(match[1].decode(), os.urandom(8).hex(), match[2].decode(), match[3].decode())
 
 
 def request_head(

@@ -109,6 +109,7 @@ class Proxy:
         """Serve one request to its end. Raises `GatewayError` for what the client is to be told."""
         entry = request.entry
         exchange.model = entry.name
+        exchange.admitted_s = self._clock() - exchange.started_at
         self._dispatcher.arrived(entry)
         excluded: frozenset[str] = frozenset()
         while True:
@@ -235,7 +236,7 @@ class Proxy:
         left_s = self._settings.request_timeout - (self._clock() - exchange.started_at)
         own = [
             (b"x-request-id", exchange.request_id.encode()),
-            (b"traceparent", exchange.traceparent),
+            (b"traceparent", exchange.trace.header),
             (b"x-octavo-deadline-ms", b"%d" % max(1, int(left_s * 1e3))),
         ]
         if request.identity is not None:

@@ -58,6 +58,7 @@ class GatewayServer:
         self._servers: list[tuple[_Server, asyncio.Task[None]]] = []
         self._port = settings.port
         self._admin_port = settings.admin_port
+        self._metrics_port = settings.metrics_port
 
     @property
     def port(self) -> int:
@@ -75,6 +76,11 @@ class GatewayServer:
         """Base URL of the admin API, if there is one."""
         return None if self._admin_port is None else f"http://{_reachable(self.settings.admin_host)}:{self._admin_port}"
 
+    @property
+    def metrics_address(self) -> str | None:
+        """Base URL of the metrics port, if there is one."""
+        return None if self._metrics_port is None else f"http://{_reachable(self.settings.host)}:{self._metrics_port}"
+
     async def start(self) -> None:
         """Listen. Raises `ConfigError` when an address cannot be bound."""
         settings = self.settings
@@ -83,8 +89,12 @@ class GatewayServer:
         configs = [self._uvicorn_config()]
         if settings.admin_port is not None and settings.admin_token is not None:
             listeners.append(_bind(settings.admin_host, settings.admin_port, "admin_port"))
-            self._admin_port = listeners[1].getsockname()[1]
+            self._admin_port = listeners[-1].getsockname()[1]
             configs.append(_config(AdminApi(self.app, settings.admin_token), settings))
+        if settings.metrics_port is not None:
+            listeners.append(_bind(settings.host, settings.metrics_port, "metrics_port"))
+            self._metrics_port = listeners[-1].getsockname()[1]
+            configs.append(_config(AdminApi(self.app, None), settings))
         await self.app.start()
         for config, listener in zip(configs, listeners, strict=True):
             server = _Server(config)

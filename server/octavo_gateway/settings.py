@@ -40,6 +40,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     access_log: bool = True
     log_level: str = "info"
     log_format: str = "json"
+    otlp_endpoint: str | None = None  # collector of traces, such as http://otel:4318
+    metrics_port: int | None = None  # /metrics and /health on a port of their own, on `host`; no key needed there
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # None: no admin API
     admin_token: str | None = None  # what the admin API asks for; best given as OCTAVO_GATEWAY_ADMIN_TOKEN
@@ -68,11 +70,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
+            raise ConfigError(f"metrics_port: must be between 0 and 65535, got {self.metrics_port}")
         if self.admin_port is not None:
             if not 0 <= self.admin_port <= 65_535:
                 raise ConfigError(f"admin_port: must be between 0 and 65535, got {self.admin_port}")
             if not self.admin_token or len(self.admin_token) < 16:
                 raise ConfigError("admin_token: the admin API needs one of at least 16 characters")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_endpoint: must be an http(s) address, got {self.otlp_endpoint!r}")
         for pair in (("tls_certificate", "tls_key"), ("upstream_certificate", "upstream_key")):
             if (getattr(self, pair[0]) is None) != (getattr(self, pair[1]) is None):
                 raise ConfigError(f"{pair[0]} and {pair[1]}: give both or neither")

@@ -30,6 +30,7 @@ SERVICE_LABEL = f"{GROUP}/inferenceservice"
 ROUTE_SELECTOR = f"{GROUP}/route=true"
 POD_SELECTOR = f"{SERVICE_LABEL},app.kubernetes.io/component=engine"
 ROUTE_KEY = "route.json"
+ADDRESS_ANNOTATION = f"{GROUP}/address"  # host:port of a replica that is no pod, in development and tests
 
 
 def build_entries(routes: Iterable[Item], pods: Iterable[Item], services: Iterable[Item]) -> list[ModelEntry]:
@@ -82,17 +83,18 @@ def _entry(config_map: Item, route: dict[str, Any], pods: Iterable[Item], servic
 def _endpoint(pod: Item, port: int) -> Endpoint | None:
     """A pod as an endpoint; None before it has an address and after it ended."""
     status, meta = pod.get("status") or {}, pod["metadata"]
-    address = status.get("podIP")
-    if not address or status.get("phase") in ("Succeeded", "Failed"):
+    address = str(status.get("podIP") or "")
+    annotated = meta.get("annotations", {}).get(ADDRESS_ANNOTATION)
+    if not (address or annotated) or status.get("phase") in ("Succeeded", "Failed"):
         return None
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions") or ())
     if meta.get("deletionTimestamp"):
         state = EndpointState.DRAINING
     else:
         state = EndpointState.READY if ready else EndpointState.STARTING
-    host = f"[{address}]" if ":" in address else address
+    place = annotated or (f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
     revision = meta.get("labels", {}).get("pod-template-hash", "")
-    return Endpoint(f"{meta['namespace']}/{meta['name']}", f"http://{host}:{port}", state, revision=revision)
+    return Endpoint(f"{meta['namespace']}/{meta['name']}", f"http://{place}", state, revision=revision)
 
 
 def _name(item: Item) -> str:

@@ -116,3 +116,20 @@ async def test_the_access_log_tells_times_and_never_text(caplog: pytest.LogCaptu
     ours = "".join(r.getMessage() + (r.exc_text or "") for r in caplog.records if r.name.startswith("octavo"))
     assert "CANARY-PROMPT" not in ours
     assert "CANARY-ANSWER-0" not in ours
+
+
+async def test_the_metrics_port_serves_metrics_and_health_and_nothing_else() -> None:
+    async with OpenAIReplica().serve() as replica, open_door(entry(replica), metrics_port=0) as door:
+        statuses = {}
+        for path in ("/metrics", "/health/live", "/health/ready", "/admin/tenants", "/v1/models", "/"):
+            async with door.http.get(f"{door.server.metrics_address}{path}") as response:
+                statuses[path] = response.status
+
+    assert statuses == {
+        "/metrics": 200,
+        "/health/live": 200,
+        "/health/ready": 200,
+        "/admin/tenants": 401,
+        "/v1/models": 401,
+        "/": 401,
+    }

@@ -241,3 +241,39 @@ def test_one_bad_tenant_harms_no_other_and_a_shared_key_opens_nothing(caplog: py
     assert directory.authenticate(shared) is None
     assert "spec.weight" in caplog.text
     assert "nowhere" in caplog.text
+
+
+def test_what_the_operator_renders_is_what_the_gateway_reads() -> None:
+    """The route of a real manifest, rendered by the operator's own code, has every field in its place here."""
+    from octavo_operator.api.inference_service import InferenceService
+    from octavo_operator.api.manifest import parse_manifests
+    from octavo_operator.plan.planner import plan
+    from octavo_operator.render.config_map import config_map
+
+    text = """
+apiVersion: serving.octavo.dev/v1alpha1
+kind: InferenceService
+metadata: {name: llama, namespace: team}
+spec:
+  model: {name: llama-8b, aliases: [small], storageUri: "hf://org/llama", format: {name: safetensors}}
+  autoscaling: {minReplicas: 0, maxReplicas: 3, scaleToZero: {idleSeconds: 60}, coldStart: {maxHeldRequests: 7, holdTimeoutSeconds: 33}}
+  routing: {strategy: Session, sessionHeader: x-chat, saturation: {queueDepth: 9, kvCacheUtilization: "0.5"}, retry: {attempts: 3}}
+"""  # noqa: E501
+    (service,) = parse_manifests(text)
+    assert isinstance(service, InferenceService)
+    (workload,) = plan(service).workloads
+    rendered = json.loads(json.dumps(config_map(workload)))
+    (found,) = build_entries([rendered], [pod("p", "llama") | {}], [])
+
+    assert (found.name, found.aliases, found.namespace) == ("llama-8b", ("small",), "team")
+    assert (found.strategy, found.session_header) == (Strategy.SESSION, "x-chat")
+    assert (found.saturation.queue_depth, found.saturation.kv_cache_utilization) == (9, 0.5)
+    assert (found.hold.max_held_requests, found.hold.hold_timeout_s) == (7, 33)
+    assert (found.retry.attempts, found.scale_to_zero) == (3, True)
+
+
+def test_a_replica_that_is_no_pod_is_found_by_its_annotation() -> None:
+    local = pod("p", "m", ip=None, annotations={"serving.octavo.dev/address": "127.0.0.1:9000"})
+    (found,) = build_entries([route("m")], [local], [])
+
+    assert found.endpoints[0].url == "http://127.0.0.1:9000"

@@ -36,12 +36,12 @@ def test_a_harmless_request_id_is_kept_and_any_other_replaced() -> None:
 
 
 def test_a_valid_trace_is_continued_and_an_invalid_one_replaced() -> None:
-    parent = b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"
-    trace, sent = headers.traceparent(parent)
-    assert trace == "a" * 32
-    assert sent.startswith(b"00-" + b"a" * 32)
-    assert sent.endswith(b"-01")
-    assert sent[36:52] != b"b" * 16
+    trace = headers.trace_of(b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01")
+    assert (trace.trace_id, trace.parent_span_id) == ("a" * 32, "b" * 16)
+    assert trace.span_id != "b" * 16
+    assert trace.header == f"00-{trace.trace_id}-{trace.span_id}-01".encode()
 
     for bad in (None, b"garbage", b"00-" + b"0" * 32 + b"-" + b"b" * 16 + b"-01"):
-        assert headers.traceparent(bad)[0] not in ("a" * 32, "0" * 32)
+        started = headers.trace_of(bad)
+        assert started.trace_id not in ("a" * 32, "0" * 32)
+        assert started.parent_span_id == ""
