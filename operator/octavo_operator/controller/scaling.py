@@ -149,7 +149,7 @@ class ScalingLoop:
                 return None
 
 
-GATEWAY_PORT = 8080
+GATEWAY_PORT = 9090  # its metrics port
 
 
 def gateway_signals(pages: Iterable[Page], workload: Workload) -> tuple[int, float | None]:
