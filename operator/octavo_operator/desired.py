@@ -15,7 +15,7 @@ from octavo_operator.plan.runtime import choose_runtime
 from octavo_operator.plan.values import ModelClaim
 from octavo_operator.presets import preset, preset_names
 from octavo_operator.render import Object, render_plan
-from octavo_operator.render.model_cache import MODEL_PATH, claim_name, render_model_cache
+from octavo_operator.render.model_cache import claim_name, model_path, render_model_cache
 
 Runtime = ServingRuntime | ClusterServingRuntime
 
@@ -47,7 +47,7 @@ def render_resources(resources: Sequence[Resource], facts: Facts | None = None) 
         objects += render_model_cache(cache, facts)
     for service in (r for r in resources if isinstance(r, InferenceService)):
         claims = {
-            c.metadata.name: ModelClaim(claim_name(c), MODEL_PATH)
+            c.metadata.name: ModelClaim(claim_name(c), model_path(c))
             for c in caches
             if (c.metadata.namespace or "default") == service.namespace
         }

@@ -8,7 +8,7 @@ from typing import Any
 from octavo_operator.api.model_cache import ModelCache
 from octavo_operator.faults import Fault, find_fault, last_line
 from octavo_operator.observation import Observation, PodView, pod_view, seconds
-from octavo_operator.render.model_cache import DOWNLOAD_CONTAINER, MODEL_PATH, claim_name
+from octavo_operator.render.model_cache import DOWNLOAD_CONTAINER, claim_name, model_path
 from octavo_operator.status import timestamp
 
 Raw = Mapping[str, Any]
@@ -27,7 +27,7 @@ def cache_status(
         "observedGeneration": cache.metadata.generation,
         "phase": phase,
         "claimName": claim_name(cache),
-        "path": MODEL_PATH,
+        "path": model_path(cache),
         "conditions": [
             {
                 "type": "Ready",

@@ -38,7 +38,7 @@ from octavo_operator.plan.runtime import choose_runtime
 from octavo_operator.plan.values import ModelClaim
 from octavo_operator.render import Owner, render_plan
 from octavo_operator.render.labels import SERVICE_LABEL
-from octavo_operator.render.model_cache import MODEL_PATH, claim_name
+from octavo_operator.render.model_cache import claim_name, model_path
 from octavo_operator.status import HISTORY_LENGTH, Judgement, Scaling, Status, service_status, without_change
 
 log = logging.getLogger("octavo.operator")
@@ -195,7 +195,7 @@ class Reconciler:
             cache = parse(ModelCache, raw)
             phase = cache.status.phase if cache.status else "Pending"
             claims[cache.metadata.name] = ModelClaim(
-                claim_name(cache), MODEL_PATH, ready=phase == "Ready", message=f"the download is {phase}"
+                claim_name(cache), model_path(cache), ready=phase == "Ready", message=f"the download is {phase}"
             )
         return claims
 

@@ -9,7 +9,8 @@ from octavo_operator.api.model_cache import ModelCache
 from octavo_operator.plan.values import DEFAULT_ENGINE_IMAGE, Facts
 from octavo_operator.render.labels import COMPONENT, MANAGED_BY, MANAGER, PART_OF
 
-MODEL_PATH = "model"
+MODEL_FOLDER = "model"
+ONE_FILE = (".gguf", ".onnx", ".pt", ".pt2")
 VOLUME_MOUNT = "/mnt/model-cache"
 USER = 65_532
 CACHE_LABEL = "serving.octavo.dev/modelcache"
@@ -21,6 +22,12 @@ DOWNLOAD_CONTAINER = "download"
 def claim_name(cache: ModelCache) -> str:
     """Name of the claim that holds the model."""
     return f"{cache.metadata.name}-model"
+
+
+def model_path(cache: ModelCache) -> str:
+    """Path of the model within the volume, as `octavo pull` leaves it: a file of its own name, or a folder."""
+    name = cache.spec.storage_uri.rstrip("/").rpartition("/")[2]
+    return f"{MODEL_FOLDER}/{name}" if name.endswith(ONE_FILE) else MODEL_FOLDER
 
 
 def render_model_cache(cache: ModelCache, facts: Facts) -> list[dict[str, Any]]:
@@ -97,7 +104,7 @@ def _pod_spec(cache: ModelCache, facts: Facts) -> dict[str, Any]:
 
 
 def _container(cache: ModelCache, facts: Facts) -> dict[str, Any]:
-    command = ["octavo", "pull", cache.spec.storage_uri, "--to", f"{VOLUME_MOUNT}/{MODEL_PATH}"]
+    command = ["octavo", "pull", cache.spec.storage_uri, "--to", f"{VOLUME_MOUNT}/{MODEL_FOLDER}"]
     if cache.spec.revision:
         command += ["--revision", cache.spec.revision]
     env: list[dict[str, Any]] = [{"name": "HOME", "value": "/tmp"}, {"name": "PYTHONUNBUFFERED", "value": "1"}]  # noqa: S108

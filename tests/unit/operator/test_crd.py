@@ -145,7 +145,7 @@ def test_cel_and_python_agree_on_every_rule_that_both_can_check() -> None:
                 by_python = [e.message for e in wrong.errors]
             assert bool(by_cel) == bool(by_python), f"{by_cel} against {by_python} for {json.dumps(changed)}"
             compared += 1
-    assert compared > 10
+    assert compared > 5
 
 
 def _mutations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
