@@ -14,6 +14,8 @@ class Limits:
     Bounds on sampling values (temperature, penalties, stop strings) live in `SamplingParams.validate`.
     """
 
+    head_bytes: int = 64 * 1024
+    head_read_timeout_s: float = 60.0
     body_bytes: int = 8 * 1024 * 1024
     body_read_timeout_s: float = 60.0
     messages: int = 4_096

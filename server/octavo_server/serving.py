@@ -20,6 +20,7 @@ from octavo_engine.client import EngineClient
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, OctavoError
 from octavo_server.app import build_app
+from octavo_server.http_protocol import BoundedHeadProtocol
 from octavo_server.logs import configure_logging
 from octavo_server.oip.grpc_server import start_grpc_server
 from octavo_server.replica import Replica, TokenizerLoader
@@ -205,7 +206,7 @@ class _HttpServer(uvicorn.Server):
 def _http_config(replica: Replica) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(replica),
-        http="httptools",
+        http=BoundedHeadProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -14,6 +14,7 @@ import uvicorn
 
 from fakes.byte_tokenizer import ByteTokenizer
 from octavo_server.app import build_app
+from octavo_server.http_protocol import BoundedHeadProtocol
 from octavo_server.replica import Replica
 from octavo_server.settings import ServeSettings
 
@@ -42,7 +43,7 @@ async def running_server(engine: Any, *, load: bool = True, **settings: Any) -> 
         lambda path: ByteTokenizer(),
     )
     config = uvicorn.Config(
-        build_app(replica), port=0, http="httptools", ws="none", lifespan="off", log_config=None,
+        build_app(replica), port=0, http=BoundedHeadProtocol, ws="none", lifespan="off", log_config=None,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = uvicorn.Server(config)
