@@ -21,7 +21,7 @@ apiVersion: serving.octavo.dev/v1alpha1
 kind: InferenceService
 metadata: {{name: tiny}}
 spec:
-  model: {{storageUri: "file://{model}", maxModelLen: 2048}}
+  model: {{storageUri: "file://{model}", maxModelLen: 2048, dtype: Float32}}
   resources: {{limits: {{cpu: "1", memory: 2Gi}}}}
   engine: {{maxNumSeqs: {seqs}, kvCacheMemory: 256Mi}}
   drain: {{propagationSeconds: 5, timeoutSeconds: 60}}
@@ -29,6 +29,7 @@ spec:
 """
 PROMPT = [{"role": "user", "content": "Tell me a story about a lighthouse keeper and a whale."}]
 START_TIMEOUT_S = 180.0
+EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2.yaml"
 
 
 @dataclass
@@ -99,7 +100,7 @@ def write_manifest(folder: Path, model: Path, *, scaling: str, seqs: int = 32) -
     return path
 
 
-async def stream(client: openai.AsyncOpenAI, max_tokens: int = 48) -> str:
+async def stream(client: openai.AsyncOpenAI, max_tokens: int) -> str:
     chunks = await client.chat.completions.create(
         model="tiny",
         messages=PROMPT,
@@ -111,8 +112,10 @@ async def stream(client: openai.AsyncOpenAI, max_tokens: int = 48) -> str:
     return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
 
 
-async def test_one_question_is_answered_and_the_program_ends(tmp_path: Path, smollm2_gguf: Path) -> None:
-    manifest = write_manifest(tmp_path, smollm2_gguf, scaling="replicas: 1")
+@pytest.mark.usefixtures("smollm2_gguf")
+async def test_the_demo_answers_its_question_and_ends(tmp_path: Path) -> None:
+    manifest = tmp_path / "smollm2.yaml"
+    manifest.write_bytes(EXAMPLE.read_bytes())
     async with octavo_up(manifest, "--ask", "What is the capital of France?", "--once") as up:
         assert await asyncio.wait_for(up.process.wait(), START_TIMEOUT_S) == 0
     assert "Paris" in "\n".join(up.lines)
@@ -121,8 +124,8 @@ async def test_one_question_is_answered_and_the_program_ends(tmp_path: Path, smo
 async def test_32_concurrent_streams_equal_a_lone_run(tmp_path: Path, smollm2_gguf: Path) -> None:
     manifest = write_manifest(tmp_path, smollm2_gguf, scaling="replicas: 1")
     async with octavo_up(manifest) as up, await up.client() as client:
-        lone = await stream(client)
-        together = await asyncio.gather(*(stream(client) for _ in range(32)))
+        lone = await stream(client, 32)
+        together = await asyncio.gather(*(stream(client, 32) for _ in range(32)))
     assert len(lone) > 100
     assert set(together) == {lone}
 
@@ -132,9 +135,9 @@ async def test_a_killed_replica_costs_nobody_else_a_request_and_returns(tmp_path
     async with octavo_up(manifest) as up, await up.client() as client:
         await up.line("replica 0: Ready")
         await up.line("replica 1: Ready")
-        lone = await stream(client, 160)
-        streams = [asyncio.create_task(stream(client, 160)) for _ in range(12)]
-        await asyncio.sleep(1.0)
+        lone = await stream(client, 64)
+        streams = [asyncio.create_task(stream(client, 64)) for _ in range(8)]
+        await asyncio.sleep(0.5)
         seen = len(up.lines)
         victim = up.replicas()[0]
         victim.kill()
@@ -146,7 +149,7 @@ async def test_a_killed_replica_costs_nobody_else_a_request_and_returns(tmp_path
         assert all(isinstance(error, openai.APIError) for error in failed), failed
         killed = (await up.line(r"replica (\d): BackOff", after=seen))[1]
         await up.line(f"replica {killed}: Ready", after=seen)
-        assert await stream(client, 160) == lone
+        assert await stream(client, 64) == lone
 
 
 async def test_a_queue_brings_a_second_replica(tmp_path: Path, smollm2_gguf: Path) -> None:
@@ -154,7 +157,7 @@ async def test_a_queue_brings_a_second_replica(tmp_path: Path, smollm2_gguf: Pat
     scaling = f"autoscaling: {{minReplicas: 1, maxReplicas: 2, metrics: {metrics}}}"
     manifest = write_manifest(tmp_path, smollm2_gguf, scaling=scaling, seqs=1)
     async with octavo_up(manifest) as up, await up.client() as client:
-        streams = [asyncio.create_task(stream(client, 150)) for _ in range(12)]
+        streams = [asyncio.create_task(stream(client, 48)) for _ in range(10)]
         await up.line("1 -> 2 replicas", timeout_s=60)
         await up.line("replica 1: Ready")
         assert len(set(await asyncio.gather(*streams))) == 1
@@ -164,7 +167,7 @@ async def test_sigterm_finishes_what_runs_and_leaves_no_process(tmp_path: Path, 
     manifest = write_manifest(tmp_path, smollm2_gguf, scaling="replicas: 1")
     async with octavo_up(manifest) as up, await up.client() as client:
         children = psutil.Process(up.process.pid).children(recursive=True)
-        running = asyncio.create_task(stream(client, 200))
+        running = asyncio.create_task(stream(client, 64))
         await asyncio.sleep(0.5)
         up.process.send_signal(signal.SIGTERM)
         assert len(await running) > 100
