@@ -28,9 +28,11 @@ def write_gguf(path: Path, model: torch.nn.Module, family: str, quantization: st
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_eos_token_id(2)
     _add_particular(writer, config, family)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
+    architecture = gguf.MODEL_ARCH[family.upper().replace("-", "_")]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, weight in _tensors(model, family).items():
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert mapped is not None, name
         _add_tensor(writer, mapped, weight, quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -43,8 +45,12 @@ def _add_particular(writer: gguf.GGUFWriter, config: object, family: str) -> Non
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
-    if family.startswith("gemma"):
+    if family.startswith(("gemma", "gpt-oss")):
         writer.add_sliding_window(config.sliding_window)
+    if config.rope_parameters.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -57,7 +63,11 @@ def _tensors(model: torch.nn.Module, family: str) -> dict[str, torch.Tensor]:
         state.pop("lm_head.weight", None)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in state.items():
-        if name.endswith("experts.gate_up_proj"):
+        if family == "gpt-oss" and ".mlp.experts." in name:
+            tensors |= _gpt_oss_experts(name, weight)
+        elif family == "gpt-oss" and name.endswith(".sinks"):
+            tensors[f"{name}.weight"] = weight
+        elif name.endswith("experts.gate_up_proj"):
             gate, up = weight.chunk(2, dim=1)
             stem = name.removesuffix("gate_up_proj")
             tensors |= {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
@@ -71,6 +81,16 @@ def _tensors(model: torch.nn.Module, family: str) -> dict[str, torch.Tensor]:
         else:
             tensors[name] = weight
     return tensors
+
+
+def _gpt_oss_experts(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gate and up alternate in transformers; matrices are [experts, in, out] there."""
+    stem, _, part = name.rpartition(".")
+    kind = "bias" if part.endswith("_bias") else "weight"
+    rows = weight if kind == "bias" else weight.transpose(1, 2)
+    if part.startswith("down_proj"):
+        return {f"{stem}.down_proj.{kind}": rows}
+    return {f"{stem}.gate_proj.{kind}": rows[:, 0::2], f"{stem}.up_proj.{kind}": rows[:, 1::2]}
 
 
 def _pairs_from_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -38,6 +38,11 @@ CASES: dict[str, tuple[str, type, Callable[[], Any]]] = {
     "qwen3moe": ("qwen3moe", hf.Qwen3MoeForCausalLM, lambda: hf.Qwen3MoeConfig(**WIDE, **EXPERTS)),
     "gemma2": ("gemma2", hf.Gemma2ForCausalLM, lambda: hf.Gemma2Config(**GEMMA)),
     "gemma3": ("gemma3", hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(**GEMMA)),
+    "gpt-oss": (
+        "gpt-oss",
+        hf.GptOssForCausalLM,
+        lambda: hf.GptOssConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    ),
     "phi3": ("phi3", hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**WIDE)),
     "smollm3": ("smollm3", hf.SmolLM3ForCausalLM, lambda: hf.SmolLM3Config(**{**WIDE, "num_hidden_layers": 4})),
 }
@@ -85,5 +90,5 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     writer.write_kv_data_to_file()
     writer.close()
 
-    with pytest.raises(ModelLoadError, match="architecture 'mamba' is not supported; known are gemma2, gemma3, llama"):
+    with pytest.raises(ModelLoadError, match="'mamba' is not supported; known are gemma2, gemma3, gpt-oss, llama"):
         load(path)

@@ -85,8 +85,8 @@ def _parts(first: GGUFFile) -> list[GGUFFile]:
 
 
 def _by_expert(name: str, tensor: GGUFTensor) -> dict[str, GGUFTensor]:
-    """A stack of experts' matrices [experts, out, in] as one tensor for each."""
-    if len(tensor.shape) != 3 or "{expert}" not in name:
+    """A stack of experts' matrices [experts, out, in], or biases [experts, out], as one tensor for each."""
+    if "{expert}" not in name or len(tensor.shape) < 2:
         return {name: tensor}
     count, *shape = tensor.shape
     stacks = tensor.data.view(count, -1, tensor.data.shape[1])

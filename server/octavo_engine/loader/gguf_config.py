@@ -17,6 +17,7 @@ Tensors = Mapping[str, GGUFTensor]
 _ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -69,6 +70,9 @@ def _particular(family: str, config: dict[str, Any]) -> None:
     """What llama.cpp knows of a family without its being in the file."""
     if family == "llama" and config.get("num_local_experts"):
         config["architectures"] = ["MixtralForCausalLM"]
+    if family == "gpt-oss":
+        config["intermediate_size"] = config.get("moe_intermediate_size")
+        config["rope_parameters"]["truncate"] = False
     if family == "qwen3moe":
         config["norm_topk_prob"] = True
     if family in _LARGEST_GEMMA:

@@ -36,6 +36,11 @@ _GEMMA = {
 _PARTICULAR: Mapping[str, Mapping[str, str]] = {
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,
+    "gpt-oss": {
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+        "post_attention_norm": "post_attention_layernorm",
+    },
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
     "llama": {  # Mixtral, the only mixture of experts under this name
         "ffn_gate_inp": "block_sparse_moe.gate",
@@ -55,4 +60,5 @@ def hugging_face_name(name: str, architecture: str) -> str:
     roles = {**_IN_LAYER, **_PARTICULAR.get(architecture, {})}
     if found is None or found[2] not in roles:
         return name
-    return f"model.layers.{found[1]}.{roles[found[2]]}.{found[3]}"
+    name = f"model.layers.{found[1]}.{roles[found[2]]}.{found[3]}"
+    return name.removesuffix(".weight") if name.endswith(".sinks.weight") else name

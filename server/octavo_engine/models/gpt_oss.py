@@ -9,7 +9,7 @@ import torch
 
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.linear import Linear
-from octavo_engine.layers.mlp import GatedMLP
+from octavo_engine.layers.mlp import GatedActivation, GatedMLP
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, ModelConfig, MoEConfig, decoder_config, num_layers, sliding_layers
 from octavo_engine.models.moe_decoder import MoEDecoder, moe_config
@@ -25,7 +25,7 @@ class GptOssForCausalLM(MoEDecoder):
     """Every head has a learned logit that takes part in the softmax and attends to nothing."""
 
     router_name = "router"
-    router_bias = True
+    moe_bias = True
 
     def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
         raw = weights.checkpoint.config
@@ -52,6 +52,8 @@ class GptOssForCausalLM(MoEDecoder):
         return replace(super().make_attention(weights, prefix, layer), sinks=sinks)
 
     def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig) -> tuple[GatedMLP, ...]:
+        if f"{prefix}.0.gate_proj.weight" in weights.checkpoint.names:  # GGUF: one matrix for each expert
+            return super().make_experts(weights, prefix, moe)
         hidden, size = self.config.hidden_size, moe.intermediate_size
         gate_up = _read_experts(weights, f"{prefix}.gate_up_proj", moe.num_experts, 2 * size, hidden)
         gate_up_bias = weights.tensor(f"{prefix}.gate_up_proj_bias", (moe.num_experts, 2 * size))
@@ -61,10 +63,13 @@ class GptOssForCausalLM(MoEDecoder):
             GatedMLP(
                 Linear((weights.pack(_rows_apart(gate_up[e])),), _apart(gate_up_bias[e])),
                 Linear((weights.pack(down[e]),), down_bias[e]),
-                self._activation,
+                self.expert_activation(),
             )
             for e in range(moe.num_experts)
         )
+
+    def expert_activation(self) -> GatedActivation:
+        return self._activation
 
 
 def _read_experts(weights: WeightLoader, name: str, count: int, rows: int, columns: int) -> list[Weight]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from octavo_engine.layers.fused_moe import fuse
-from octavo_engine.layers.mlp import GATED, GatedMLP
+from octavo_engine.layers.mlp import GATED, GatedActivation, GatedMLP
 from octavo_engine.layers.moe import MoE, SharedExpert
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, MoEConfig
@@ -13,11 +13,11 @@ from octavo_engine.models.raw_config import RawConfig
 
 class MoEDecoder(Decoder):
     """Reads a router and experts where a layer has them. `router_name` and `expert_names` (gate, up, down) are those
-    of the family's files, under the layer's MLP."""
+    of the family's files, under the layer's MLP. `moe_bias`: whether router and experts have biases."""
 
     router_name = "gate"
     expert_names = ("gate_proj", "up_proj", "down_proj")
-    router_bias = False
+    moe_bias = False
 
     def make_mlp(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> MLP:
         moe = layer.moe
@@ -25,7 +25,7 @@ class MoEDecoder(Decoder):
             return super().make_mlp(weights, prefix, layer)
         router = {f"{prefix}.{self.router_name}": moe.num_experts}
         layer_moe = MoE(
-            weights.linear(router, self.config.hidden_size, bias=self.router_bias, exact=True),
+            weights.linear(router, self.config.hidden_size, bias=self.moe_bias, exact=True),
             self.make_experts(weights, f"{prefix}.experts", moe),
             moe.top_k,
             moe.renormalize,
@@ -42,10 +42,13 @@ class MoEDecoder(Decoder):
         gate, up, down = (f"{prefix}.{name}" for name in self.expert_names)
         hidden = self.config.hidden_size
         return GatedMLP(
-            weights.linear({gate: size, up: size}, hidden),
-            weights.linear({down: hidden}, size),
-            GATED[self.config.activation],
+            weights.linear({gate: size, up: size}, hidden, bias=self.moe_bias),
+            weights.linear({down: hidden}, size, bias=self.moe_bias),
+            self.expert_activation(),
         )
+
+    def expert_activation(self) -> GatedActivation:
+        return GATED[self.config.activation]
 
     def make_shared_expert(self, weights: WeightLoader, prefix: str) -> SharedExpert | None:
         return None
