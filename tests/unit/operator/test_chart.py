@@ -1,0 +1,169 @@
+"""The Helm chart: its values against their schema, and what it renders where `helm` is installed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from octavo_operator.controller.metrics import OperatorCollector
+
+ROOT = Path(__file__).parents[3]
+CHART = ROOT / "charts" / "octavo"
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+EVERYTHING = (
+    "gateway.tenants.enabled=true,gateway.ingress.enabled=true,monitoring.serviceMonitor.enabled=true,"
+    "monitoring.prometheusRule.enabled=true,monitoring.dashboards.enabled=true"
+)
+needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed: the chart is not rendered")
+
+
+def helm_template(values: str = "", *flags: str) -> list[dict[str, Any]]:
+    command = ["helm", "template", "octavo", str(CHART), "-n", "octavo-system", *flags]
+    if values:
+        command += ["--set", values]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [document for document in yaml.safe_load_all(output) if document]
+
+
+def test_the_default_values_are_valid_and_unknown_ones_are_refused() -> None:
+    jsonschema.validate(VALUES, SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**VALUES, "operater": {}}, SCHEMA)
+
+
+def test_the_schema_knows_exactly_the_values_there_are() -> None:
+    def known(schema: dict[str, Any], path: str = "") -> set[str]:
+        while "$ref" in schema:
+            schema = SCHEMA["definitions"][schema["$ref"].rsplit("/", 1)[1]]
+        found = {path}
+        for name, child in schema.get("properties", {}).items():
+            found |= known(child, f"{path}.{name}")
+        return found
+
+    def sections(value: Any, path: str = "") -> set[str]:
+        if not isinstance(value, dict):
+            return set()
+        below = {f"{path}.{k}" for k in value}
+        return below | {deep for k, v in value.items() for deep in sections(v, f"{path}.{k}")}
+
+    free = (".nodeSelector.", ".resources.", ".labels.", ".annotations.", ".podAnnotations.", ".affinity.")
+    missing = {p for p in sections(VALUES) - known(SCHEMA) if not any(word in p + "." for word in free)}
+    assert missing == set()
+
+
+def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
+    registry = CollectorRegistry()
+    registry.register(OperatorCollector(None))
+    source = (ROOT / "operator/octavo_operator/controller/metrics.py").read_text()
+    source += (ROOT / "server/octavo_server/metrics.py").read_text()
+    texts = [(CHART / "files" / "alerts.yaml").read_text()]
+    texts += [path.read_text() for path in (CHART / "files" / "dashboards").glob("*.json")]
+    for text in texts:
+        for name in set(re.findall(r"\boctavo_[a-z_]+", text)):
+            base = re.sub(r"_(total|bucket|count|sum)$", "", name)
+            assert base in source or base.removeprefix("octavo_") in source, f"no such metric: {name}"
+
+
+def test_alert_rules_are_complete() -> None:
+    (group,) = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert {"summary", "description"} <= rule["annotations"].keys()
+
+
+@needs_helm
+def test_the_chart_passes_lint() -> None:
+    subprocess.run(["helm", "lint", "--strict", str(CHART)], check=True, capture_output=True)
+
+
+@needs_helm
+def test_the_default_install_needs_no_crds_of_others() -> None:
+    groups = {document["apiVersion"].partition("/")[0] for document in helm_template()}
+    assert groups <= {"v1", "apps", "policy", "rbac.authorization.k8s.io", "networking.k8s.io", "apiextensions.k8s.io"}
+
+
+@needs_helm
+def test_crds_are_installed_kept_and_can_be_left_out() -> None:
+    crds = [d for d in helm_template() if d["kind"] == "CustomResourceDefinition"]
+    assert len(crds) == 5
+    assert all(c["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep" for c in crds)
+    assert [d for d in helm_template("crds.install=false") if d["kind"] == "CustomResourceDefinition"] == []
+
+
+@needs_helm
+@pytest.mark.parametrize("values", ["", EVERYTHING, "operator.namespaces={a,b}"])
+def test_no_role_has_wildcards_escalation_or_cluster_wide_secrets(values: str) -> None:
+    for document in helm_template(values):
+        if document["kind"] not in ("Role", "ClusterRole"):
+            continue
+        for rule in document["rules"]:
+            words = {*rule.get("resources", []), *rule["verbs"], *rule.get("apiGroups", [])}
+            assert not words & {"*", "escalate", "bind", "impersonate"}, document["metadata"]["name"]
+            if "secrets" in rule.get("resources", []):
+                assert document["kind"] == "Role"
+                assert document["metadata"]["namespace"] == "octavo-system"
+
+
+@needs_helm
+def test_a_namespaced_install_has_no_cluster_role_that_writes() -> None:
+    for document in helm_template("operator.namespaces={a,b},gateway.enabled=false"):
+        if document["kind"] == "ClusterRole" and "aggregate" not in json.dumps(document["metadata"]):
+            verbs = {verb for rule in document["rules"] for verb in rule["verbs"]}
+            assert verbs <= {"get", "list", "watch"}
+
+
+@needs_helm
+def test_pods_are_restricted_and_limited() -> None:
+    for document in helm_template(EVERYTHING):
+        if document["kind"] == "Deployment":
+            spec = document["spec"]["template"]["spec"]
+        elif document["kind"] == "Pod":
+            spec = document["spec"]
+        else:
+            continue
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+
+
+@needs_helm
+def test_the_gateway_outlives_its_drain() -> None:
+    (gateway,) = [d for d in helm_template() if d["kind"] == "Deployment" and "gateway" in d["metadata"]["name"]]
+    spec = gateway["spec"]["template"]["spec"]
+    sleep = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] > sleep + VALUES["gateway"]["drainSeconds"]
+
+
+@needs_helm
+def test_a_misspelled_value_is_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        helm_template("operator.replica=3")
+    assert "replica" in refused.value.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize("component", ["operator", "gateway"])
+def test_arguments_are_ones_the_command_knows(component: str) -> None:
+    from typer.main import get_command
+
+    from octavo_cli.main import build_app
+
+    command = get_command(build_app(component)).commands[component]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for document in helm_template(EVERYTHING + ",operator.namespaces={a}"):
+        if document["kind"] == "Deployment" and document["metadata"]["name"].endswith(component):
+            args = document["spec"]["template"]["spec"]["containers"][0]["args"]
+            assert {arg.partition("=")[0] for arg in args} <= known
