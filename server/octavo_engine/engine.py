@@ -10,7 +10,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.embedding import EmbeddingQueue
-from octavo_engine.errors import ConfigError, InvalidRequestError, QueueFullError
+from octavo_engine.errors import ConfigError, InvalidRequestError, QueueFullError, RequestFailedError
 from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
@@ -30,7 +30,7 @@ from octavo_engine.rejection import rejection
 from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import request_seed
-from octavo_engine.sampler.sampler import ALL_EXCLUDED, Sampler
+from octavo_engine.sampler.sampler import ALL_EXCLUDED, NOT_FINITE, Sampler
 from octavo_engine.sampler.state import SamplerState, TokenConstraint
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.limits import SchedulerLimits
@@ -43,6 +43,10 @@ from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
+_FAILURES = {
+    NOT_FINITE: "the model produced NaN or infinite logits for this request",
+    ALL_EXCLUDED: "the request's constraints exclude every token (allowed_token_ids, bad_words, logit_bias)",
+}
 DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
 
 
@@ -280,12 +284,10 @@ class EngineCore:
     def _append(self, seq: Seq, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a sampled token, report it, and end the sequence if it is the last one."""
         if token < 0:
-            self._fail(
-                seq,
-                "the request's constraints exclude every token (allowed_token_ids, bad_words, logit_bias)"
-                if token == ALL_EXCLUDED
-                else "the model produced NaN or infinite logits for this request",
-            )
+            self._fail(seq, seq.sampler.failure or _FAILURES[token])
+            return
+        constraint = seq.sampler.constraint
+        if constraint is not None and not self._follow(seq, constraint, token):
             return
         tokens = seq.tokens
         tokens.append(token)
@@ -297,7 +299,7 @@ class EngineCore:
         stop_token: int | None = None
         if token in seq.end_token_ids and num_output >= sampling.min_tokens:
             reason, stop_token = FinishReason.STOP, token
-        elif seq.sampler.constraint is not None and _completes(seq.sampler.constraint, token):
+        elif constraint is not None and constraint.is_complete:
             reason = FinishReason.STOP
         elif num_output >= sampling.max_tokens or len(tokens) >= self._max_model_len:
             reason = FinishReason.LENGTH
@@ -325,6 +327,15 @@ class EngineCore:
                 queue_time_s=(seq.first_scheduled_s or seq.arrival_s) - seq.arrival_s,
             )
         )
+
+    def _follow(self, seq: Seq, constraint: TokenConstraint, token: int) -> bool:
+        """Move a constraint past a token; a grammar that breaks down ends its request."""
+        try:
+            constraint.accept(token)
+        except RequestFailedError as error:
+            self._fail(seq, str(error))
+            return False
+        return True
 
     def _add_prompt_logprobs(self, seq: Seq, piece: SequenceSlice, logits: torch.Tensor) -> None:
         """Row j of a slice's logits predicts position `start + j + 1`; only prompt positions are reported."""
@@ -357,11 +368,6 @@ class EngineCore:
     def _end(self, seq: Seq, reason: FinishReason) -> None:
         self.scheduler.finish(seq)
         self._finished[reason.value] += 1
-
-
-def _completes(constraint: TokenConstraint, token: int) -> bool:
-    """Move a constraint past a token that its own mask allowed; True when nothing may follow."""
-    return not constraint.accept(token) or constraint.is_complete
 
 
 def effective_max_model_len(model: ModelInfo) -> int:

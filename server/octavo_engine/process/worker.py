@@ -139,7 +139,7 @@ def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:
         except (InvalidRequestError, QueueFullError) as error:
             return [rejection(command.request_id, error)]
         except Exception as error:  # a request the engine cannot even take in must not end the others
-            logger.exception("a request could not be queued")
+            logger.error("a request could not be queued: %s", type(error).__name__)
             return [rejection(command.request_id, RequestFailedError(f"the engine cannot run this request: {error}"))]
     return []
 

@@ -20,19 +20,23 @@ class TokenConstraint(Protocol):
         """Nothing may follow."""
 
     def mask(self, row: torch.Tensor) -> None:
-        """Exclude from `row` ([vocab_size] float32) every token that cannot come next."""
+        """Exclude from `row` ([vocab_size] float32) every token that cannot come next. Raises `RequestFailedError`."""
 
-    def accept(self, token: int) -> bool:
-        """Move on past a chosen token; False if it could not come next."""
+    def accept(self, token: int) -> None:
+        """Move on past a chosen token. Raises `RequestFailedError` when the language cannot be followed any further."""
 
 
 class SamplerState:
-    """Parameters, seed and token history of one sequence; `tokens` is the sequence's own growing list."""
+    """Parameters, seed and token history of one sequence; `tokens` is the sequence's own growing list.
+
+    `failure` says why the sequence cannot go on, once that is so.
+    """
 
     __slots__ = (
         "_num_counted",
         "constraint",
         "end_token_ids",
+        "failure",
         "has_processors",
         "is_greedy",
         "num_prompt_tokens",
@@ -57,6 +61,7 @@ class SamplerState:
         self.num_prompt_tokens = num_prompt_tokens
         self.end_token_ids = sorted(end_token_ids | set(params.stop_token_ids))
         self.constraint = constraint
+        self.failure: str | None = None
         self.is_greedy = params.temperature < GREEDY_TEMPERATURE
         self.has_processors = self.has_penalties or bool(
             params.logit_bias or params.allowed_token_ids or params.bad_words_ids or params.min_tokens or constraint

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from octavo_engine.errors import InvalidRequestError
+from octavo_engine.errors import InvalidRequestError, RequestFailedError
 from octavo_engine.sampling_params import StructuredOutput
 from octavo_engine.tokenizer.interface import Tokenizer
 
@@ -30,13 +30,22 @@ class GrammarConstraint:
         return self._matcher.is_stopped()
 
     def mask(self, row: torch.Tensor) -> None:
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        mask = self._matcher.compute_bitmask()
+        self._check()
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
         allowed = torch.from_numpy(bits.view(np.bool_))[: len(row)].to(row.device)
         row[: len(allowed)].masked_fill_(~allowed, float("-inf"))
         row[len(allowed) :] = float("-inf")
 
-    def accept(self, token: int) -> bool:
-        return self._matcher.consume_token(token)
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        """The compiler bounds what a grammar may cost while it is followed, too."""
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().splitlines()[0][:200]
+            raise RequestFailedError(f"structured: the grammar cannot be followed any further: {reason}")
 
 
 class GrammarCompiler:

@@ -340,8 +340,7 @@ class _Broken:
     def mask(self, row: torch.Tensor) -> None:
         raise RuntimeError("a bug in a grammar")
 
-    def accept(self, token: int) -> bool:
-        return True
+    def accept(self, token: int) -> None: ...
 
 
 def test_a_failing_logit_processor_ends_its_request_alone() -> None:
@@ -353,6 +352,7 @@ def test_a_failing_logit_processor_ends_its_request_alone() -> None:
     bad.sampler.constraint = _Broken()
     out = run(core)
     assert out["bad"][-1].finish_reason is FinishReason.ERROR
+    assert "sampling settings" in (out["bad"][-1].error or "")
     assert tokens(out["good"]) == greedy([1, 2], 8)
 
 

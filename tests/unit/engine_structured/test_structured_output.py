@@ -12,7 +12,7 @@ from char_tokenizer import CharTokenizer
 from fake_runner import FakeRunner, greedy
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
-from octavo_engine.errors import InvalidRequestError
+from octavo_engine.errors import InvalidRequestError, RequestFailedError
 from octavo_engine.messages import AddRequest, FinishReason, SequenceOutput
 from octavo_engine.sampling_params import MAX_GRAMMAR_CHARS, SamplingParams, StructuredOutput
 from octavo_engine.structured.grammar import MAX_CACHED, GrammarCompiler
@@ -136,6 +136,26 @@ def test_a_wrong_grammar_is_refused_with_its_field_and_others_go_on(structured: 
     assert [t for o in out["good"] for t in o.token_ids] == greedy([1, 4, 3], 20)
 
 
+@pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutput(json_schema='{"type": "string", "pattern": "^(a+)+$", "minLength": 5000}'),
+        StructuredOutput(regex="((a{1,500}){1,500}){1,500}"),
+        StructuredOutput(json_schema='{"$ref": "#"}'),
+        StructuredOutput(grammar='start: a\na: a a | "x"'),
+    ],
+)
+def test_a_hostile_grammar_is_bounded_and_ends_at_most_its_own_request(structured: StructuredOutput) -> None:
+    core = engine()
+    core.add(request("hostile", structured, max_tokens=40))
+    core.add(request("good", None, max_tokens=20))
+    out = run(core)
+    last = out["hostile"][-1]
+    assert last.finish_reason is not None
+    assert last.finish_reason is not FinishReason.ERROR or "structured" in (last.error or "")
+    assert [t for o in out["good"] for t in o.token_ids] == greedy([1, 4, 3], 20)
+
+
 def test_a_request_can_be_aborted_while_its_grammar_compiles() -> None:
     core = engine()
     core.add(request("a", StructuredOutput(regex="a+")))
@@ -161,9 +181,10 @@ def test_settings_that_make_no_sense_are_refused_at_once(structured: StructuredO
 def test_the_cache_of_grammars_is_bounded_and_copies_are_independent() -> None:
     compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_token_ids)
     first = compiler.compile(StructuredOutput(regex="ab"))
-    assert first.accept(TOKENIZER.encode("a")[0])
+    first.accept(TOKENIZER.encode("a")[0])
     second = compiler.compile(StructuredOutput(regex="ab"))
-    assert not second.accept(TOKENIZER.encode("b")[0])
+    with pytest.raises(RequestFailedError, match="cannot be followed"):
+        second.accept(TOKENIZER.encode("b")[0])
     for i in range(3 * MAX_CACHED):
         compiler.compile(StructuredOutput(regex=f"a{{{i + 1}}}"))
     assert len(compiler._cache) == MAX_CACHED
