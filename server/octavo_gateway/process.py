@@ -1,4 +1,4 @@
-"""A gateway as a process of its own: puts discovery, tenants, ledger and server together, and ends on signals."""
+"""A gateway as a process of its own: joins discovery and server, and ends on signals."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from octavo_gateway.discovery import ApiServer, KubernetesDiscovery, StaticDisco
 from octavo_gateway.registry import Registry
 from octavo_gateway.server import GatewayServer
 from octavo_gateway.settings import GatewaySettings
-from octavo_gateway.tenancy import TenantDirectory
-from octavo_gateway.tenancy.kubernetes import KubernetesTenants
-from octavo_gateway.tenancy.source import TenantFiles, load_tenants
-from octavo_gateway.usage import Ledger, PriceTable
+from octavo_gateway.usage import PriceTable
 
 log = logging.getLogger("octavo.gateway")
-
-KUBERNETES = "kubernetes"
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class Follower(Protocol):
@@ -55,35 +49,13 @@ async def run_gateway(settings: GatewaySettings, sources: Sources, say: Callable
 
     Raises `ConfigError` or `LedgerError` for what is wrong at the start, and whatever ends a follower later.
     """
-    directory = _first_tenants(settings)
-    ledger = Ledger(Path(settings.ledger)) if settings.ledger else None
-    try:
-        registry = Registry()
-        server = GatewayServer(settings, registry, directory=directory, ledger=ledger, prices=sources.prices)
-        await server.start()
-        followers = [sources.discovery(registry), *_tenant_followers(settings, sources, server)]
-        await _serve(server, registry, [asyncio.create_task(f.run()) for f in followers], say)
-    finally:
-        if ledger is not None:
-            ledger.close()
-
-
-def _first_tenants(settings: GatewaySettings) -> TenantDirectory | None:
-    """Nobody gets in before a cluster's tenants are known; files are read at once, so that errors show at the start."""
-    if settings.tenants is None:
-        return None
-    return TenantDirectory() if settings.tenants == KUBERNETES else load_tenants(Path(settings.tenants))
-
-
-def _tenant_followers(settings: GatewaySettings, sources: Sources, server: GatewayServer) -> list[Follower]:
-    take = server.app.accounts.set_directory
-    if settings.tenants is None:
-        return []
-    if settings.tenants != KUBERNETES:
-        return [TenantFiles(Path(settings.tenants), take)]
-    api_server = sources.api_server or ApiServer.in_cluster()
-    own = NAMESPACE_FILE.read_text(encoding="ascii").strip() if NAMESPACE_FILE.is_file() else "default"
-    return [KubernetesTenants(api_server, settings.tenant_secrets_namespace or own, take)]
+    registry = Registry()
+    server = GatewayServer.from_settings(settings, registry, prices=sources.prices, api_server=sources.api_server)
+    await server.start()
+    followers = [asyncio.create_task(sources.discovery(registry).run())]
+    if server.following is not None:
+        followers.append(server.following)
+    await _serve(server, registry, followers, say)
 
 
 async def _serve(
@@ -105,7 +77,7 @@ async def _serve(
             say(f"octavo gateway: finishing {server.app.in_flight} requests; Ctrl-C again ends at once")
         await server.stop(None if stop.is_set() else 0.0)
         for follower in followers:
-            if follower.done():
+            if follower.done() and not follower.cancelled():
                 follower.result()
     finally:
         for task in ends:

@@ -7,17 +7,20 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 
 from octavo_gateway.admin import AdminApi
 from octavo_gateway.app import Gateway, create_app
 from octavo_gateway.asgi import App
+from octavo_gateway.discovery import ApiServer
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.http_protocol import bounded_protocol
 from octavo_gateway.registry import Registry
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.tenancy import TenantDirectory
+from octavo_gateway.tenancy.follow import TenantFollower, tenant_follower
 from octavo_gateway.usage import Ledger, PriceTable
 
 log = logging.getLogger("octavo.gateway")
@@ -56,9 +59,34 @@ class GatewayServer:
         self.settings = settings
         self.app: Gateway = create_app(settings, registry, directory=directory, ledger=ledger, prices=prices)
         self._servers: list[tuple[_Server, asyncio.Task[None]]] = []
+        self._own_ledger: Ledger | None = None
+        self._tenants: TenantFollower | None = None
+        self.following: asyncio.Task[None] | None = None
         self._port = settings.port
         self._admin_port = settings.admin_port
         self._metrics_port = settings.metrics_port
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: GatewaySettings,
+        registry: Registry,
+        *,
+        prices: PriceTable | None = None,
+        api_server: ApiServer | None = None,
+    ) -> GatewayServer:
+        """A gateway with the tenants and the ledger that its settings name; it closes the ledger when it stops.
+
+        Tenants are followed while it runs; `following` is that task, which ends only by an error. Raises `ConfigError`
+        or `LedgerError`.
+        """
+        tenants = tenant_follower(settings, api_server)
+        directory = None if tenants is None else tenants.load()
+        ledger = Ledger(Path(settings.ledger)) if settings.ledger else None
+        server = cls(settings, registry, directory=directory, ledger=ledger, prices=prices)
+        server._own_ledger = ledger
+        server._tenants = tenants
+        return server
 
     @property
     def port(self) -> int:
@@ -96,6 +124,8 @@ class GatewayServer:
             self._metrics_port = listeners[-1].getsockname()[1]
             configs.append(_config(AdminApi(self.app, None), settings))
         await self.app.start()
+        if self._tenants is not None:
+            self.following = asyncio.create_task(self._tenants.run(self.app.accounts.set_directory))
         for config, listener in zip(configs, listeners, strict=True):
             server = _Server(config)
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
@@ -115,7 +145,11 @@ class GatewayServer:
             server.should_exit = True
         await asyncio.gather(*(serving for _, serving in self._servers))
         self._servers.clear()
+        if self.following is not None:
+            self.following.cancel()
         await self.app.close()
+        if self._own_ledger is not None:
+            await asyncio.to_thread(self._own_ledger.close)
 
     def _uvicorn_config(self) -> uvicorn.Config:
         settings = self.settings

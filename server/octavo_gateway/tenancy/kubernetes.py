@@ -67,22 +67,20 @@ def _texts(data: Mapping[str, str]) -> dict[str, str]:
 class KubernetesTenants:
     """Follows tenants and their Secrets; a removed key is refused as soon as the watch tells."""
 
-    def __init__(
-        self,
-        server: ApiServer,
-        secrets_namespace: str,
-        on_change: Callable[[TenantDirectory], None],
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, server: ApiServer, secrets_namespace: str, options: Mapping[str, Any] | None = None) -> None:
         self._server = server
-        self._on_change = on_change
         self._options = dict(options or {})
         self.tenants = Watched("/apis/serving.octavo.dev/v1alpha1/inferencetenants")
         self.secrets = Watched(f"/api/v1/namespaces/{secrets_namespace}/secrets")
 
-    async def run(self) -> None:
-        """Follow until cancelled."""
-        await follow(self._server, (self.tenants, self.secrets), self._publish, SETTLE_S, **self._options)
+    def load(self) -> TenantDirectory:
+        """Nobody gets in before the cluster's tenants are known."""
+        return TenantDirectory()
 
-    def _publish(self) -> None:
-        self._on_change(build_from_cluster(self.tenants.items.values(), self.secrets.items.values()))
+    async def run(self, on_change: Callable[[TenantDirectory], None]) -> None:
+        """Follow until cancelled."""
+
+        def publish() -> None:
+            on_change(build_from_cluster(self.tenants.items.values(), self.secrets.items.values()))
+
+        await follow(self._server, (self.tenants, self.secrets), publish, SETTLE_S, **self._options)

@@ -95,17 +95,16 @@ def to_tenant(resource: InferenceTenant, secrets: Secrets, origin: str) -> Tenan
 class TenantFiles:
     """Follows the files: a key removed there is refused within about a second. A broken edit is told and ignored."""
 
-    def __init__(self, path: Path, on_change: Callable[[TenantDirectory], None]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._on_change = on_change
         self._stamp: tuple[tuple[str, int, int], ...] = ()
 
-    def load(self) -> None:
+    def load(self) -> TenantDirectory:
         """Read once; raises `ConfigError`."""
         self._stamp = self._read_stamp()
-        self._on_change(load_tenants(self._path))
+        return load_tenants(self._path)
 
-    async def run(self) -> None:
+    async def run(self, on_change: Callable[[TenantDirectory], None]) -> None:
         """Follow until cancelled."""
         while True:
             await asyncio.sleep(POLL_S)
@@ -113,7 +112,7 @@ class TenantFiles:
                 stamp = self._read_stamp()
                 if stamp != self._stamp:
                     self._stamp = stamp
-                    self._on_change(load_tenants(self._path))
+                    on_change(load_tenants(self._path))
                     log.info("tenants: read anew from %s", self._path)
             except (OSError, ConfigError) as error:
                 log.error("tenants: keeping the last good ones: %s", error)

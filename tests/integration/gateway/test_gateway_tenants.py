@@ -180,9 +180,9 @@ async def test_a_key_removed_from_the_file_is_refused_without_a_restart(tmp_path
     path = tmp_path / "tenants.yaml"
     path.write_text(manifest.replace("DATA", json.dumps({"k": format_hash(hash_key(KEY_A))})))
     async with OpenAIReplica().serve() as replica, open_door(entry(replica), directory=load_tenants(path)) as door:
-        files = TenantFiles(path, door.server.app.accounts.set_directory)
+        files = TenantFiles(path)
         files.load()
-        following = asyncio.ensure_future(files.run())
+        following = asyncio.ensure_future(files.run(door.server.app.accounts.set_directory))
         first, _, _ = await door.read(HELLO, headers=bearer(KEY_A))
         path.write_text(manifest.replace("DATA", json.dumps({"k": format_hash(hash_key(KEY_B))})))
         await until(lambda: door.server.app.accounts.directory.authenticate(KEY_B) is not None)

@@ -214,8 +214,8 @@ async def test_tenants_and_their_keys_are_followed_and_revocation_is_prompt() ->
     async with KubeApi().serve() as api:
         api.put(TENANTS, manifest("team-a", "keys", weight=3))
         api.put(SECRETS, secret("keys", laptop=first))
-        tenants = KubernetesTenants(ApiServer(api.url), "octavo-system", take, QUICK)
-        task = asyncio.create_task(tenants.run())
+        tenants = KubernetesTenants(ApiServer(api.url), "octavo-system", QUICK)
+        task = asyncio.create_task(tenants.run(take))
         await until(lambda: seen.authenticate(first) is not None)
         api.put(SECRETS, secret("keys", laptop=second))
         await until(lambda: seen.authenticate(first) is None)
