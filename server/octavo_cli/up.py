@@ -23,6 +23,7 @@ from octavo_cli.local.screen import Screen
 from octavo_cli.local.table import ServiceRow
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.usage import LedgerError
 from octavo_operator.api.errors import ManifestErrors
 from octavo_operator.plan import Workload
 
@@ -42,6 +43,13 @@ def up(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Exit when ready (and, with --ask, answered).")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live table, also on a terminal.")] = False,
+    tenants: Annotated[
+        str | None,
+        typer.Option(help="File or folder of InferenceTenants and their Secrets.", show_default="open to everybody"),
+    ] = None,
+    ledger: Annotated[
+        str | None, typer.Option(help="Folder of the usage ledger.", show_default="nothing is recorded")
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="Where the replicas' logs go.", show_default="~/.local/state/octavo/logs")
     ] = None,
@@ -65,14 +73,16 @@ def up(
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    settings = GatewaySettings(host=host, port=port, access_log=False, log_level="warning", debug_headers=True)
+    settings = GatewaySettings(
+        host=host, port=port, tenants=tenants, ledger=ledger, access_log=False, log_level="warning", debug_headers=True
+    )
     session = _Session(
         workloads, settings, log_dir or _default_log_dir(), console, live=console.is_terminal and not plain
     )
     try:
         settings.validate()
         code = asyncio.run(session.run(question, once))
-    except ConfigError as error:
+    except (ConfigError, LedgerError) as error:
         typer.echo(f"octavo up: {error}", err=True)
         raise typer.Exit(BAD_MANIFEST) from error
     raise typer.Exit(code)

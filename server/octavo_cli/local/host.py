@@ -33,7 +33,7 @@ class LocalHost:
     def __init__(self, workloads: Sequence[Workload], settings: GatewaySettings, log_dir: Path) -> None:
         self._registry = Registry()
         self._discovery = LocalDiscovery(self._registry)
-        self.gateway = GatewayServer(settings, self._registry)
+        self.gateway = GatewayServer.from_settings(settings, self._registry)
         self.workloads = [LocalWorkload(workload, log_dir, self._publish) for workload in workloads]
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
