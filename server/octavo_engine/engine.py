@@ -27,6 +27,7 @@ from octavo_engine.messages import (
 )
 from octavo_engine.prompt import check_prompt
 from octavo_engine.rejection import rejection
+from octavo_engine.roofline import Roofline
 from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import request_seed
@@ -63,11 +64,13 @@ class EngineCore:
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
         tokenizer: Callable[[], Tokenizer] | None = None,
+        roofline: Roofline | None = None,
     ) -> None:
         info = runner.info
         self._runner = runner
         self._config = config
         self._clock = clock
+        self._roofline = roofline
         self._max_model_len = effective_max_model_len(info)
         self.model = msgspec.structs.replace(info, max_model_len=self._max_model_len)
         block_size = info.kv_block_size or config.block_size
@@ -184,6 +187,8 @@ class EngineCore:
             step_time_s=self._step_time_s,
             retry_after_s=scheduler.retry_after_s,
             queued_work_s=scheduler.queued_work_s,
+            roofline_decode=self._roofline.decode if self._roofline is not None else 0.0,
+            roofline_prefill=self._roofline.prefill if self._roofline is not None else 0.0,
             spec_draft_tokens=speculator.num_drafted if speculator is not None else 0,
             spec_accepted_tokens=speculator.num_accepted if speculator is not None else 0,
         )
@@ -222,7 +227,10 @@ class EngineCore:
         for part, logits in parts:
             self._sample(part, logits)
         if not failed:
-            self.scheduler.observe(batch, self._clock() - started)
+            seconds = self._clock() - started
+            self.scheduler.observe(batch, seconds)
+            if self._roofline is not None:
+                self._roofline.observe(batch.load, seconds)
 
     def _sample(self, part: Batch, logits: torch.Tensor) -> None:
         """Choose and append the next tokens of the sequences whose last position a step has reached."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
 from octavo_engine.messages import LoadProgress
+from octavo_engine.roofline import Roofline, measure_limits
 from octavo_engine.runner.interface import ModelRunner
 
 OnProgress = Callable[[LoadProgress], None]
@@ -19,7 +20,10 @@ def build_engine(config: EngineConfig, on_progress: OnProgress, load: LoadRunner
     `load` returns a runner that is warm and has its KV cache; without one the real loader is used.
     """
     config.validate()
-    return EngineCore((load or _real_loader())(config, on_progress), config)
+    if load is not None:
+        return EngineCore(load(config, on_progress), config)
+    runner = _real_loader()(config, on_progress)
+    return EngineCore(runner, config, roofline=Roofline(runner.info, measure_limits(runner.info)))
 
 
 def _real_loader() -> LoadRunner:

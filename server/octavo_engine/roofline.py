@@ -1,0 +1,80 @@
+"""How near a step comes to what the device could do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from octavo_engine.messages import ModelInfo
+from octavo_engine.scheduler.step_time import StepLoad
+
+_WEIGHT = 0.05
+_COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+_MATRIX = {"cpu": 1_024, "cuda": 8_192}
+_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What the device reaches at best, as measured: memory traffic and arithmetic."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+class Roofline:
+    """Achieved share of the limit, a running mean for steps that only decode and for those that prefill too.
+
+    The limit of a step is the longer of two times: reading the weights and the decodes' keys and values once, and two
+    operations for each parameter and token. Attention's own arithmetic is left out, and a mixture of experts counts as
+    if every expert were read, so the share is a lower bound for long prompts and an upper one for small MoE batches.
+    """
+
+    def __init__(self, model: ModelInfo, limits: DeviceLimits) -> None:
+        self.decode = 0.0
+        self.prefill = 0.0
+        self._model = model
+        self._limits = limits
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Take in a step; `prefill_pairs` above 0 marks one that prefills."""
+        if seconds <= 0.0:
+            return
+        share = self.ideal_seconds(load) / seconds
+        if load.prefill_pairs:
+            self.prefill = share if not self.prefill else self.prefill + _WEIGHT * (share - self.prefill)
+        else:
+            self.decode = share if not self.decode else self.decode + _WEIGHT * (share - self.decode)
+
+    def ideal_seconds(self, load: StepLoad) -> float:
+        """What the step would take at the device's limit."""
+        num_bytes = self._model.weight_bytes + load.decode_context * self._model.kv_bytes_per_token
+        operations = 2.0 * self._model.num_parameters * load.num_tokens
+        return max(num_bytes / self._limits.bytes_per_s, operations / self._limits.flops_per_s)
+
+
+def measure_limits(model: ModelInfo) -> DeviceLimits:
+    """Measure the device for some tens of milliseconds: a large copy, and a square product in the model's dtype."""
+    device = torch.device(model.device)
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(model.dtype, torch.float32)
+    source = torch.ones(_COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    size = _MATRIX[device.type]
+    matrix = torch.ones((size, size), dtype=dtype, device=device)
+    copy_s = _best_seconds(lambda: target.copy_(source), device)
+    product_s = _best_seconds(lambda: matrix @ matrix, device)
+    return DeviceLimits(2 * source.numel() * source.element_size() / copy_s, 2.0 * size**3 / product_s)
+
+
+def _best_seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(_REPEATS + 1):  # the first run also warms up
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return max(best, 1e-9)
