@@ -44,6 +44,10 @@ def serve(
     chat_template: Annotated[
         str | None, _option("--chat-template", help="Jinja file that replaces the model's template.", panel=_MODEL)
     ] = None,
+    generation_config: Annotated[
+        str | None,
+        _option("--generation-config", help="auto: the checkpoint's sampling defaults; or none.", panel=_MODEL),
+    ] = None,
     tool_call_parser: Annotated[
         str | None, _option("--tool-call-parser", help="auto, none, hermes or llama3_json.", panel=_MODEL)
     ] = None,

@@ -171,6 +171,14 @@ def _gauges(model: str, info: ModelInfo, stats: EngineStats) -> Iterator[Metric]
             vllm = GaugeMetricFamily(f"vllm:{alias}", help_text, labels=["model_name", "engine"])
             vllm.add_metric([model, "0"], value)
             yield vllm
+    roofline = GaugeMetricFamily(
+        "octavo_roofline_fraction",
+        "Achieved share of the device's limit in steps that only decode and in those that prefill.",
+        labels=["model_name", "phase"],
+    )
+    roofline.add_metric([model, "decode"], stats.roofline_decode)
+    roofline.add_metric([model, "prefill"], stats.roofline_prefill)
+    yield roofline
 
 
 def _counters(model: str, stats: EngineStats) -> Iterator[Metric]:

@@ -14,6 +14,7 @@ from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.embedding import Embedder
 from octavo_server.errors import unavailable
 from octavo_server.generation import Generator
+from octavo_server.generation_config import SamplingDefaults, read_sampling_defaults
 from octavo_server.lifecycle import Lifecycle, Phase
 from octavo_server.metrics import Metrics, Snapshot
 from octavo_server.oip.statistics import ModelStatistics
@@ -59,6 +60,7 @@ class Replica:
             tokenizer=tokenizer,
             names=names,
             chat_template=own_template,
+            sampling_defaults=self._sampling_defaults(info.path),
             tool_parser=tool_parser_for(self.settings.tool_call_parser, template),
             thinks=thinks(self.settings.reasoning_parser, template),
         )
@@ -99,6 +101,14 @@ class Replica:
         self.text.close()
         await self.engine.shutdown(timeout_s)
         await asyncio.to_thread(self.telemetry.shutdown)
+
+    def _sampling_defaults(self, model_path: str) -> SamplingDefaults:
+        if self.settings.generation_config == "none":
+            return SamplingDefaults()
+        defaults = read_sampling_defaults(model_path)
+        if defaults != SamplingDefaults():
+            logger.info("sampling defaults of the checkpoint: %s", defaults.describe())
+        return defaults
 
     def _snapshot(self) -> Snapshot | None:
         served = self._served

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from octavo_engine.messages import ModelInfo
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.errors import ApiError, bad_request
+from octavo_server.generation_config import SamplingDefaults
 from octavo_server.limits import LIMITS
 from octavo_server.parsers.choose import ToolParserFactory
 
@@ -21,6 +22,7 @@ class ServedModel:
     tokenizer: Tokenizer
     names: tuple[str, ...]
     chat_template: str | None = None
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     tool_parser: ToolParserFactory | None = None
     thinks: bool = False
     created: int = field(default_factory=lambda: int(time.time()))

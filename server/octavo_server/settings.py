@@ -39,6 +39,7 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     request_timeout: float = 3_600.0
     max_body_bytes: int = LIMITS.body_bytes
     chat_template: str | None = None  # path of a Jinja file that replaces the model's own
+    generation_config: str = "auto"  # auto: the checkpoint's sampling defaults | none
     tool_call_parser: str = "auto"  # auto | none | hermes | llama3_json
     reasoning_parser: str = "auto"  # auto | none | think
     log_level: str = "info"
@@ -82,6 +83,7 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
 _CHOICES = (
     ("log_level", LOG_LEVELS),
     ("log_format", LOG_FORMATS),
+    ("generation_config", ("auto", "none")),
     ("tool_call_parser", TOOL_CALL_PARSERS),
     ("reasoning_parser", REASONING_CHOICES),
 )

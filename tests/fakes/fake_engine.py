@@ -48,6 +48,7 @@ class FakeEngine:
     max_queued: int = 1_000
     max_model_len: int = 4_096
     task: str = "generate"
+    path: str = "/nowhere/fake"
     fail_after: int | None = None
     received: dict[str, Received] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)  # request id -> blocks held
@@ -64,7 +65,7 @@ class FakeEngine:
         if not self._ready:
             raise EngineDeadError("the engine is not ready")
         return ModelInfo(
-            name=MODEL_NAME, path="/nowhere/fake", architecture="Fake", task=self.task,
+            name=MODEL_NAME, path=self.path, architecture="Fake", task=self.task,
             max_model_len=self.max_model_len, vocab_size=ByteTokenizer.vocab_size, hidden_size=8,
             eos_token_ids=[EOS], dtype="float32", quantization="none", device="cpu", backend="fake",
             num_parameters=1, weight_bytes=4, kv_block_size=BLOCK_SIZE, kv_blocks_total=1_024, kv_bytes_per_token=1,

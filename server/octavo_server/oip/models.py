@@ -148,10 +148,9 @@ class ServedV2Model:
         )
         sampling = sampling_params(
             fields,
-            served.tokenizer,
+            served,
             max_tokens=budget,
             logprobs=0 if options.wants_logprobs else None,
-            vocab_size=served.info.vocab_size,
         )
         return SequenceRequest(
             index=0,

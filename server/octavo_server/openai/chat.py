@@ -174,12 +174,11 @@ def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Con
     budget = served.token_budget(len(ids), asked, prompt_param="messages", max_param=max_param)
     sampling = sampling_params(
         request,
-        served.tokenizer,
+        served,
         max_tokens=budget,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
         structured=None if constraint is None else constraint.structured,
-        vocab_size=served.info.vocab_size,
     )
     return Prompt(ids, sampling), prompt_opens_thoughts(text)
 

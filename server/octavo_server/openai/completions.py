@@ -118,12 +118,11 @@ def _prepare(served: ServedModel, request: CompletionRequest, constraint: Constr
         budget = served.token_budget(len(ids), max(asked, 1), prompt_param=param, max_param="max_tokens")
         sampling = sampling_params(
             request,
-            served.tokenizer,
+            served,
             max_tokens=budget,
             logprobs=request.logprobs if request.logprobs is not None or not ranked else 0,
             prompt_logprobs=shown,
             structured=None if constraint is None else constraint.structured,
-            vocab_size=served.info.vocab_size,
         )
         prompts.append(Prompt(ids, sampling))
     return prompts

@@ -7,35 +7,39 @@ from octavo_engine.sampling_params import SamplingParams, StructuredOutput
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.errors import bad_request, from_engine_error
 from octavo_server.openai.request_types import SamplingFields
+from octavo_server.served_model import ServedModel
 
 
 def sampling_params(
     fields: SamplingFields,
-    tokenizer: Tokenizer,
+    served: ServedModel,
     *,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     structured: StructuredOutput | None = None,
-    vocab_size: int,
 ) -> SamplingParams:
-    """Validated parameters of one sequence; raises a 400 naming the field. Tokenizes `bad_words`: call off the loop."""
+    """Validated parameters of one sequence; raises a 400 naming the field. Tokenizes `bad_words`: call off the loop.
+
+    Fields left out get the checkpoint's own defaults, then the protocol's.
+    """
+    defaults = served.sampling_defaults
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
-    top_k = fields.top_k or 0
+    top_k = int(_default(fields.top_k, defaults.top_k, 0))
     params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=fields.min_tokens or 0,
-        temperature=_default(fields.temperature, 1.0),
-        top_p=_default(fields.top_p, 1.0),
+        temperature=_default(fields.temperature, defaults.temperature, 1.0),
+        top_p=_default(fields.top_p, defaults.top_p, 1.0),
         top_k=0 if top_k == -1 else top_k,
-        min_p=_default(fields.min_p, 0.0),
-        typical_p=_default(fields.typical_p, 1.0),
-        repetition_penalty=_default(fields.repetition_penalty, 1.0),
-        presence_penalty=_default(fields.presence_penalty, 0.0),
-        frequency_penalty=_default(fields.frequency_penalty, 0.0),
+        min_p=_default(fields.min_p, defaults.min_p, 0.0),
+        typical_p=_default(fields.typical_p, None, 1.0),
+        repetition_penalty=_default(fields.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=_default(fields.presence_penalty, None, 0.0),
+        frequency_penalty=_default(fields.frequency_penalty, None, 0.0),
         logit_bias=fields.logit_bias or None,
         allowed_token_ids=fields.allowed_token_ids,
-        bad_words_ids=_bad_words_ids(fields.bad_words or [], tokenizer) or None,
+        bad_words_ids=_bad_words_ids(fields.bad_words or [], served.tokenizer) or None,
         seed=fields.seed,
         stop=stop,
         stop_token_ids=tuple(fields.stop_token_ids or ()),
@@ -47,14 +51,16 @@ def sampling_params(
         structured=structured,
     )
     try:
-        params.validate(vocab_size)
+        params.validate(served.info.vocab_size)
     except InvalidRequestError as error:
         raise from_engine_error(error) from None
     return params
 
 
-def _default(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _default(value: float | None, checkpoint: float | None, protocol: float) -> float:
+    if value is not None:
+        return value
+    return protocol if checkpoint is None else checkpoint
 
 
 def _bad_words_ids(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
