@@ -1,8 +1,9 @@
 """Sampling without a sort: thresholds are found by radix search over the logits' ordered bit patterns.
 
-A row is scanned once for each of the eight hexadecimal digits of a threshold (16 candidate digits at a time), from
-the L2 cache: exact for any vocabulary, and rows without a filter skip the search (radix selection, with FlashInfer's
-idea of searching a pivot instead of sorting). Noise is Philox at (token, counter), as in the reference.
+Most filtered rows are answered from a few candidates (`candidates.py`). For the others a row is scanned once for each
+of the eight hexadecimal digits of a threshold (16 candidate digits at a time), from the L2 cache: exact for any
+vocabulary, and rows without a filter skip the search (radix selection, with FlashInfer's idea of searching a pivot
+instead of sorting). Noise is Philox at (token, counter), as in the reference.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import triton.language as tl
 
 from octavo_kernels import ops
 from octavo_kernels.reference import sampling as reference
+from octavo_kernels.triton.candidates import PENDING, sample_candidates
 from octavo_kernels.triton.environment import runs_here
+from octavo_kernels.triton.philox import gumbel_noise, ordered_key, to_uniform, uniform_bits
 
 BLOCK = 1_024
+SCAN = 4_096
 NUM_WARPS = 8
 ALL_EXCLUDED = tl.constexpr(reference.ALL_EXCLUDED)
 NOT_FINITE = tl.constexpr(reference.NOT_FINITE)
@@ -23,36 +27,6 @@ GREEDY_TEMPERATURE = tl.constexpr(reference.GREEDY_TEMPERATURE)
 SAMPLE_STREAM = tl.constexpr(reference.SAMPLE_STREAM)
 ACCEPT_STREAM = tl.constexpr(reference.ACCEPT_STREAM)
 RECOVER_STREAM = tl.constexpr(reference.RECOVER_STREAM)
-
-
-@triton.jit
-def uniform_bits(seed, c0, c1, STREAM: tl.constexpr):
-    """The first Philox word at counter (c0, c1, STREAM, 0)."""
-    c0 = c0.to(tl.uint32, bitcast=True)
-    c1 = tl.zeros_like(c0) + c1.to(tl.uint32)
-    zero = tl.zeros_like(c0)
-    first, _second, _third, _fourth = tl.philox(seed, c0, c1, zero + STREAM, zero)
-    return first
-
-
-@triton.jit
-def to_uniform(bits):
-    """(0, 1], as in the reference. The 64-bit detour rounds once."""
-    return (bits.to(tl.float64) * 2.3283064365386963e-10).to(tl.float32) + 1.1641532182693481e-10
-
-
-@triton.jit
-def gumbel_noise(bits):
-    u = to_uniform(bits)
-    exponential = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - u))
-    return -tl.log(exponential)
-
-
-@triton.jit
-def ordered_key(x):
-    """float32 -> uint32 in the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ tl.where(bits < 0, -1, -2147483648)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -113,10 +87,12 @@ def _above(row_ptr, vocab, inverse_temperature, maximum, threshold, BLOCK: tl.co
 @triton.jit
 def _sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, counters_ptr, out_ptr,
-    vocab, stride, BLOCK: tl.constexpr,
+    vocab, stride, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program."""
+    """One row a program; rows whose token is already there are left alone."""
     row = tl.program_id(0).to(tl.int64)
+    if tl.load(out_ptr + row) != PENDING:
+        return
     row_ptr = logits_ptr + row * stride
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
@@ -125,10 +101,10 @@ def _sample_kernel(
     greedy = temperature < GREEDY_TEMPERATURE
     inverse = tl.where(greedy, 1.0, 1.0 / temperature)
 
-    maxima = tl.full((BLOCK,), float("-inf"), tl.float32)
-    spoiled = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab, BLOCK):
-        x = _scaled(row_ptr, start + tl.arange(0, BLOCK), vocab, inverse)
+    maxima = tl.full((SCAN,), float("-inf"), tl.float32)
+    spoiled = tl.zeros((SCAN,), tl.int32)
+    for start in range(0, vocab, SCAN):
+        x = _scaled(row_ptr, start + tl.arange(0, SCAN), vocab, inverse)
         maxima = tl.maximum(maxima, x)
         spoiled = spoiled | ((x != x) | (x == float("inf"))).to(tl.int32)
     maximum = tl.max(maxima, axis=0)
@@ -163,8 +139,8 @@ def _sample_kernel(
     best = float("-inf")
     token = 0
     ties_before = 0
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, vocab, SCAN):
+        columns = start + tl.arange(0, SCAN)
         x = _scaled(row_ptr, columns, vocab, inverse)
         if greedy == 0:
             key = ordered_key(x)
@@ -293,12 +269,14 @@ def sample(
     seeds: torch.Tensor,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """One launch. Two scans of a row without filters, up to 22 with top-k and top-p, from the L2 cache."""
+    """Four launches. Filtered rows read the vocabulary once, others twice; the few that need the full search up to
+    22 times."""
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    sample_candidates(logits, temperature, top_k, top_p, min_p, seeds, counters, out)
     _sample_kernel[(rows,)](
         logits, temperature, top_k, top_p, min_p, seeds, counters, out, vocab, logits.stride(0),
-        BLOCK=BLOCK, num_warps=NUM_WARPS,
+        BLOCK=BLOCK, SCAN=SCAN, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 

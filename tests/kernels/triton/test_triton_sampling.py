@@ -42,6 +42,44 @@ def test_draws_are_those_of_the_reference(device, filters):
     assert torch.equal(ops.sample(logits, *arguments), reference.sample(logits, *arguments))
 
 
+@pytest.mark.parametrize(
+    ("spread", "filters"),
+    [
+        (3.0, {"top_k": 50, "top_p": 0.9}),
+        (3.0, {"top_p": 0.7}),
+        (0.01, {"top_p": 0.9}),
+        (1.0, {"top_k": 300}),
+        (0.0, {"top_k": 5}),
+        (0.0, {"top_p": 0.01}),
+    ],
+    ids=[
+        "few candidates",
+        "top-p alone",
+        "a top-p beyond the candidates",
+        "a large top-k",
+        "all equal",
+        "equal, top-p",
+    ],
+)
+def test_large_vocabularies_with_and_without_candidates_match(device, spread, filters):
+    logits = spread * torch.randn(2, 9000, device=device)
+    arguments = settings(2, device, **filters)
+    assert torch.equal(ops.sample(logits, *arguments), reference.sample(logits, *arguments))
+
+
+def test_most_filtered_rows_are_answered_from_candidates(device):
+    from octavo_kernels.triton.candidates import PENDING, sample_candidates
+
+    logits = 3 * torch.randn(3, 9000, device=device)
+    arguments = list(settings(3, device, top_k=40, top_p=0.9))
+    arguments[1][1], arguments[2][1] = 0, 1.0  # no filter
+    arguments[1][2] = 129
+    out = torch.empty(3, dtype=torch.int64, device=device)
+    sample_candidates(logits, *arguments, out)
+    assert out[0] >= 0
+    assert (out[1:] == PENDING.value).all()
+
+
 def test_rows_with_different_settings_do_not_mix(device):
     logits = torch.randn(5, 70, device=device)
     arguments = list(settings(5, device))
