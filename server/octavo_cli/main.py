@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command("octavo_cli.quantize", "quantize", "Make a model smaller, with a report.", WORK, "server"),
     "tune": Command("octavo_cli.tune", "tune", "Measure kernel configurations on this GPU.", WORK, "gpu"),
     "pull": Command("octavo_cli.pull", "pull", "Download a model into a folder.", WORK, "server"),
+    "batch": Command("octavo_cli.batch", "batch", "Run a file of requests, resumably.", WORK, "server"),
     "doctor": Command("octavo_cli.doctor", "doctor", "Say what this machine can do.", WORK, "server"),
 }
 

@@ -75,3 +75,29 @@ async def test_bench_refuses_impossible_flags() -> None:
         code, _, err = await octavo("bench", *flags)
         assert code == 2
         assert flags[0] in err
+
+
+async def test_batch_runs_every_request_and_resumes(server: RunningServer, tmp_path: Path) -> None:
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    bodies = [chat] * 5 + [{**chat, "temperature": 9}]
+    source.write_text(
+        "".join(
+            json.dumps({"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
+            for i, body in enumerate(bodies)
+        )
+    )
+
+    first, _, err = await octavo("batch", str(source), str(sink), "-c", "1", "--url", server.url)
+    lines = sink.read_text().splitlines()
+    sink.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    second, _, resumed = await octavo("batch", str(source), str(sink), "-c", "1", "--url", server.url)
+    results = {result["custom_id"]: result for result in map(json.loads, sink.read_text().splitlines())}
+
+    assert first == second == 1
+    assert "5 succeeded, 1 failed" in err
+    assert "3 already done" in resumed
+    assert sorted(results) == [f"r{i}" for i in range(6)]
+    assert "temperature" in results["r5"]["error"]["message"]
+    assert results["r5"]["response"]["status_code"] == 400
+    assert results["r0"]["response"]["body"]["choices"][0]["message"]["content"].startswith("You said")
