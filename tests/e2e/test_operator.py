@@ -18,6 +18,7 @@ from e2e import control_plane
 from e2e.control_plane import ControlPlane, FakeNode
 from octavo_operator.controller.client import ApiError, Kind, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, MODEL_CACHE
+from octavo_operator.controller.leader import LeaderElection
 from octavo_operator.controller.run import Operator
 from octavo_operator.controller.settings import OperatorSettings
 
@@ -380,6 +381,102 @@ async def test_a_model_cache_downloads_once_and_services_wait_for_it(
     deployment = await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
     volumes = deployment["spec"]["template"]["spec"]["volumes"]
     assert {"claimName": "smollm2-model", "readOnly": True} in [v.get("persistentVolumeClaim") for v in volumes]
+
+
+def container(**state: Any) -> dict[str, Any]:
+    """The status of a pod whose engine is in this state."""
+    status = {"name": "engine", "image": "x", "imageID": "", "ready": False, "started": False, "restartCount": 0}
+    return {"phase": "Running", "containerStatuses": [{**status, **state}], "conditions": [
+        {"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "False"}]}  # fmt: skip
+
+
+ENDED = {
+    "exitCode": 137,
+    "reason": "OOMKilled",
+    "finishedAt": "2026-01-01T00:00:00Z",
+    "startedAt": "2026-01-01T00:00:00Z",
+}
+FAILED = {**ENDED, "exitCode": 1, "reason": "Error", "message": "ModelLoadError: hf://org/model: 404 Not Found"}
+BACK_OFF = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (container(state={"waiting": {"reason": "ImagePullBackOff", "message": "denied"}}), "ImagePullFailed"),
+        (container(state=BACK_OFF, lastState={"terminated": ENDED}, restartCount=2), "OOMKilled"),
+        (container(state=BACK_OFF, lastState={"terminated": FAILED}, restartCount=2), "ModelNotFound"),
+    ],
+    ids=["image", "memory", "model"],
+)
+async def test_a_broken_replica_is_named_and_cleared_when_it_heals(
+    client: KubeClient,
+    namespace: str,
+    operator: Operator,
+    node: FakeNode,
+    plane: ControlPlane,
+    fault: dict[str, Any],
+    reason: str,
+) -> None:
+    if not plane.has_controllers:
+        pytest.skip("KUBEBUILDER_ASSETS lacks kube-controller-manager: no pods are made")
+    node.faults["smollm2"] = fault
+    try:
+        await client.create(INFERENCE_SERVICE, manifest(namespace))
+        await reaches(client, namespace, "Ready", "False", reason)
+
+        async def told() -> list[str]:
+            events = await client.list_objects(EVENT, namespace)
+            return [e["reason"] for e in events["items"] if e["reason"] == reason]
+
+        assert await until(told, "an Event tells of it") == [reason]
+    finally:
+        node.faults.pop("smollm2")
+    await reaches(client, namespace, "Ready", "True")
+
+
+async def test_a_cluster_without_gpus_and_a_quota_are_named(
+    client: KubeClient, namespace: str, operator: Operator, plane: ControlPlane
+) -> None:
+    if not plane.has_controllers or not plane.has_scheduler:
+        pytest.skip("KUBEBUILDER_ASSETS lacks kube-controller-manager or kube-scheduler")
+    many = {"limits": {"cpu": "1", "nvidia.com/gpu": "64"}}
+    await client.create(INFERENCE_SERVICE, manifest(namespace, resources=many))
+    await reaches(client, namespace, "Ready", "False", "InsufficientGPU")
+    await client.delete(INFERENCE_SERVICE, namespace, "smollm2")
+    await until(lambda: is_gone(client, DEPLOYMENT, namespace, "smollm2"), "the Deployment is collected")
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "small", "namespace": namespace},
+        "spec": {"hard": {"limits.cpu": "1"}},
+    }
+    await client.create(Kind("v1", "ResourceQuota", "resourcequotas"), quota)
+    await until(lambda: _quota_counts(client, namespace), "the quota is in force")
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    await reaches(client, namespace, "Ready", "False", "QuotaExceeded")
+
+
+async def _quota_counts(client: KubeClient, namespace: str) -> bool:
+    quota = await client.get(Kind("v1", "ResourceQuota", "resourcequotas"), namespace, "small")
+    return bool((quota.get("status") or {}).get("hard"))
+
+
+async def test_one_operator_leads_and_another_takes_over(client: KubeClient, namespace: str) -> None:
+    def settings(name: str) -> OperatorSettings:
+        return OperatorSettings(own_namespace=namespace, identity=name, lease_duration_s=2.0, lease_renew_s=0.3)
+
+    first, second = LeaderElection(client, settings("first")), LeaderElection(client, settings("second"))
+    await first.acquire()
+    holding = asyncio.create_task(first.hold())
+    waiting = asyncio.create_task(second.acquire())
+    await asyncio.sleep(3)
+    assert not waiting.done(), "a lease that is renewed is not taken"
+    holding.cancel()  # the first dies without giving the lease back
+    await asyncio.wait_for(waiting, 20)
+    assert await first._try() is False, "the old leader cannot take it back"
+    await second.release()
+    await asyncio.wait_for(first.acquire(), 5)
 
 
 @pytest.mark.parametrize(
