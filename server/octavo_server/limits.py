@@ -36,7 +36,6 @@ class Limits:
     identifier_chars: int = 128  # request ids, cache salts, user ids, model names of other fields
     metadata_entries: int = 64
     template_kwargs: int = 64
-    template_kwargs_chars: int = 65_536
     model_name_chars: int = 512
     embed_inputs: int = 2_048
     detokenize_tokens: int = 4_000_000
