@@ -111,7 +111,7 @@ _SPACES: dict[str, _Space] = {
         "block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 5),
     },
     "mla_decode": {"block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 5)},
-    "packed_gemv": {"block_n": (1, 2, 4, 8), "block_k": (256, 512, 1024), "num_warps": (2, 4, 8)},
+    "packed_gemv": {"block_n": (1, 2, 4, 8), "block_k": (256, 512, 1024), "num_warps": (2, 4), "num_stages": (1, 3, 5)},
     "packed_gemm": {
         "block_n": (32, 64, 128), "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4),
     },

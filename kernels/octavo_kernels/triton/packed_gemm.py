@@ -118,14 +118,14 @@ def _gemv_kernel(
     x_stride, out_features, in_features,
     BIAS: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
     MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FLOAT4: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of outputs, rows of x)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64)
     bytes_a_row = in_features if BITS == 8 else in_features // 2
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, bytes_a_row, BLOCK_K):
+    for start in tl.range(0, bytes_a_row, BLOCK_K, num_stages=STAGES):
         place = start + tl.arange(0, BLOCK_K)
         low, high, k = load_weights(
             codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, n, n < out_features,
@@ -253,12 +253,12 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, row_ids: torch.Tensor |
 def _gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     out_features, in_features = weight.shape
     out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
-    config = _config("packed_gemv", x, weight, LaunchConfig(block_n=4, block_k=512, num_warps=4))
+    config = _config("packed_gemv", x, weight, LaunchConfig(block_n=4, block_k=512, num_warps=4, num_stages=3))
     _gemv_kernel[(triton.cdiv(out_features, config.block_n), x.shape[0])](
         x, *pointers(weight), bias, out, x.stride(0), out_features, in_features,
-        BIAS=bias is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BIAS=bias is not None, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.num_stages,
         **constants(weight, config.block_k),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return out
 

@@ -315,7 +315,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     rank = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _logprobs_kernel[(rows,)](
-        logits, token_ids, logprob, rank, vocab, logits.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS
+        logits, token_ids, logprob, rank, vocab, logits.stride(0), BLOCK=SCAN, num_warps=NUM_WARPS
     )
     return logprob, rank
 
@@ -339,6 +339,6 @@ def verify_drafts(
     out = torch.empty((sequences, width), dtype=torch.int64, device=target.device)
     _verify_kernel[(sequences,)](
         target, draft, draft_tokens, num_drafts, seeds, counters, out, width, vocab,
-        ONE_HOT=draft is None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        ONE_HOT=draft is None, BLOCK=SCAN, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
