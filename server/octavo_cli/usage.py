@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +41,10 @@ def usage(
     if as_json:
         typer.echo(json.dumps([_fields(groups, row) for row in rows], indent=2))
     else:
-        Console().print(_table(groups, rows))
+        console = Console()
+        if not console.is_terminal:  # piped: nothing is cut to fit a screen
+            console = Console(width=200)
+        console.print(_table(groups, rows))
 
 
 def _utc(moment: datetime | None) -> datetime | None:
@@ -59,14 +63,14 @@ def _fields(groups: tuple[str, ...], row: UsageRow) -> dict[str, object]:
 
 
 def _table(groups: tuple[str, ...], rows: list[UsageRow]) -> Table:
-    table = Table(show_footer=len(rows) > 1)
+    table = Table(show_footer=len(rows) > 1, box=box.SIMPLE)
     for index, group in enumerate(groups):
         table.add_column(group.capitalize(), footer="Total" if index == 0 else "")
     sums = [
         ("Requests", [row.requests for row in rows]),
-        ("Prompt tokens", [row.prompt_tokens for row in rows]),
-        ("of them cached", [row.cached_tokens for row in rows]),
-        ("Output tokens", [row.output_tokens for row in rows]),
+        ("Prompt", [row.prompt_tokens for row in rows]),
+        ("Cached", [row.cached_tokens for row in rows]),
+        ("Output", [row.output_tokens for row in rows]),
         ("Estimated", [row.estimated for row in rows]),
     ]
     for title, values in sums:
