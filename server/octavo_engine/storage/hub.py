@@ -10,7 +10,7 @@ import os
 import re
 import urllib.parse
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import msgspec
 
@@ -20,14 +20,13 @@ from octavo_engine.storage.http import HttpClient, RemoteError, RemoteFile
 from octavo_engine.storage.local import model_at
 from octavo_engine.storage.progress import OnProgress
 from octavo_engine.storage.safe_path import relative_name, safe_join
+from octavo_engine.storage.selection import choose_files, listed
 from octavo_engine.storage.transfer import download_all
 from octavo_engine.storage.uri import StorageURI
 
 NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-TEXT_SUFFIXES = (".json", ".txt", ".jinja")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def _download(model: HubModel, folder: Path, on_progress: OnProgress) -> str:
     try:
         on_progress(0.0, f"asking the hub for {model.uri}")
         info = _repo_info(model, client)
-        wanted = choose_files(model, [file.name for file in info.siblings])
+        wanted = _wanted(model, [file.name for file in info.siblings])
         _forget_other_commit(folder, info.sha)
         by_name = {file.name: file for file in info.siblings}
         files = [_remote_file(model, info.sha, by_name[name]) for name in wanted]
@@ -139,32 +138,13 @@ def _remote_file(model: HubModel, commit: str, file: RepoFile) -> RemoteFile:
     )
 
 
-def choose_files(model: HubModel, names: list[str]) -> list[str]:
-    """Which files of a repository to fetch; raises `ModelLoadError` when it holds no weights we may read."""
-    gguf_files = sorted(name for name in names if name.lower().endswith(".gguf"))
-    if model.file is not None:
-        if model.file not in names:
-            raise ModelLoadError(f"{model.uri}: no such file; the repository's GGUF files: {_listed(gguf_files)}")
+def _wanted(model: HubModel, names: list[str]) -> list[str]:
+    if model.file is None:
+        return choose_files(model.uri, names, f"hf://{model.repo}")
+    if model.file in names:
         return [model.file]
-    top_level = [name for name in names if "/" not in name]
-    weights = [name for name in top_level if name.endswith(".safetensors")]
-    if any(name.startswith("model") for name in weights):
-        weights = [name for name in weights if name.startswith("model")]
-    if weights:
-        return sorted(weights + [name for name in top_level if PurePosixPath(name).suffix in TEXT_SUFFIXES])
-    if len(gguf_files) == 1:
-        return gguf_files
-    if gguf_files:
-        raise ModelLoadError(
-            f"{model.uri}: the repository holds several GGUF files; name one as hf://{model.repo}/FILE: "
-            f"{_listed(gguf_files)}"
-        )
-    if any(name.endswith(PICKLE_SUFFIXES) for name in names):
-        raise ModelLoadError(
-            f"{model.uri}: the weights come only as pickle files, which can run code when read; "
-            "convert them to safetensors, or name a repository that has safetensors or GGUF files"
-        )
-    raise ModelLoadError(f"{model.uri}: the repository holds no safetensors and no GGUF files")
+    gguf_files = sorted(name for name in names if name.lower().endswith(".gguf"))
+    raise ModelLoadError(f"{model.uri}: no such file; the repository's GGUF files: {listed(gguf_files)}")
 
 
 def _forget_other_commit(folder: Path, commit: str) -> None:
@@ -197,10 +177,6 @@ def _advice(model: HubModel, error: RemoteError, *, has_token: bool) -> str:
         case _:
             todo = "the hub may have trouble: try again later, or set HF_ENDPOINT to a mirror"
     return f"{model.uri}: {todo} [{error}]"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
 
 
 # ---------------------------------------------------------------- what the environment says

