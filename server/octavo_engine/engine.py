@@ -399,6 +399,7 @@ def scheduler_limits(config: EngineConfig, device: str) -> SchedulerLimits:
         max_num_batched_tokens=budget,
         max_num_partial_prefills=config.max_num_partial_prefills,
         itl_target_s=config.itl_target_s or DEFAULT_ITL_TARGET_S.get(kind, 0.2),
+        max_step_s=config.step_timeout_s / 4,
         ageing_s=config.priority_ageing_s,
         tenant_weights=config.tenant_weights,
         max_queued_requests=config.max_queued_requests,

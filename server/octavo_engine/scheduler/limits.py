@@ -28,6 +28,8 @@ class SchedulerLimits:
     ageing_s: float = 10.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     min_prefill_tokens: int = 32
+    first_prefill_tokens: int = 64
+    max_step_s: float = 7.5
     max_overtakes: int = 32
     overtake_window: int = 8
     watermark: float = 0.01

@@ -59,6 +59,7 @@ class Scheduler:
         self._waiting = WaitingQueue(self.fairness, ageing_s=limits.ageing_s)
         self._deadlines: list[tuple[float, str]] = []
         self._head_blocked = False
+        self._known_tokens = limits.first_prefill_tokens
 
     @property
     def num_running(self) -> int:
@@ -171,6 +172,8 @@ class Scheduler:
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long a step took."""
         self.step_time.observe(batch.load, seconds)
+        if 2 * seconds <= self.limits.max_step_s:
+            self._known_tokens = max(self._known_tokens, 2 * batch.num_tokens)
 
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """Record that the next `num_tokens` tokens of `seq` are in the cache now; full blocks become findable."""
@@ -218,14 +221,22 @@ class Scheduler:
         self._waiting.push(seq)
 
     def _prefill_budget(self, batch: Batch, prefills: list[Sequence]) -> int:
-        """Tokens this step has for prefills: what the budget leaves, cut so that decodes keep their latency target."""
+        """Tokens this step has for prefills: what the budget leaves, cut so that decodes keep their latency target.
+
+        Prefills start small and at most double what was tried before, so that the step-time model is not asked far
+        beyond what it has seen; and no step is planned to be longer than `max_step_s`: a model that is slow on this
+        machine must not look hung.
+        """
         limits = self.limits
         budget = limits.max_num_batched_tokens - batch.num_tokens
-        if not batch.slices or not limits.itl_target_s:
+        if not limits.itl_target_s:
             return budget
+        budget = min(budget, self._known_tokens)
         decode = StepLoad(batch.num_tokens, batch.decode_context)
+        target_s = limits.max_step_s
+        if batch.slices:
+            target_s = max(limits.itl_target_s, MIN_PREFILL_STRETCH * self.step_time.predict(decode))
         start = min((seq.num_computed for seq in prefills), default=0)
-        target_s = max(limits.itl_target_s, MIN_PREFILL_STRETCH * self.step_time.predict(decode))
         fitting = self.step_time.prefill_tokens_within(target_s, decode, start)
         return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
 

@@ -10,7 +10,7 @@ _SCALE = (1.0, 1 / 256, 1 / 8_192, 1 / 65_536)
 _FORGETTING = 0.998
 _INITIAL_VARIANCE = 100.0
 _CLIP = 4.0
-_READY_AFTER = 8
+_READY_AFTER = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,22 @@ def test_prefill_chunks_keep_the_latency_target_of_running_decodes() -> None:
     assert result.seconds < 1.1 * careless.seconds
 
 
+def test_no_step_of_a_slow_model_is_longer_than_it_may_be() -> None:
+    longest = 0.0
+
+    def slow(load: StepLoad) -> float:
+        nonlocal longest
+        seconds = 0.2 + 0.05 * load.num_tokens
+        longest = max(longest, seconds)
+        return seconds
+
+    rng = random.Random(7)
+    requests = [SimulatedRequest(f"r{i}", 0.0, tokens(rng, 700), 3) for i in range(3)]
+    careful = limits(max_num_batched_tokens=1_024, itl_target_s=0.2, max_step_s=7.5)
+    Simulation(careful, num_blocks=2_000, step_seconds=slow).run(requests)
+    assert 5.0 < longest < 8.0
+
+
 def test_a_head_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
     rng = random.Random(2)
     first = SimulatedRequest("first", 0.0, tokens(rng, 400), 200)
