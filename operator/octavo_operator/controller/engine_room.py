@@ -42,7 +42,7 @@ class EngineRoom:
         self.caches = ModelCacheReconciler(client, self.store, events, settings)
         self.services: WorkQueue[Key] = WorkQueue(self.reconciler.reconcile, settings.workers)
         self.cache_queue: WorkQueue[Key] = WorkQueue(self.caches.reconcile, 1)
-        self.scaling = ScalingLoop(self.reconciler, self.store, settings, self.services.add)
+        self.scaling = ScalingLoop(client, self.reconciler, self.store, settings, self.services.add)
         scopes: tuple[str | None, ...] = settings.namespaces or (None,)
         self.informers = [
             Informer(client, self.store, kind, OURS, self._child_changed, scope)

@@ -14,6 +14,8 @@ from octavo_operator.autoscale.decide import decide
 from octavo_operator.autoscale.history import History
 from octavo_operator.autoscale.metrics import Page, parse_page
 from octavo_operator.autoscale.observer import Observer
+from octavo_operator.autoscale.signals import ReplicaSample
+from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
 from octavo_operator.controller.reconciler import Reconciler, ServiceState
 from octavo_operator.controller.settings import OperatorSettings
@@ -25,6 +27,7 @@ from octavo_operator.status import Scaling, start_seconds
 
 log = logging.getLogger("octavo.operator.scaling")
 MAX_PAGE_BYTES = 4 * 1024 * 1024
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 ADDRESS_ANNOTATION = "serving.octavo.dev/address"  # host:port of a replica that is no pod, in development and tests
 
 
@@ -33,12 +36,14 @@ class ScalingLoop:
 
     def __init__(
         self,
+        client: KubeClient,
         reconciler: Reconciler,
         store: Store,
         settings: OperatorSettings,
         on_decision: Callable[[Key], None],
         now: Callable[[], float] = time.time,
     ) -> None:
+        self._client = client
         self._reconciler = reconciler
         self._store = store
         self._settings = settings
@@ -99,8 +104,19 @@ class ScalingLoop:
         if decision.replicas != signals.current:
             log.info("%s/%s: %s", *key, decision.message)
             state.scaled(Scaling(now, signals.current, decision.replicas, decision.message))
+        if decision.replicas < signals.current:
+            await self._price_pods(key, signals.samples)
         state.decision, state.replicas = decision, decision.replicas
         self._on_decision(key)
+
+    async def _price_pods(self, key: Key, samples: Iterable[ReplicaSample]) -> None:
+        """Tell the ReplicaSet which replicas to spare: the more requests, the dearer. It deletes the cheapest first."""
+        for sample in samples:
+            price = {"metadata": {"annotations": {DELETION_COST: str(round(sample.running + sample.waiting))}}}
+            try:
+                await self._client.patch(POD, key[0], sample.name, price)
+            except ApiError as error:
+                log.info("pod %s/%s keeps its deletion cost: %s", key[0], sample.name, error)
 
     def _restore(self, key: Key, now: float) -> History:
         raw = self._store.get(INFERENCE_SERVICE, *key) or {}

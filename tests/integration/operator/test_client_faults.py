@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import kmock as km
 import pytest
+
 from octavo_operator.controller import client as client_module
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.informer import Informer
