@@ -17,10 +17,9 @@ import msgspec
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.storage.cache import ModelCache, home_folder
 from octavo_engine.storage.http import HttpClient, RemoteError, RemoteFile
-from octavo_engine.storage.local import model_at
 from octavo_engine.storage.progress import OnProgress
 from octavo_engine.storage.safe_path import relative_name, safe_join
-from octavo_engine.storage.selection import choose_files, listed
+from octavo_engine.storage.selection import choose_files, listed, model_name
 from octavo_engine.storage.transfer import download_all
 from octavo_engine.storage.uri import StorageURI
 
@@ -104,16 +103,14 @@ def _download(model: HubModel, folder: Path, on_progress: OnProgress) -> str:
         on_progress(0.0, f"asking the hub for {model.uri}")
         info = _repo_info(model, client)
         wanted = _wanted(model, [file.name for file in info.siblings])
+        name = model_name(model.uri, wanted)
         _forget_other_commit(folder, info.sha)
         by_name = {file.name: file for file in info.siblings}
         files = [_remote_file(model, info.sha, by_name[name]) for name in wanted]
         download_all(client, files, folder, model.uri, on_progress)
     except RemoteError as error:
         raise ModelLoadError(_advice(model, error, has_token=token is not None)) from error
-    if model.file is not None:
-        return model.file
-    found = model_at(folder, model.uri)
-    return str(found.relative_to(folder))
+    return name
 
 
 def _repo_info(model: HubModel, client: HttpClient) -> RepoInfo:

@@ -58,10 +58,10 @@ def model_at(path: Path, shown_as: str) -> Path:
         raise ModelLoadError(f"model {shown_as!r}: name a .gguf file or the folder of a checkpoint, not {path.name}")
     if (path / "config.json").is_file():
         return path
-    gguf_files = sorted(path.rglob("*.gguf"))
+    gguf_files = sorted(path.glob("*.gguf"))
     if len(gguf_files) == 1:
         return gguf_files[0]
     if gguf_files:
-        names = ", ".join(str(file.relative_to(path)) for file in gguf_files)
+        names = ", ".join(file.name for file in gguf_files)
         raise ModelLoadError(f"model {shown_as!r}: the folder holds several GGUF files, name one of: {names}")
     raise ModelLoadError(f"model {shown_as!r}: the folder holds neither config.json nor a .gguf file")

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.storage.cache import ModelCache
 from octavo_engine.storage.http import HttpClient, RemoteFile
-from octavo_engine.storage.local import model_at
 from octavo_engine.storage.progress import OnProgress
 from octavo_engine.storage.safe_path import relative_name
-from octavo_engine.storage.selection import choose_files
+from octavo_engine.storage.selection import choose_files, model_name
 from octavo_engine.storage.transfer import download_all
 from octavo_engine.storage.uri import StorageURI
 
@@ -47,8 +46,9 @@ def fetch(uri: StorageURI, cache: ModelCache, on_progress: OnProgress) -> Path:
         with _explained(uri.text):
             store = _store()
             files = _one_file(store, bucket, key) if key.lower().endswith(".gguf") else _many(store, bucket, key, uri)
+        name = model_name(uri.text, [file.name for file in files])
         download_all(HttpClient(), files, folder, uri.text, on_progress)
-        return str(model_at(folder, uri.text).relative_to(folder))
+        return name
 
     return cache.obtain(uri.text, uri.text, fill, on_progress)
 

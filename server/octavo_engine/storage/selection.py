@@ -35,6 +35,15 @@ def choose_files(shown_as: str, names: Sequence[str], base_uri: str) -> list[str
     raise ModelLoadError(f"{shown_as}: holds no safetensors and no GGUF files")
 
 
+def model_name(shown_as: str, chosen: Sequence[str]) -> str:
+    """What of the chosen files is the model: the GGUF file, or `.` for the folder; raises `ModelLoadError`."""
+    if len(chosen) == 1 and chosen[0].lower().endswith(".gguf"):
+        return chosen[0]
+    if "config.json" not in chosen:
+        raise ModelLoadError(f"{shown_as}: holds safetensors files but no config.json that describes the model")
+    return "."
+
+
 def listed(names: Sequence[str]) -> str:
     """The first names of a list, for messages."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
