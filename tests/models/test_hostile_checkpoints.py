@@ -31,13 +31,16 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide": ({"num_key_value_heads": 4}, "num_key_value_heads must be a divisor"),
     "zero heads": ({"num_attention_heads": 0}, "num_attention_heads must be an integer from 1 to 4096"),
     "odd head": ({"head_dim": 15}, "head_dim must be even"),
-    "norm not a number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+    "norm not a number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number from 0 to 1"),
     "unknown activation": ({"hidden_act": "eval"}, "hidden_act must be one of silu"),
     "unknown rope": ({"rope_parameters": {"rope_type": "evil"}}, "rope_type must be one of default"),
     "rope no object": ({"rope_parameters": 7}, "rope_parameters must be an object"),
-    "rope factor zero": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor must be positive"),
-    "rope theta negative": ({"rope_parameters": {"rope_theta": -1.0}}, "is impossible"),
-    "half a dimension turns": ({"rope_parameters": {"partial_rotary_factor": 0.01}}, "is impossible"),
+    "rope factor zero": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        "factor must be a number from 0.001 to",
+    ),
+    "rope theta negative": ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a number from 1.001"),
+    "half a dimension turns": ({"rope_parameters": {"partial_rotary_factor": 0.01}}, "leaves 0 rotary dimensions"),
     "stop token text": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),
 }
 

@@ -74,7 +74,7 @@ class BertModel(Model):
             head_dim=head_dim,
             vocab_size=raw.integer("vocab_size"),
             max_position_embeddings=raw.integer("max_position_embeddings") - cls.first_position,
-            norm_eps=raw.number("layer_norm_eps", 1e-12),
+            norm_eps=raw.number("layer_norm_eps", 1e-12, low=0.0, high=1.0),
             attention_scale=head_dim**-0.5,
             layers=(LayerConfig(0, None),) * num_layers(raw),
             tie_word_embeddings=True,

@@ -94,7 +94,7 @@ def decoder_config(
         head_dim=dim,
         vocab_size=raw.integer("vocab_size"),
         max_position_embeddings=raw.integer("max_position_embeddings"),
-        norm_eps=raw.number("rms_norm_eps", 1e-6),
+        norm_eps=raw.number("rms_norm_eps", 1e-6, low=0.0, high=1.0),
         attention_scale=dim**-0.5 if attention_scale is None else attention_scale,
         layers=layers,
         tie_word_embeddings=raw.flag("tie_word_embeddings", tie_by_default),

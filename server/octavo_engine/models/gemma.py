@@ -48,8 +48,8 @@ class Gemma2ForCausalLM(Decoder):
             raw,
             architecture,
             layers,
-            attention_soft_cap=raw.number("attn_logit_softcapping", 0.0),
-            final_soft_cap=raw.number("final_logit_softcapping", 0.0),
+            attention_soft_cap=raw.number("attn_logit_softcapping", 0.0, low=0.0),
+            final_soft_cap=raw.number("final_logit_softcapping", 0.0, low=0.0),
         )
 
     def make_layer(self, weights: WeightLoader, index: int) -> GemmaLayer:
@@ -80,8 +80,8 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
             architecture,
             layers,
             qk_norm=True,
-            attention_soft_cap=raw.number("attn_logit_softcapping", 0.0),
-            final_soft_cap=raw.number("final_logit_softcapping", 0.0),
+            attention_soft_cap=raw.number("attn_logit_softcapping", 0.0, low=0.0),
+            final_soft_cap=raw.number("final_logit_softcapping", 0.0, low=0.0),
         )
 
 
@@ -93,7 +93,7 @@ def _gemma_config(
         architecture,
         layers,
         tie_by_default=True,
-        attention_scale=raw.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        attention_scale=raw.number("query_pre_attn_scalar", 256.0, low=1.0) ** -0.5,
         default_activation=Activation.GELU,
         embedding_scale=raw.integer("hidden_size") ** 0.5,
         norm_offset=1.0,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from octavo_engine.errors import ModelLoadError
 
 MAX_SIZE = 1 << 24  # no width, count or length of a real model comes near
+MAX_NUMBER = 1e12
 
 
 class RawConfig:
@@ -30,10 +30,12 @@ class RawConfig:
             raise self.wrong(key, f"an integer from {low} to {high}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(
+        self, key: str, default: float | None = None, *, low: float = -MAX_NUMBER, high: float = MAX_NUMBER
+    ) -> float:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.wrong(key, "a finite number")
+        if not _is_number(value) or not low <= value <= high:
+            raise self.wrong(key, f"a number from {low:g} to {high:g}")
         return float(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -48,10 +50,12 @@ class RawConfig:
             raise self.wrong(key, "a string")
         return value
 
-    def numbers(self, key: str, default: tuple[float, ...] | None = None) -> tuple[float, ...]:
+    def numbers(
+        self, key: str, default: tuple[float, ...] | None = None, *, low: float = -MAX_NUMBER, high: float = MAX_NUMBER
+    ) -> tuple[float, ...]:
         value = self._get(key, default)
-        if not isinstance(value, list | tuple) or not all(isinstance(v, int | float) for v in value):
-            raise self.wrong(key, "a list of numbers")
+        if not isinstance(value, list | tuple) or not all(_is_number(v) and low <= v <= high for v in value):
+            raise self.wrong(key, f"a list of numbers from {low:g} to {high:g}")
         return tuple(float(v) for v in value)
 
     def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
@@ -89,3 +93,8 @@ class RawConfig:
         if default is None:
             raise ModelLoadError(f"{self.origin}: {key} is missing")
         return default
+
+
+def _is_number(value: Any) -> bool:
+    """A JSON number; comparisons with finite bounds then rule out NaN and infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.models.raw_config import RawConfig
 
+_TINY = 1e-3
+
 
 class RopeKind(enum.StrEnum):
     """How rotary frequencies are stretched beyond the length a model was first trained for."""
@@ -49,11 +51,11 @@ def rope_config(raw: RawConfig, section: RawConfig | None = None, *, default_the
     section: the object to read instead of `rope_parameters` (models with several ropes).
     """
     rope = section or raw.section("rope_parameters") or raw.section("rope_scaling") or RawConfig({}, raw.origin)
-    theta = rope.number("rope_theta", raw.number("rope_theta", default_theta))
-    partial = rope.number("partial_rotary_factor", raw.number("partial_rotary_factor", 1.0))
+    theta = rope.number("rope_theta", raw.number("rope_theta", default_theta), low=1.001)
+    partial = rope.number("partial_rotary_factor", raw.number("partial_rotary_factor", 1.0), low=0.0, high=1.0)
     rotary_dim = int(head_layout(raw)[2] * partial)
-    if theta <= 0 or rotary_dim < 2 or rotary_dim % 2:
-        raise ModelLoadError(f"{rope.origin}: rope_theta {theta} with {rotary_dim} rotary dimensions is impossible")
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ModelLoadError(f"{rope.origin}: partial_rotary_factor leaves {rotary_dim} rotary dimensions: impossible")
     name = rope.text("rope_type", rope.text("type", "default"))
     if name in ("default", "dynamic"):  # dynamic scaling acts only beyond max_position_embeddings, our limit
         return RopeConfig(theta, rotary_dim)
@@ -74,25 +76,27 @@ def _llama3(raw: RawConfig, rope: RawConfig, theta: float, rotary_dim: int) -> R
         RopeKind.LLAMA3,
         factor=_factor(rope),
         original_max_position=rope.integer("original_max_position_embeddings"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
+        low_freq_factor=(low := rope.number("low_freq_factor", low=_TINY)),
+        high_freq_factor=rope.number("high_freq_factor", low=low + _TINY),
     )
 
 
 def _yarn(raw: RawConfig, rope: RawConfig, theta: float, rotary_dim: int) -> RopeConfig:
     original = rope.integer("original_max_position_embeddings", raw.integer("max_position_embeddings"))
     factor = _factor(rope, raw.integer("max_position_embeddings") / original)
-    derived = _yarn_attention_factor(factor, rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0))
+    derived = _yarn_attention_factor(
+        factor, rope.number("mscale", 0.0, low=0.0, high=100.0), rope.number("mscale_all_dim", 0.0, low=0.0, high=100.0)
+    )
     return RopeConfig(
         theta,
         rotary_dim,
         RopeKind.YARN,
         factor=factor,
         original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=rope.number("beta_fast", 32.0, low=_TINY),
+        beta_slow=rope.number("beta_slow", 1.0, low=_TINY),
         truncate=rope.flag("truncate", True),
-        attention_factor=rope.number("attention_factor", derived),
+        attention_factor=rope.number("attention_factor", derived, low=_TINY, high=1e3),
     )
 
 
@@ -112,17 +116,14 @@ def _longrope(raw: RawConfig, rope: RawConfig, theta: float, rotary_dim: int) ->
         rotary_dim,
         RopeKind.LONGROPE,
         original_max_position=original,
-        attention_factor=rope.number("attention_factor", derived),
+        attention_factor=rope.number("attention_factor", derived, low=_TINY, high=1e3),
         short_factor=factors[0],
         long_factor=factors[1],
     )
 
 
 def _factor(rope: RawConfig, default: float | None = None) -> float:
-    factor = rope.number("factor", default)
-    if factor <= 0:
-        raise rope.wrong("factor", "positive")
-    return factor
+    return rope.number("factor", default, low=_TINY, high=1e6)
 
 
 def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
