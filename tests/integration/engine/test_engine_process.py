@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 import pytest_asyncio
@@ -125,6 +126,35 @@ async def test_cancelling_the_consumer_frees_its_blocks(client: EngineProcessCli
 async def test_embeddings_come_back_as_vectors(client: EngineProcessClient) -> None:
     output = await client.embed(request_id="e", prompt_token_ids=[1, 2])
     assert output.embedding == [3.0, 2.0, 0.0, 1.0]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_thousand_random_cancels_leave_nothing_behind(client: EngineProcessClient) -> None:
+    rng = Random(0)
+
+    async def one(number: int) -> None:
+        prompt = [1, 2, 3, 4, 5, 6, 7, number % 80]
+        sampling = SamplingParams(max_tokens=rng.randint(1, 12), temperature=0.0)
+        leave_after = rng.choice([0, 1, 3, 100])
+        tokens: list[int] = []
+        stream = client.generate(request_id=f"cancel{number}", prompt_token_ids=prompt, sampling=sampling)
+        try:
+            async with asyncio.timeout(rng.choice([0.001, 0.05, 60.0])):
+                async for output in stream:
+                    tokens.extend(output.token_ids)
+                    if len(tokens) > leave_after:
+                        break
+        except TimeoutError:
+            pass
+        finally:
+            await stream.aclose()
+        assert tokens == greedy(prompt, sampling.max_tokens)[: len(tokens)]
+
+    for start in range(0, 1_000, 50):
+        await asyncio.gather(*(one(number) for number in range(start, start + 50)))
+    await until(lambda: client.stats.num_running == 0 and client.stats.num_waiting == 0)
+    assert client.stats.kv_blocks_used == 0
+    client.check_health()
 
 
 async def test_a_full_queue_refuses_and_names_a_time() -> None:
