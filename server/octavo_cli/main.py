@@ -43,6 +43,9 @@ COMMANDS: dict[str, Command] = {
     "tune": Command("octavo_cli.tune", "tune", "Measure kernel configurations on this GPU.", WORK, "gpu"),
     "pull": Command("octavo_cli.pull", "pull", "Download a model into a folder.", WORK, "server"),
     "batch": Command("octavo_cli.batch", "batch", "Run a file of requests, resumably.", WORK, "server"),
+    "simulate": Command(
+        "octavo_cli.simulate", "simulate_command", "Play a trace against scaling laws.", CLUSTER, "operator"
+    ),
     "doctor": Command("octavo_cli.doctor", "doctor", "Say what this machine can do.", WORK, "server"),
 }
 
