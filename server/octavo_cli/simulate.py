@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -115,7 +116,8 @@ def _recorded(path: Path) -> list[Arrival]:
 
 
 def _table(reports: Sequence[Report], slo_ttft: float) -> Table:
-    table = Table(title=TITLE.format(reports[0].requests), title_justify="left")
+    title = TITLE.format(reports[0].requests)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("law", no_wrap=True)
     for column in ("hours", f"TTFT≤{slo_ttft:g}s", "missed", "p95", "turns", "peak"):
         table.add_column(column, justify="right", no_wrap=True)
