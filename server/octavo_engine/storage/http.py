@@ -91,12 +91,14 @@ class HttpClient:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
-        if part.exists():
-            on_bytes(part.stat().st_size)
-        for attempt in range(MAX_ATTEMPTS):
+        on_bytes(_size(part))
+        attempt = 0
+        while True:
+            before = _size(part)
             with self._retrying(file.url, attempt):
                 self._continue(file, part, on_bytes)
                 break
+            attempt = attempt + 1 if _size(part) <= before else 1  # a slow but moving download may break many times
         _verify(file, part)
         part.rename(target)
         _validator_path(part).unlink(missing_ok=True)
@@ -104,7 +106,7 @@ class HttpClient:
 
     def _continue(self, file: RemoteFile, part: Path, on_bytes: Callable[[int], None]) -> None:
         """Ask for what is missing and append it."""
-        have = part.stat().st_size if part.exists() else 0
+        have = _size(part)
         validator_path = _validator_path(part)
         validator = validator_path.read_text() if validator_path.exists() else ""
         if have and not validator and file.sha256 is None and file.git_blob_sha1 is None:
@@ -242,6 +244,10 @@ def _content_length(response: http.client.HTTPResponse) -> int | None:
 def _range_start(response: http.client.HTTPResponse) -> int | None:
     text = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
     return int(text) if text.isdigit() else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _validator_path(part: Path) -> Path:

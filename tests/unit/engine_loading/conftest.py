@@ -15,12 +15,14 @@ from octavo_engine.storage import http
 
 @dataclass
 class FileServer:
-    """Serves `files` by path. `failures[path]` are statuses answered first; `cut[path]` ends a body early, once."""
+    """Serves `files` by path. `failures[path]` are statuses answered first; `cut[path]` ends a body early, once;
+    `cut_all` ends every body after so many bytes."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, list[int]] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    cut_all: int | None = None
     redirects: dict[str, str] = field(default_factory=dict)
     token: str | None = None
     ranges: bool = True
@@ -70,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        cut = self.state.cut.pop(self.path, None) if status < 300 else None
+        cut = self.state.cut.pop(self.path, self.state.cut_all) if status < 300 else None
         self.wfile.write(body[:cut])
         if cut is not None:
             self.close_connection = True

@@ -40,6 +40,21 @@ def test_a_connection_that_breaks_is_resumed_where_it_stopped(file_server, tmp_p
     assert sum(counts) == len(BODY)
 
 
+def test_a_download_that_keeps_moving_may_break_many_times(file_server, tmp_path: Path) -> None:
+    file_server.files["/f"] = BODY
+    file_server.cut_all = len(BODY) // 20
+    assert _client().download(_file(file_server), tmp_path, lambda _: None).read_bytes() == BODY
+    assert file_server.count("/f") > 2 * MAX_ATTEMPTS
+
+
+def test_a_download_that_never_moves_ends(file_server, tmp_path: Path) -> None:
+    file_server.files["/f"] = BODY
+    file_server.cut_all = 0
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        _client().download(_file(file_server), tmp_path, lambda _: None)
+    assert file_server.count("/f") == MAX_ATTEMPTS
+
+
 def test_a_server_without_ranges_makes_us_start_over(file_server, tmp_path: Path) -> None:
     file_server.files["/f"] = BODY
     file_server.ranges = False
