@@ -44,6 +44,10 @@ def serve(
     chat_template: Annotated[
         str | None, _option("--chat-template", help="Jinja file that replaces the model's template.", panel=_MODEL)
     ] = None,
+    model_repository: Annotated[
+        str | None,
+        _option("--model-repository", help="Folder of NAME/VERSION/model.onnx, served over v2 as well.", panel=_MODEL),
+    ] = None,
     generation_config: Annotated[
         str | None,
         _option("--generation-config", help="auto: the checkpoint's sampling defaults; or none.", panel=_MODEL),

@@ -14,19 +14,21 @@ from octavo_server import observation
 from octavo_server.boundary import RequestBoundary
 from octavo_server.errors import INTERNAL_ERROR, ApiError
 from octavo_server.oip import http as open_inference
+from octavo_server.oip.repository import Repository
 from octavo_server.openai import chat, completions, embeddings, models, ranking, tokens
 from octavo_server.openapi import add_openapi
 from octavo_server.replica import VERSION, Replica
 from octavo_server.responses import routes as responses
 
 
-def build_app(replica: Replica) -> RequestBoundary:
-    """Every route behind the request boundary."""
+def build_app(replica: Replica, repository: Repository | None = None) -> RequestBoundary:
+    """Every route behind the request boundary. `repository` is shared with the gRPC face where there is one."""
     # Requests are traced at the boundary, where all of their time is seen.
     untraced: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
     app = FastAPI(title="Octavo", version=VERSION, redoc_url=None, telemetry=untraced)
-    for face in (observation, models, chat, completions, responses, tokens, embeddings, ranking, open_inference):
+    for face in (observation, models, chat, completions, responses, tokens, embeddings, ranking):
         app.include_router(face.router(replica))
+    app.include_router(open_inference.router(replica, repository or Repository(replica)))
     add_openapi(app)
 
     @app.exception_handler(ApiError)

@@ -17,7 +17,6 @@ from octavo_server.generation import Generator
 from octavo_server.generation_config import SamplingDefaults, read_sampling_defaults
 from octavo_server.lifecycle import Lifecycle, Phase
 from octavo_server.metrics import Metrics, Snapshot
-from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.parsers.choose import thinks, tool_parser_for
 from octavo_server.served_model import ServedModel
 from octavo_server.settings import ServeSettings
@@ -40,7 +39,6 @@ class Replica:
         self.lifecycle = Lifecycle()
         self.text = TextPool()
         self.metrics = Metrics(self._snapshot, VERSION)
-        self.inference_statistics = ModelStatistics()
         self.telemetry = Telemetry(settings.otlp_endpoint, VERSION)
         self._load_tokenizer = load_tokenizer
         self._served: ServedModel | None = None

@@ -23,6 +23,7 @@ from octavo_server.app import build_app
 from octavo_server.http_protocol import BoundedHeadProtocol
 from octavo_server.logs import configure_logging
 from octavo_server.oip.grpc_server import start_grpc_server
+from octavo_server.oip.repository import Repository
 from octavo_server.replica import Replica, TokenizerLoader
 from octavo_server.settings import ServeSettings
 
@@ -55,16 +56,17 @@ async def _run(settings: ServeSettings, make_engine: EngineFactory, load_tokeniz
         return _fail(str(error))
     signals = _Signals()
     replica = Replica(settings, make_engine(settings.engine_config()), load_tokenizer)
+    repository = Repository(replica)
     try:
-        grpc_server = await _start_grpc(replica)
+        grpc_server = await _start_grpc(replica, repository)
     except ConfigError as error:
         listener.close()
         return _fail(str(error))
-    server = _HttpServer(_http_config(replica))
+    server = _HttpServer(_http_config(replica, repository))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
     try:
-        return await _live(replica, signals)
+        return await _live(replica, repository, signals)
     finally:
         server.should_exit = True
         if grpc_server is not None:
@@ -74,18 +76,18 @@ async def _run(settings: ServeSettings, make_engine: EngineFactory, load_tokeniz
         await serving
 
 
-async def _start_grpc(replica: Replica) -> grpc.aio.Server | None:
+async def _start_grpc(replica: Replica, repository: Repository) -> grpc.aio.Server | None:
     settings = replica.settings
     if not settings.grpc_port:
         return None
-    server, port = await start_grpc_server(replica, settings.host, settings.grpc_port)
+    server, port = await start_grpc_server(replica, repository, settings.host, settings.grpc_port)
     logger.info("listening on grpc://%s:%d", settings.host, port)
     return server
 
 
-async def _live(replica: Replica, signals: _Signals) -> int:
+async def _live(replica: Replica, repository: Repository, signals: _Signals) -> int:
     """Load, serve, drain; returns the exit code."""
-    loading = asyncio.create_task(_load(replica))
+    loading = asyncio.create_task(_load(replica, repository))
     failure = await _first(loading, signals.first)
     if signals.first.is_set():
         return 0
@@ -115,11 +117,12 @@ async def _drain(replica: Replica, signals: _Signals) -> int:
     return 0
 
 
-async def _load(replica: Replica) -> str | None:
+async def _load(replica: Replica, repository: Repository) -> str | None:
     """Start the engine while telling where it stands; returns what went wrong, in one line."""
     started_at = time.monotonic()
     reporting = asyncio.create_task(_report_progress(replica))
     try:
+        await repository.load_files()
         await replica.start()
     except OctavoError as error:
         return " ".join(str(error).split()) or type(error).__name__
@@ -203,9 +206,9 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _http_config(replica: Replica) -> uvicorn.Config:
+def _http_config(replica: Replica, repository: Repository) -> uvicorn.Config:
     return uvicorn.Config(
-        build_app(replica),
+        build_app(replica, repository),
         http=BoundedHeadProtocol,
         ws="none",
         lifespan="off",

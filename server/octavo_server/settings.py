@@ -38,6 +38,7 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     drain_timeout: float = 20.0
     request_timeout: float = 3_600.0
     max_body_bytes: int = LIMITS.body_bytes
+    model_repository: str | None = None  # folder of NAME/VERSION/model.onnx, served beside the engine's model
     chat_template: str | None = None  # path of a Jinja file that replaces the model's own
     generation_config: str = "auto"  # auto: the checkpoint's sampling defaults | none
     tool_call_parser: str = "auto"  # auto | none | hermes | llama3_json
@@ -63,6 +64,8 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
         for name, choices in _CHOICES:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.model_repository is not None and not Path(self.model_repository).is_dir():
+            raise ConfigError(f"model_repository: no folder at {self.model_repository}")
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             raise ConfigError(f"chat_template: no file at {self.chat_template}")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):

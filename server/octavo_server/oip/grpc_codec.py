@@ -8,7 +8,7 @@ from typing import Any
 from octavo_server.errors import bad_request
 from octavo_server.limits import LIMITS
 from octavo_server.oip import open_inference_pb2 as pb
-from octavo_server.oip.models import VERSION, InferRequest, InferResponse, ParameterValue
+from octavo_server.oip.models import InferRequest, InferResponse, ParameterValue
 from octavo_server.oip.tensors import Tensor, checked_count, tensor_from_raw, tensor_from_values
 
 _CONTENTS = {
@@ -50,10 +50,10 @@ def decode_parameters(parameters: Mapping[str, Any]) -> dict[str, ParameterValue
 
 
 def encode_response(
-    model: str, request_id: str, response: InferResponse, *, tell_final: bool = False
+    model: str, version: str, request_id: str, response: InferResponse, *, tell_final: bool = False
 ) -> pb.ModelInferResponse:
     """Outputs always raw: clients read nothing else. `tell_final` adds `triton_final_response`."""
-    message = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request_id)
+    message = pb.ModelInferResponse(model_name=model, model_version=version, id=request_id)
     if tell_final:
         message.parameters["triton_final_response"].bool_param = response.final
     for tensor in response.outputs:

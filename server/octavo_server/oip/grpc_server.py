@@ -14,12 +14,15 @@ from grpc_reflection.v1alpha import reflection
 from octavo_engine.errors import ConfigError
 from octavo_server.lifecycle import Phase
 from octavo_server.oip.grpc_service import SERVICE, inference_handler
+from octavo_server.oip.repository import Repository
 from octavo_server.replica import Replica
 
 _WATCH_INTERVAL_S = 0.5
 
 
-async def start_grpc_server(replica: Replica, host: str, port: int) -> tuple[grpc.aio.Server, int]:
+async def start_grpc_server(
+    replica: Replica, repository: Repository, host: str, port: int
+) -> tuple[grpc.aio.Server, int]:
     """Listen on `port` (0: any) and return the server with the port it got; raises `ConfigError` when it is taken."""
     server = grpc.aio.server(
         options=[
@@ -30,7 +33,7 @@ async def start_grpc_server(replica: Replica, host: str, port: int) -> tuple[grp
         ],
         maximum_concurrent_rpcs=None,
     )
-    server.add_generic_rpc_handlers((inference_handler(replica),))
+    server.add_generic_rpc_handlers((inference_handler(replica, repository),))
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(replica), server)
     reflection.enable_server_reflection(
         (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server

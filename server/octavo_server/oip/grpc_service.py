@@ -26,7 +26,7 @@ from octavo_server.oip.grpc_codec import (
     encode_statistics,
 )
 from octavo_server.oip.models import InferResponse, with_parameters
-from octavo_server.oip.repository import EXTENSIONS, SERVER_NAME, Repository
+from octavo_server.oip.repository import EXTENSIONS, SERVER_NAME, Repository, config, metadata, statistics
 from octavo_server.replica import VERSION as SERVER_VERSION
 from octavo_server.replica import Replica
 
@@ -50,9 +50,9 @@ logger = logging.getLogger("octavo.server")
 class InferenceService:
     """One method per call of the protocol."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, repository: Repository) -> None:
         self._replica = replica
-        self._repository = Repository(replica)
+        self._repository = repository
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=self._repository.live)
@@ -67,17 +67,15 @@ class InferenceService:
         return pb.ModelReadyResponse(ready=self._repository.model_ready(request.name, request.version))
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
-        self._repository.model.check(request.name, request.version)
-        return encode_metadata(self._repository.metadata())
+        return encode_metadata(metadata(self._repository.find(request.name, request.version)))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Any) -> pb.ModelConfigResponse:
-        self._repository.model.check(request.name, request.version)
-        return pb.ModelConfigResponse(config=encode_config(self._repository.config()))
+        model = self._repository.find(request.name, request.version)
+        return pb.ModelConfigResponse(config=encode_config(config(model)))
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Any) -> pb.ModelStatisticsResponse:
-        if request.name:
-            self._repository.model.check(request.name, request.version)
-        return pb.ModelStatisticsResponse(model_stats=[encode_statistics(self._repository.statistics())])
+        found = [self._repository.find(request.name, request.version)] if request.name else self._repository.models
+        return pb.ModelStatisticsResponse(model_stats=[encode_statistics(statistics(model)) for model in found])
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
         entries = self._repository.index(ready_only=request.ready)
@@ -86,7 +84,7 @@ class InferenceService:
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Any
     ) -> pb.RepositoryModelLoadResponse:
-        self._repository.load(request.model_name, decode_parameters(request.parameters))
+        await self._repository.load(request.model_name, decode_parameters(request.parameters))
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -114,13 +112,12 @@ class InferenceService:
         return response
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
-        model = self._repository.model
         with self._admitted():
-            model.check(request.model_name, request.model_version)
+            model = self._repository.find(request.model_name, request.model_version)
             decoded = decode_request(request)
             caller = with_parameters(_caller(context), decoded)
             response = await model.infer_once(decoded, caller)
-            return encode_response(request.model_name, request.id, response)
+            return encode_response(request.model_name, model.version, request.id, response)
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
@@ -164,10 +161,9 @@ class InferenceService:
         caller: Caller,
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None],
     ) -> None:
-        model = self._repository.model
         try:
             with self._admitted():
-                model.check(request.model_name, request.model_version)
+                model = self._repository.find(request.model_name, request.model_version)
                 decoded = decode_request(request)
                 wants_empty_final = bool(decoded.parameters.get("triton_enable_empty_final_response"))
                 run = model.infer(decoded, with_parameters(caller, decoded))
@@ -175,10 +171,14 @@ class InferenceService:
                     async for response in run:
                         if wants_empty_final:
                             response = InferResponse(response.outputs, final=False)
-                        message = encode_response(request.model_name, request.id, response, tell_final=True)
+                        message = encode_response(
+                            request.model_name, model.version, request.id, response, tell_final=True
+                        )
                         responses.put_nowait(pb.ModelStreamInferResponse(infer_response=message))
                 if wants_empty_final:
-                    message = encode_response(request.model_name, request.id, InferResponse([]), tell_final=True)
+                    message = encode_response(
+                        request.model_name, model.version, request.id, InferResponse([]), tell_final=True
+                    )
                     responses.put_nowait(pb.ModelStreamInferResponse(infer_response=message))
         except ApiError as error:
             self._replica.metrics.rejected(error.reason)
@@ -203,9 +203,9 @@ class InferenceService:
             self._replica.lifecycle.release(in_flight)
 
 
-def inference_handler(replica: Replica) -> grpc.GenericRpcHandler:
+def inference_handler(replica: Replica, repository: Repository) -> grpc.GenericRpcHandler:
     """The service with errors turned into gRPC statuses."""
-    service = InferenceService(replica)
+    service = InferenceService(replica, repository)
     descriptor = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     handlers = {}
     for method in descriptor.methods:

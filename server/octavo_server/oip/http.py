@@ -16,8 +16,8 @@ from octavo_server.event_stream import EventStream, encode_event
 from octavo_server.json_response import JsonResponse
 from octavo_server.oip.generate import generate_request, generate_response
 from octavo_server.oip.http_codec import HEADER_LENGTH, compress, decode_request, decompress, encode_response
-from octavo_server.oip.models import VERSION, InferRequest, with_parameters
-from octavo_server.oip.repository import EXTENSIONS, SERVER_NAME, Repository
+from octavo_server.oip.models import InferRequest, with_parameters
+from octavo_server.oip.repository import EXTENSIONS, SERVER_NAME, Repository, config, metadata, statistics
 from octavo_server.parsing import json_object
 from octavo_server.replica import VERSION as SERVER_VERSION
 from octavo_server.replica import Replica
@@ -26,10 +26,9 @@ _MODEL = "/v2/models/{name}"
 _MODEL_VERSION = "/v2/models/{name}/versions/{version}"
 
 
-def router(replica: Replica) -> APIRouter:
+def router(replica: Replica, repository: Repository) -> APIRouter:
     """Server, model, inference and repository routes."""
     routes = APIRouter(tags=["open inference protocol"])
-    repository = Repository(replica)
     _add_server_routes(routes, repository)
     _add_repository_routes(routes, repository)
     _add_model_routes(routes, repository)
@@ -91,7 +90,7 @@ def _add_repository_routes(routes: APIRouter, repository: Repository) -> None:
     @routes.post("/v2/repository/models/{name:path}/load")
     async def load(name: str, http: Request) -> Response:
         """Succeeds for the model that is served."""
-        repository.load(name, (json_object(await http.body())).get("parameters") or {})
+        await repository.load(name, (json_object(await http.body())).get("parameters") or {})
         return JsonResponse({})
 
     @routes.post("/v2/repository/models/{name:path}/unload")
@@ -105,14 +104,13 @@ def _add_model_routes(routes: APIRouter, repository: Repository) -> None:
     @routes.get("/v2/models/stats")
     async def all_statistics() -> Response:
         """Statistics of every model."""
-        return JsonResponse({"model_stats": [repository.statistics()]})
+        return JsonResponse({"model_stats": [statistics(model) for model in repository.models]})
 
     @routes.get(f"{_MODEL}/stats")
     @routes.get(f"{_MODEL_VERSION}/stats")
-    async def statistics(name: str, version: str = "") -> Response:
+    async def model_statistics(name: str, version: str = "") -> Response:
         """Statistics of one model."""
-        repository.model.check(name, version)
-        return JsonResponse({"model_stats": [repository.statistics()]})
+        return JsonResponse({"model_stats": [statistics(repository.find(name, version))]})
 
     @routes.get(f"{_MODEL}/ready")
     @routes.get(f"{_MODEL_VERSION}/ready")
@@ -122,31 +120,27 @@ def _add_model_routes(routes: APIRouter, repository: Repository) -> None:
 
     @routes.get(f"{_MODEL}/config")
     @routes.get(f"{_MODEL_VERSION}/config")
-    async def config(name: str, version: str = "") -> Response:
+    async def model_config(name: str, version: str = "") -> Response:
         """Triton's model configuration."""
-        repository.model.check(name, version)
-        return JsonResponse(repository.config())
+        return JsonResponse(config(repository.find(name, version)))
 
     @routes.get(_MODEL)
     @routes.get(_MODEL_VERSION)
-    async def metadata(name: str, version: str = "") -> Response:
+    async def model_metadata(name: str, version: str = "") -> Response:
         """The tensors a model takes and gives."""
-        repository.model.check(name, version)
-        return JsonResponse(repository.metadata())
+        return JsonResponse(metadata(repository.find(name, version)))
 
 
 def _add_inference_routes(routes: APIRouter, repository: Repository, replica: Replica) -> None:
-    model = repository.model
-
     @routes.post(f"{_MODEL}/infer")
     @routes.post(f"{_MODEL_VERSION}/infer")
     async def infer(name: str, http: Request, version: str = "") -> Response:
         """Tensors in, tensors out."""
-        model.check(name, version)
+        model = repository.find(name, version)
         body = decompress(await http.body(), http.headers.get("content-encoding"))
         decoded = await replica.text.run(decode_request, body, http.headers.get(HEADER_LENGTH))
         response = await model.infer_once(decoded.request, _caller(http, decoded.request))
-        content, header_length = encode_response(name, VERSION, decoded, response.outputs)
+        content, header_length = encode_response(name, model.version, decoded, response.outputs)
         content, encoding = compress(content, http.headers.get("accept-encoding", ""))
         headers = {} if encoding is None else {"content-encoding": encoding}
         if header_length is not None:
@@ -158,7 +152,7 @@ def _add_inference_routes(routes: APIRouter, repository: Repository, replica: Re
     @routes.post(f"{_MODEL_VERSION}/generate")
     async def generate(name: str, http: Request, version: str = "") -> Response:
         """Text in, text out, as flat JSON."""
-        model.check(name, version)
+        model = repository.find(name, version)
         request = generate_request(await http.body(), model.inputs, stream=False)
         response = await model.infer_once(request, _caller(http, request))
         return JsonResponse(generate_response(name, request.id, response))
@@ -167,7 +161,7 @@ def _add_inference_routes(routes: APIRouter, repository: Repository, replica: Re
     @routes.post(f"{_MODEL_VERSION}/generate_stream")
     async def generate_stream(name: str, http: Request, version: str = "") -> Response:
         """Text in, server-sent events out; `stream` false gives one event."""
-        model.check(name, version)
+        model = repository.find(name, version)
         request = generate_request(await http.body(), model.inputs, stream=True)
         run = model.infer(request, _caller(http, request))
         first = await anext(run)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from octavo_engine.messages import FinishReason
 from octavo_server.caller import Caller
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.generation import Delta, SequenceRequest
+from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.oip.tensors import Tensor, TensorSpec
 from octavo_server.openai.request_types import REFUSED_FIELDS, MaxTokens, SamplingFields
 from octavo_server.openai.sampling import sampling_params
@@ -44,6 +46,41 @@ class InferResponse:
     final: bool = True
 
 
+class V2Model(Protocol):
+    """A model as the protocol sees it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def platform(self) -> str: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def decoupled(self) -> bool:
+        """Whether one request may get several responses."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def statistics(self) -> ModelStatistics: ...
+    @property
+    def execution_count(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+
+    def infer(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
+        """Every response of a request; raises `ApiError`."""
+
+    async def infer_once(self, request: InferRequest, caller: Caller) -> InferResponse:
+        """The only response of a request; raises `ApiError`."""
+
+
 class TritonSampling(SamplingFields, frozen=True, kw_only=True):
     """The JSON of the `sampling_parameters` tensor."""
 
@@ -56,7 +93,35 @@ class ServedV2Model:
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self.statistics = replica.inference_statistics
+        self.statistics = ModelStatistics()
+
+    @property
+    def name(self) -> str:
+        return self.served.name
+
+    @property
+    def version(self) -> str:
+        return VERSION
+
+    @property
+    def backend(self) -> str:
+        return "octavo"
+
+    @property
+    def device(self) -> str:
+        return self.served.info.device
+
+    @property
+    def decoupled(self) -> bool:
+        return self.generates
+
+    @property
+    def execution_count(self) -> int:
+        return self.statistics.success.count
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.served.info.weight_bytes
 
     @property
     def served(self) -> ServedModel:
@@ -79,12 +144,6 @@ class ServedV2Model:
         if self.generates:
             return _GENERATE_OUTPUTS
         return (TensorSpec("embedding", "FP32", (self.served.info.hidden_size,)),)
-
-    def check(self, name: str, version: str) -> None:
-        """Raise a 404 for another model or version."""
-        self.served.check_name(name)
-        if version not in ("", VERSION):
-            raise ApiError(404, f"model {name} has no version {version[:20]!r}", reason="unknown_model")
 
     async def infer(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
         """Run one request; several responses when its `stream` input is true. Raises `ApiError`."""

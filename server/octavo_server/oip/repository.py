@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from octavo_engine.errors import ModelLoadError
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.lifecycle import Phase
-from octavo_server.oip.models import VERSION, ServedV2Model
+from octavo_server.oip.model_files import find_models
+from octavo_server.oip.models import VERSION, ServedV2Model, V2Model
+from octavo_server.oip.onnx_model import OnnxModel
 from octavo_server.replica import Replica
 
 SERVER_NAME = "octavo"
@@ -22,16 +27,38 @@ EXTENSIONS = (
     "logging",
     "generate",
 )
+logger = logging.getLogger("octavo.server")
 LOG_LEVELS = {"log_info": logging.INFO, "log_warning": logging.WARNING, "log_error": logging.ERROR}
 
 
 class Repository:
-    """One engine, one model: it can be looked at, but lives and dies with the replica."""
+    """The engine's own model, which lives and dies with the replica, and files that are loaded and unloaded at will."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self.model = ServedV2Model(replica)
+        self._engine_model = ServedV2Model(replica)
+        self._files: dict[str, OnnxModel] = {}
         self._log_verbose = 0
+
+    async def load_files(self) -> None:
+        """Load every model of the repository folder; raises `ModelLoadError`."""
+        for name in self._found():
+            await self._load_file(name)
+
+    def find(self, name: str, version: str = "") -> V2Model:
+        """A model that can be used now; raises a 404."""
+        model: V2Model | None = self._files.get(name)
+        if model is None:
+            self._engine_model.served.check_name(name)
+            model = self._engine_model
+        if version not in ("", model.version):
+            raise ApiError(404, f"model {name[:128]} has no version {version[:20]!r}", reason="unknown_model")
+        return model
+
+    @property
+    def models(self) -> list[V2Model]:
+        """Every model that can be used now."""
+        return [self._engine_model, *self._files.values()]
 
     @property
     def live(self) -> bool:
@@ -44,37 +71,71 @@ class Repository:
     def model_ready(self, name: str, version: str) -> bool:
         """Whether inference on this model works; an unknown model is just not ready."""
         try:
-            self.model.check(name, version)
+            self.find(name, version)
         except ApiError:
             return False
         return self.ready
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
-        """Every served name with its state."""
+        """Every served name and every file with its state."""
         phase = self._replica.lifecycle.phase
         if phase is Phase.STARTING:
             names: tuple[str, ...] = self._replica.settings.served_model_names or (self._replica.settings.model,)
             state = "LOADING"
         else:
-            names = self.model.served.names
+            names = self._engine_model.served.names
             state = "READY" if self.ready else "UNAVAILABLE"
-        if ready_only and state != "READY":
-            return []
         reason = "" if state == "READY" else self._replica.health_problem() or phase.value
-        return [{"name": name, "version": VERSION, "state": state, "reason": reason} for name in names]
+        rows = [{"name": name, "version": VERSION, "state": state, "reason": reason} for name in names]
+        for name, (version, _) in self._found().items():
+            loaded = self._files.get(name)
+            rows.append({
+                "name": name,
+                "version": version if loaded is None else loaded.version,
+                "state": "UNAVAILABLE" if loaded is None else "READY",
+                "reason": "unloaded" if loaded is None else "",
+            })  # fmt: skip
+        return [row for row in rows if row["state"] == "READY" or not ready_only]
 
-    def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Loading the model that is served changes nothing; any other is refused."""
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Load a file again; loading the engine's own model changes nothing; anything else is refused."""
         if parameters:
-            raise bad_request("parameters: this replica takes its configuration from its flags only", "parameters")
-        self.model.check(name, "")
+            raise bad_request("parameters: models are loaded as they lie in the repository folder", "parameters")
+        if name not in self._found():
+            self._engine_model.served.check_name(name)
+            return
+        try:
+            await self._load_file(name)
+        except ModelLoadError as error:
+            raise bad_request(f"model {name} cannot be loaded; the server's log says why", "name") from error
 
     def unload(self, name: str) -> None:
-        """Refused: memory is freed by ending the replica, which is the operator's decision."""
-        self.model.check(name, "")
+        """Free a file's model. The engine's own is freed by ending the replica, which is the operator's decision."""
+        model = self._files.pop(name, None)
+        if model is not None:
+            model.close()
+            return
+        self._engine_model.served.check_name(name)
         raise ApiError(
             501, f"{name} lives as long as its replica; scale the service down instead", reason="unload_refused"
         )
+
+    def _found(self) -> dict[str, tuple[str, Path]]:
+        folder = self._replica.settings.model_repository
+        return {} if folder is None else find_models(Path(folder))
+
+    async def _load_file(self, name: str) -> None:
+        version, path = self._found()[name]
+        try:
+            model = await asyncio.to_thread(OnnxModel, name, version, path)
+        except ModelLoadError as error:
+            logger.warning("%s", error)
+            raise
+        previous = self._files.get(name)
+        self._files[name] = model
+        if previous is not None:
+            previous.close()
+        logger.info("loaded %s version %s from the model repository", name, version)
 
     def trace_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Tracing is set by --otlp-endpoint for the whole replica; it can be read here."""
@@ -112,60 +173,58 @@ class Repository:
             "log_format": "default",
         }
 
-    def metadata(self) -> dict[str, Any]:
-        """Of the model, as HTTP shows it."""
-        model = self.model
-        return {
-            "name": model.served.name,
-            "versions": [VERSION],
-            "platform": model.platform,
-            "inputs": [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in model.inputs],
-            "outputs": [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in model.outputs],
-        }
 
-    def config(self) -> dict[str, Any]:
-        """Triton's model configuration, as HTTP shows it."""
-        model = self.model
-        return {
-            "name": model.served.name,
-            "platform": model.platform,
-            "backend": "octavo",
-            "max_batch_size": 0,
-            "input": [
-                {
-                    "name": spec.name,
-                    "data_type": config_type(spec.datatype),
-                    "dims": list(spec.shape),
-                    "optional": spec.optional,
-                }
-                for spec in model.inputs
-            ],
-            "output": [
-                {"name": spec.name, "data_type": config_type(spec.datatype), "dims": list(spec.shape)}
-                for spec in model.outputs
-            ],
-            "model_transaction_policy": {"decoupled": model.generates},
-        }
+def metadata(model: V2Model) -> dict[str, Any]:
+    """Of a model, as HTTP shows it."""
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": model.platform,
+        "inputs": [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in model.inputs],
+        "outputs": [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in model.outputs],
+    }
 
-    def statistics(self) -> dict[str, Any]:
-        """Triton's statistics, as HTTP shows them."""
-        model = self.model
-        counts = model.statistics
-        return {
-            "name": model.served.name,
-            "version": VERSION,
-            "last_inference": counts.last_inference_ms,
-            "inference_count": counts.success.count,
-            "execution_count": counts.success.count,
-            "inference_stats": {
-                name: {"count": duration.count, "ns": duration.ns} for name, duration in counts.durations().items()
-            },
-            "response_stats": {},
-            "batch_stats": [],
-            "memory_usage": [
-                {"type": model.served.info.device.upper(), "id": 0, "byte_size": model.served.info.weight_bytes}
-            ],
-        }
+
+def config(model: V2Model) -> dict[str, Any]:
+    """Triton's model configuration, as HTTP shows it."""
+    return {
+        "name": model.name,
+        "platform": model.platform,
+        "backend": model.backend,
+        "max_batch_size": 0,
+        "input": [
+            {
+                "name": spec.name,
+                "data_type": config_type(spec.datatype),
+                "dims": list(spec.shape),
+                "optional": spec.optional,
+            }
+            for spec in model.inputs
+        ],
+        "output": [
+            {"name": spec.name, "data_type": config_type(spec.datatype), "dims": list(spec.shape)}
+            for spec in model.outputs
+        ],
+        "model_transaction_policy": {"decoupled": model.decoupled},
+    }
+
+
+def statistics(model: V2Model) -> dict[str, Any]:
+    """Triton's statistics, as HTTP shows them."""
+    counts = model.statistics
+    return {
+        "name": model.name,
+        "version": model.version,
+        "last_inference": counts.last_inference_ms,
+        "inference_count": counts.success.count,
+        "execution_count": model.execution_count,
+        "inference_stats": {
+            name: {"count": duration.count, "ns": duration.ns} for name, duration in counts.durations().items()
+        },
+        "response_stats": {},
+        "batch_stats": [],
+        "memory_usage": [{"type": model.device.upper(), "id": 0, "byte_size": model.memory_bytes}],
+    }
 
 
 def config_type(datatype: str) -> str:
