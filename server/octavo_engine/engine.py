@@ -10,7 +10,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.embedding import EmbeddingQueue
-from octavo_engine.errors import ConfigError, InvalidRequestError, QueueFullError, RequestFailedError
+from octavo_engine.errors import InvalidRequestError, QueueFullError, RequestFailedError
 from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
@@ -34,7 +34,7 @@ from octavo_engine.sampler.noise import request_seed
 from octavo_engine.sampler.sampler import ALL_EXCLUDED, NOT_FINITE, Sampler
 from octavo_engine.sampler.state import SamplerState, TokenConstraint
 from octavo_engine.scheduler.batch import Batch
-from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.limits import limits_for
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
 from octavo_engine.scheduler.sequence import SequenceState
@@ -43,12 +43,10 @@ from octavo_engine.structured.grammar_queue import GrammarQueue
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
 
-DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
 _FAILURES = {
     NOT_FINITE: "the model produced NaN or infinite logits for this request",
     ALL_EXCLUDED: "the request's constraints exclude every token (allowed_token_ids, bad_words, logit_bias)",
 }
-DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
 
 
 class EngineCore:
@@ -82,7 +80,7 @@ class EngineCore:
             tenant_quota=config.prefix_cache_tenant_share,
             events=self._kv_events,
         )
-        self.scheduler = Scheduler(scheduler_limits(config, info.device), BlockManager(self.pool))
+        self.scheduler = Scheduler(limits_for(config, info.device), BlockManager(self.pool))
         if config.num_speculative_tokens:
             self.scheduler.speculator = Speculator(
                 config.num_speculative_tokens, self.scheduler.step_time, self._max_model_len
@@ -297,20 +295,11 @@ class EngineCore:
         constraint = seq.sampler.constraint
         if constraint is not None and not self._follow(seq, constraint, token):
             return
-        tokens = seq.tokens
-        tokens.append(token)
+        seq.tokens.append(token)
         self._generation_tokens += 1
         self.scheduler.fairness.charge_output(seq.tenant)
-        num_output = len(tokens) - seq.num_prompt_tokens
-        sampling = seq.sampling
-        reason: FinishReason | None = None
-        stop_token: int | None = None
-        if token in seq.end_token_ids and num_output >= sampling.min_tokens:
-            reason, stop_token = FinishReason.STOP, token
-        elif constraint is not None and constraint.is_complete:
-            reason = FinishReason.STOP
-        elif num_output >= sampling.max_tokens or len(tokens) >= self._max_model_len:
-            reason = FinishReason.LENGTH
+        reason = self._reason_to_end(seq, token)
+        num_output = seq.num_output_tokens
         if reason is None and num_output > 1 and logprobs is None:
             self._outputs.append(SequenceOutput(request_id=seq.request_id, token_ids=[token]))
             return
@@ -329,12 +318,24 @@ class EngineCore:
                 logprobs=None if logprobs is None else [logprobs],
                 prompt_logprobs=prompt_logprobs,
                 finish_reason=reason,
-                stop_token_id=stop_token,
+                stop_token_id=token if token in seq.end_token_ids and reason is FinishReason.STOP else None,
                 num_cached_tokens=seq.num_cached_tokens,
                 num_preemptions=seq.num_preemptions,
                 queue_time_s=(seq.first_scheduled_s or seq.arrival_s) - seq.arrival_s,
             )
         )
+
+    def _reason_to_end(self, seq: Seq, token: int) -> FinishReason | None:
+        """Why `token`, just appended, is the last one of its sequence; None if it is not."""
+        num_output = len(seq.tokens) - seq.num_prompt_tokens
+        if token in seq.end_token_ids and num_output >= seq.sampling.min_tokens:
+            return FinishReason.STOP
+        constraint = seq.sampler.constraint
+        if constraint is not None and constraint.is_complete:
+            return FinishReason.STOP
+        if num_output >= seq.sampling.max_tokens or len(seq.tokens) >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
 
     def _follow(self, seq: Seq, constraint: TokenConstraint, token: int) -> bool:
         """Move a constraint past a token; a grammar that breaks down ends its request."""
@@ -383,25 +384,3 @@ def effective_max_model_len(model: ModelInfo) -> int:
     if model.task != "generate":
         return model.max_model_len
     return min(model.max_model_len, model.kv_blocks_total * model.kv_block_size)
-
-
-def scheduler_limits(config: EngineConfig, device: str) -> SchedulerLimits:
-    """The scheduler's bounds from the replica's settings; raises `ConfigError` for a budget that starves prefills."""
-    kind = device.partition(":")[0]
-    budget = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS.get(kind, 256), 2 * config.max_num_seqs)
-    if budget <= config.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens: must be above max_num_seqs ({config.max_num_seqs}), got {budget}; "
-            "every running sequence needs one token a step, and prefills need room beside them"
-        )
-    return SchedulerLimits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_num_partial_prefills=config.max_num_partial_prefills,
-        itl_target_s=config.itl_target_s or DEFAULT_ITL_TARGET_S.get(kind, 0.2),
-        max_step_s=config.step_timeout_s / 4,
-        ageing_s=config.priority_ageing_s,
-        tenant_weights=config.tenant_weights,
-        max_queued_requests=config.max_queued_requests,
-        max_queued_tokens=config.max_queued_tokens,
-    )

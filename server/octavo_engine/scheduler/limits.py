@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import ConfigError
+
+DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
+DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -37,3 +43,25 @@ class SchedulerLimits:
     max_logits_rows: int = 512
     min_coming_blocks: int = 4
     deferral_window: int = 16
+
+
+def limits_for(config: EngineConfig, device: str) -> SchedulerLimits:
+    """The scheduler's bounds from the replica's settings; raises `ConfigError` for a budget that starves prefills."""
+    kind = device.partition(":")[0]
+    budget = config.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS.get(kind, 256), 2 * config.max_num_seqs)
+    if budget <= config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens: must be above max_num_seqs ({config.max_num_seqs}), got {budget}; "
+            "every running sequence needs one token a step, and prefills need room beside them"
+        )
+    return SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        itl_target_s=config.itl_target_s or DEFAULT_ITL_TARGET_S.get(kind, 0.2),
+        max_step_s=config.step_timeout_s / 4,
+        ageing_s=config.priority_ageing_s,
+        tenant_weights=config.tenant_weights,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+    )
