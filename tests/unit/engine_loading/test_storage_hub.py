@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -73,6 +74,25 @@ def test_a_cached_model_needs_no_hub(hub) -> None:
     hub.failures = {path: [429] * 99 for path in hub.files}
     assert resolve(f"hf://{REPO}") == first
     assert len(hub.requests) == asked
+
+
+def test_eight_replicas_that_start_at_once_fetch_each_file_once(hub) -> None:
+    publish(hub, CHECKPOINT)
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(lambda _: resolve(f"hf://{REPO}"), range(8)))
+    assert len(folders) == 1
+    assert {hub.count(path) for path, _ in hub.requests} == {1}
+
+
+def test_an_interrupted_download_fetches_only_what_is_missing(hub) -> None:
+    publish(hub, CHECKPOINT)
+    second = f"/{REPO}/resolve/{COMMIT}/model-00002-of-00002.safetensors"
+    hub.failures[second] = [403]
+    with pytest.raises(ModelLoadError):
+        resolve(f"hf://{REPO}")
+    resolve(f"hf://{REPO}")
+    assert hub.count(f"/{REPO}/resolve/{COMMIT}/model-00001-of-00002.safetensors") == 1
+    assert hub.count(second) == 2
 
 
 def test_a_single_gguf_file_can_be_named(hub) -> None:
