@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from octavo_kernels.triton.timing import Limits
     from octavo_kernels.triton.workloads import Call
 
-MISMATCH = 0.02  # relative: bfloat16 results of different summation orders differ by less
+MISMATCH = 0.03  # relative: bfloat16 results of different summation orders and roundings differ by less
 CHECK_BYTES = 8 << 30  # references of larger workloads would take too long
 HEADER = "| workload | backend | median us | spread | GB/s | TFLOP/s | share | peer us | peer / ours | error |"
 

@@ -52,7 +52,8 @@ def capture_cuda_graph() -> Capture:
 
 @dataclass(frozen=True, slots=True)
 class _Rung:
-    """One captured batch size. logits: [size, vocab_size], overwritten by every replay."""
+    """One captured batch size. logits: [size, vocab_size], a view of what all rungs share, overwritten by every
+    replay: an output of its own for each rung would take gigabytes with large vocabularies."""
 
     replay: Replay
     logits: torch.Tensor
@@ -140,16 +141,21 @@ class DecodeGraphs:
     def _captured(self, caches: Sequence[PagedKVCache]) -> tuple[_Buffers, dict[int, _Rung]]:
         block_size = caches[0].block_size
         buffers = _Buffers(self._sizes[-1], -(-self._max_model_len // block_size), self._device)
+        probe = self._padded_logits(buffers, 1, caches)
+        shared = probe.new_empty((self._sizes[-1], probe.shape[1]))
         rungs: dict[int, _Rung] = {}
         for size in reversed(self._sizes):
-            batch = buffers.batch(size, self._max_model_len)
-            token_ids = buffers.token_ids[:size]
 
-            def run(token_ids: torch.Tensor = token_ids, batch: AttentionBatch = batch) -> torch.Tensor:
-                return self._logits(self._hidden(token_ids, batch, caches))
+            def run(size: int = size) -> torch.Tensor:
+                return shared[:size].copy_(self._padded_logits(buffers, size, caches))
 
             rungs[size] = _Rung(*self._capture(run))
         return buffers, rungs
+
+    def _padded_logits(self, buffers: _Buffers, size: int, caches: Sequence[PagedKVCache]) -> torch.Tensor:
+        """Logits of whatever is in the buffers: [size, vocab_size]."""
+        batch = buffers.batch(size, self._max_model_len)
+        return self._logits(self._hidden(buffers.token_ids[:size], batch, caches))
 
 
 class _Buffers:
