@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -115,6 +116,8 @@ class EngineProcessClient:
         arguments = (self._config, self._load, self._address("commands"), self._address("events"), os.getpid())
         self._process = context.Process(target=run_worker, args=arguments, name="octavo-engine", daemon=True)
         self._process.start()
+        # An interpreter that ends without `shutdown` joins its children, and this one ignores SIGTERM.
+        atexit.register(self._kill)
         self._exited = asyncio.Event()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_event_s = time.monotonic()
@@ -263,7 +266,12 @@ class EngineProcessClient:
         while True:
             message = await self._events.recv()
             self._last_event_s = time.monotonic()
-            self._on_event(self._decoder.decode(message))
+            try:
+                self._on_event(self._decoder.decode(message))
+            except msgspec.MsgspecError as error:
+                self._die(f"the engine sent a message this process cannot read: {error}")
+                self._kill()
+                return
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, StepOutput):
@@ -277,7 +285,8 @@ class EngineProcessClient:
         elif isinstance(event, Ready):
             self._model = event.model
             self._progress = None
-            self._ready.set_result(None)
+            if not self._ready.done():
+                self._ready.set_result(None)
         elif isinstance(event, Failed):
             self._die(event.message, event.kind)
 
@@ -335,6 +344,7 @@ class EngineProcessClient:
         except TimeoutError:
             self._kill()
             await self._exited.wait()
+        atexit.unregister(self._kill)
         self._die("the engine was shut down")
         for task in self._tasks:
             task.cancel()

@@ -294,7 +294,8 @@ async def test_interrupting_the_process_group_leaves_the_engine_to_its_parent(cl
     assert await collect(client, "a", [1, 2]) == greedy([1, 2], 8)
 
 
-def test_the_engine_dies_with_its_parent() -> None:
+@pytest.mark.parametrize("ending", ["killed", "returns", "raises"])
+def test_the_engine_dies_with_its_parent(ending: str) -> None:
     script = textwrap.dedent(
         """
         import asyncio, sys, time
@@ -306,18 +307,25 @@ def test_the_engine_dies_with_its_parent() -> None:
             client = EngineProcessClient(EngineConfig(model="fake", block_size=4, num_kv_blocks=8), load_fake)
             await client.start()
             print(client.pid, flush=True)
-            await asyncio.sleep(600)
+            if sys.argv[1] == "raises":
+                raise RuntimeError("a bug in the server")
+            if sys.argv[1] == "killed":
+                await asyncio.sleep(600)
 
         if __name__ == "__main__":
             asyncio.run(main())
         """
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", script, ending]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
         assert parent.stdout is not None
         engine_pid = int(parent.stdout.readline())
-        assert _alive(engine_pid)
+        if ending == "killed":
+            assert _alive(engine_pid)
+            parent.kill()
+        parent.wait(timeout=20)
     finally:
         parent.kill()
         parent.wait()
