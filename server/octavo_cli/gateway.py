@@ -82,6 +82,10 @@ def gateway(
             show_default="open to everybody",
         ),
     ] = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(help="Share tenants' limits with other gateways through this Redis.", show_default="own limits"),
+    ] = None,
     ledger: Annotated[
         str | None, typer.Option(help="Folder of the usage ledger.", show_default="nothing is recorded")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from octavo_gateway.asgi import Headers, header
-from octavo_gateway.errors import AuthenticationError, TenantSuspendedError
+from octavo_gateway.errors import AuthenticationError, GatewayError, TenantSuspendedError
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.inspection import Inspection
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.registry import Resolved
 from octavo_gateway.tenancy import Identity, Limiter, Reservation, TenantDirectory
+from octavo_gateway.tenancy.shared import SharedLimiter, SharedReservation
 from octavo_gateway.usage import Begun, Ledger, PriceTable, UsageMeter, UsageRecord, read_month
 
 _NAMES = {"requests": b"requests", "tokens": b"tokens", "input": b"input-tokens", "output": b"output-tokens"}
@@ -27,6 +29,7 @@ class Charge:
     begun: Begun
     identity: Identity | None
     reservation: Reservation | None
+    shared: SharedReservation | None
     meter: UsageMeter
 
 
@@ -46,6 +49,7 @@ class Accounts:
         self.directory = directory
         self.ledger = ledger
         self.limiter = Limiter()
+        self.shared: SharedLimiter | None = None
         self._metrics = metrics
         self._clock = clock
         self._wall_clock = wall_clock
@@ -78,14 +82,15 @@ class Accounts:
             raise TenantSuspendedError("This tenant is suspended.")
         return identity
 
-    def open(
+    async def open(
         self, exchange: Exchange, identity: Identity | None, resolved: Resolved, seen: Inspection | None, strip: bool
     ) -> Charge:
         """Reserve from the tenant's limits and note the begin. Raises `RateLimitError` or `BudgetExceededError`."""
         prompt, output = (seen.prompt_tokens, seen.output_tokens) if seen is not None else (0, 0)
-        reservation = None
+        reservation = shared = None
         if identity is not None:
             reservation = self.limiter.reserve(identity.tenant, prompt, output, self._clock(), self._month())
+            shared = await self._reserve_shared(identity, reservation)
         begun = Begun(
             id=os.urandom(16).hex(),
             request_id=exchange.request_id,
@@ -99,7 +104,32 @@ class Accounts:
         )
         if self.ledger is not None:
             self.ledger.write(begun)
-        return Charge(begun, identity, reservation, UsageMeter(strip=strip))
+        return Charge(begun, identity, reservation, shared, UsageMeter(strip=strip))
+
+    async def _reserve_shared(self, identity: Identity, own: Reservation) -> SharedReservation | None:
+        """Reserve from the limits of all gateways; whatever prevents it, this gateway's own share is given back."""
+        if self.shared is None:
+            return None
+        asking = asyncio.ensure_future(
+            self.shared.reserve(
+                os.urandom(16).hex(), identity.tenant, own.input_tokens, own.output_tokens, self._month()
+            )
+        )
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(self._give_back)  # the client left, but Redis has been asked
+            self.limiter.settle(own, 0, 0, 0, 0.0, self._clock(), self._month())
+            raise
+        except GatewayError:
+            self.limiter.settle(own, 0, 0, 0, 0.0, self._clock(), self._month())
+            raise
+
+    def _give_back(self, asked: asyncio.Future[SharedReservation | None]) -> None:
+        if self.shared is not None and not asked.cancelled() and asked.exception() is None:
+            held = asked.result()
+            if held is not None:
+                self.shared.settle(held, 0, 0, 0, 0.0, self._month())
 
     def settle(self, charge: Charge, exchange: Exchange, outcome: str) -> None:
         """Count what it really was, in the tenant's limits and in the ledger."""
@@ -112,6 +142,8 @@ class Accounts:
         cost = self._prices.cost(begun.model, prompt, cached, output)
         if charge.reservation is not None:
             self.limiter.settle(charge.reservation, prompt, cached, output, cost, self._clock(), self._month())
+        if charge.shared is not None and self.shared is not None:
+            self.shared.settle(charge.shared, prompt, cached, output, cost, self._month())
         self._metrics.tokens(begun.model, prompt, cached, output)
         if self.ledger is not None:
             self.ledger.write(

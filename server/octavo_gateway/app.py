@@ -37,6 +37,7 @@ from octavo_gateway.routing import PrefixIndex, Router, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.signals import GatewaySignals
 from octavo_gateway.tenancy import Identity, TenantDirectory
+from octavo_gateway.tenancy.shared import SharedLimiter
 from octavo_gateway.tracing import Tracing
 from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import Ledger, PriceTable
@@ -106,6 +107,9 @@ class Gateway:
         self._idle.set()
         self._proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
         self._tracing = Tracing(settings.otlp_endpoint, _version())
+        if settings.redis_url is not None:
+            failures = metrics.shared_limit_failures
+            accounts.shared = SharedLimiter(settings.redis_url, settings.request_timeout, failures.inc)
         self._poller: asyncio.Task[None] | None = None
         self._pages: dict[str, Page] = {
             "/": self._web_page,
@@ -177,6 +181,8 @@ class Gateway:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
         self.pool.close()
+        if self.accounts.shared is not None:
+            await self.accounts.shared.close()
         await asyncio.to_thread(self._tracing.shutdown)
 
     # ---- ASGI
@@ -313,7 +319,7 @@ class Gateway:
             await self._proxy.forward(exchange, request)
             return
         try:
-            charge = self.accounts.open(exchange, request.identity, request.resolved, seen, strip)
+            charge = await self.accounts.open(exchange, request.identity, request.resolved, seen, strip)
         finally:
             exchange.own_headers = self.accounts.limit_headers(request.identity)
         exchange.on_end = lambda: self.accounts.settle(charge, exchange, exchange.outcome or "interrupted")

@@ -63,6 +63,9 @@ class Metrics:
         self._tokens = Counter(
             "octavo_gateway_tokens", "Tokens served, as the engines counted them.", ["model", "kind"], registry=r
         )
+        self.shared_limit_failures = Counter(
+            "octavo_gateway_shared_limit_failures", "Calls to Redis that failed; limits were local then.", registry=r
+        )
         self.draining = Gauge("octavo_gateway_draining", "1 while this gateway shuts down.", registry=r)
 
     def tokens(self, model: str, prompt: int, cached: int, output: int) -> None:

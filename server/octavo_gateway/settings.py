@@ -47,6 +47,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     admin_token: str | None = None  # what the admin API asks for; best given as OCTAVO_GATEWAY_ADMIN_TOKEN
     tenants: str | None = None  # file or folder of InferenceTenants and Secrets, or "kubernetes"; None: open to all
     tenant_secrets_namespace: str | None = None  # where a cluster's key Secrets are; None: where this pod is
+    redis_url: str | None = None  # limits are shared by all gateways through it; None: each gateway has its own
     ledger: str | None = None  # folder of the usage ledger; None: nothing is recorded
     tls_certificate: str | None = None
     tls_key: str | None = None
@@ -92,6 +93,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         shown = msgspec.to_builtins(self)
         if self.admin_token is not None:
             shown["admin_token"] = "(set)"  # noqa: S105 - hides it
+        if self.redis_url is not None:
+            shown["redis_url"] = "(set)"  # may hold a password
         return yaml.safe_dump(shown, sort_keys=False, default_flow_style=False).rstrip()
 
 

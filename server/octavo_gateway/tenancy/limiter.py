@@ -84,12 +84,34 @@ class _Account:
         return bucket
 
 
-_WORDS = {
+BUCKET_WORDS = {
     "requests": "requests per minute",
     "tokens": "tokens per minute",
     "input": "input tokens per minute",
     "output": "output tokens per minute",
 }
+
+
+def bucket_amounts(limits: Limits, input_tokens: float, output_tokens: float) -> list[tuple[str, int | None, float]]:
+    """Per bucket: its name, its limit, and what a request takes of it."""
+    return [
+        ("requests", limits.requests_per_minute, 1.0),
+        ("tokens", limits.tokens_per_minute, input_tokens + output_tokens),
+        ("input", limits.input_tokens_per_minute, input_tokens),
+        ("output", limits.output_tokens_per_minute, output_tokens),
+    ]
+
+
+def bucket_changes(
+    reserved_input: float, reserved_output: float, input_tokens: float, cached_tokens: float, output_tokens: float
+) -> dict[str, float]:
+    """Per bucket: by how much the truth exceeds what was reserved. Cached tokens are no input."""
+    more_out = output_tokens - reserved_output
+    return {
+        "tokens": input_tokens - reserved_input + more_out,
+        "input": input_tokens - cached_tokens - reserved_input,
+        "output": more_out,
+    }
 
 
 class Limiter:
@@ -110,7 +132,7 @@ class Limiter:
             wait_s = bucket.wait_s(amount, now)
             if wait_s > 0:
                 raise RateLimitError(
-                    f"Limit of {bucket.capacity:.0f} {_WORDS[name]} reached.", retry_after_s=math.ceil(wait_s)
+                    f"Limit of {bucket.capacity:.0f} {BUCKET_WORDS[name]} reached.", retry_after_s=math.ceil(wait_s)
                 )
         for _, bucket, amount in wanted:
             bucket.take(amount, now)
@@ -127,9 +149,9 @@ class Limiter:
         reservation.settled = True
         account = self._account(reservation.tenant, month)
         account.concurrent -= 1
-        more_in = input_tokens - cached_tokens - reservation.input_tokens
-        more_out = output_tokens - reservation.output_tokens
-        changes = {"tokens": input_tokens - reservation.input_tokens + more_out, "input": more_in, "output": more_out}
+        changes = bucket_changes(
+            reservation.input_tokens, reservation.output_tokens, input_tokens, cached_tokens, output_tokens
+        )
         for name, change in changes.items():
             if name in account.buckets:
                 account.buckets[name].take(change, now)
@@ -185,11 +207,6 @@ class Limiter:
     def _wanted(
         self, account: _Account, limits: Limits, input_tokens: float, output_tokens: float, now: float
     ) -> list[tuple[str, TokenBucket, float]]:
-        rows = (
-            ("requests", limits.requests_per_minute, 1.0),
-            ("tokens", limits.tokens_per_minute, input_tokens + output_tokens),
-            ("input", limits.input_tokens_per_minute, input_tokens),
-            ("output", limits.output_tokens_per_minute, output_tokens),
-        )
+        rows = bucket_amounts(limits, input_tokens, output_tokens)
         found = ((name, account.bucket(name, capacity, now), amount) for name, capacity, amount in rows)
         return [(name, bucket, amount) for name, bucket, amount in found if bucket is not None]
