@@ -37,7 +37,7 @@ def _epilogue(acc, KIND: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _scaled_kernel(
     x_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    rows, out_features, in_features, x_scale_stride, weight_scale_stride,
+    rows, out_features, in_features, x_stride, x_scale_stride, weight_scale_stride,
     QUANT: tl.constexpr, BLOCKWISE: tl.constexpr, PER_ROW: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -58,7 +58,7 @@ def _scaled_kernel(
     for step in range(tl.cdiv(in_features, BLOCK_K)):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (k < in_features)[None, :]
-        x = tl.load(x_ptr + m[:, None] * in_features + k[None, :], mask=m_valid[:, None] & inside, other=0.0)
+        x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=m_valid[:, None] & inside, other=0.0)
         w = tl.load(weight_ptr + n[:, None] * in_features + k[None, :], mask=n_valid[:, None] & inside, other=0.0)
         if QUANT == INT8 and not WIDE:
             exact = tl.dot(x, tl.trans(w), exact)
@@ -161,7 +161,7 @@ def _launch(
     config = _config(x, weight)
     blockwise = weight_scale.dim() == 2
     _scaled_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(out_features, config.block_n))](
-        x, weight, x_scale, weight_scale, bias, residual, out, rows, out_features, in_features,
+        x, weight, x_scale, weight_scale, bias, residual, out, rows, out_features, in_features, x.stride(0),
         x_scale.stride(0) if x_scale is not None else 0, weight_scale.stride(0) if blockwise else 0,
         QUANT=quantization_of(weight.dtype), BLOCKWISE=blockwise, PER_ROW=weight_scale.numel() > 1,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=ACTIVATIONS[activation],

@@ -191,7 +191,8 @@ def _bitmask_kernel(logits_ptr, bitmask_ptr, vocab, words, stride, BLOCK: tl.con
 def _logprobs_kernel(logits_ptr, tokens_ptr, logprob_ptr, rank_ptr, vocab, stride, BLOCK: tl.constexpr):
     """One pass: running maximum and sum for each lane, and how many logits are larger."""
     row = tl.program_id(0).to(tl.int64)
-    chosen = tl.load(logits_ptr + row * stride + tl.load(tokens_ptr + row)).to(tl.float32)
+    token = tl.minimum(tl.maximum(tl.load(tokens_ptr + row), 0), vocab - 1)
+    chosen = tl.load(logits_ptr + row * stride + token).to(tl.float32)
     maxima = tl.full((BLOCK,), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     larger = tl.zeros((BLOCK,), tl.int32)
@@ -224,6 +225,7 @@ def _verify_kernel(
     going = 1
     while (going > 0) & (accepted < count):
         token = tl.load(tokens_ptr + seq * (width - 1) + accepted)
+        token = tl.minimum(tl.maximum(token, 0), vocab - 1)
         bits = uniform_bits(seed, tl.zeros((1,), tl.int32), counter + accepted, ACCEPT_STREAM)
         u = tl.max(to_uniform(bits), axis=0)
         p = tl.load(target_ptr + (seq * width + accepted) * vocab + token)

@@ -130,6 +130,18 @@ def test_float8_weights_multiply_many_rows_quantized_alike(device, blockwise):
     assert (ops.linear(x, weight) - wanted).abs().max() < 2e-3 * (quantized.abs() @ weight.dequantize().abs().T).max()
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_rows_of_a_wider_tensor_multiply_in_place(device, rows):
+    wide = torch.randn(rows, 400, device=device)
+    x = wide[:, 100:228]
+    for weight in (
+        quantize_fp8(torch.randn(40, 128, device=device)),
+        ops.pack_weight(quantize_int4(torch.randn(40, 128))),
+    ):
+        weight = weight.to(device)
+        assert torch.equal(ops.linear(x, weight), ops.linear(x.contiguous(), weight))
+
+
 def test_float8_scale_of_the_whole_tensor(device):
     codes = torch.randn(24, 128, device=device).to(torch.float8_e4m3fn)
     weight = Fp8Weight(codes, torch.tensor([0.3], device=device))
