@@ -97,12 +97,15 @@ class Reconciler:
             return None
         refusal: Unplannable | None = None
         apply_error = ""
+        failure: ApiError | None = None
         runtime_kind = "ClusterServingRuntime"
         try:
             state.plan, runtime_kind = self.plan(service)
             apply_error = await self._apply(raw, service, state)
         except Unplannable as error:
             state.plan, refusal = None, error
+        except ApiError as error:  # tried again later, but never in silence
+            failure, apply_error = error, str(error)
         judgement = Judgement(
             service=service,
             plan=state.plan,
@@ -116,6 +119,8 @@ class Reconciler:
             scalings=state.scalings,
         )
         await self._write_status(raw, service_status(judgement), state)
+        if failure is not None:
+            raise failure
         return self._settings.resync_s
 
     def plan(self, service: InferenceService) -> tuple[Plan, str]:
