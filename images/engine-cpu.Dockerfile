@@ -1,0 +1,14 @@
+# The engine for CPUs, with its native kernels.   docker build -f images/engine-cpu.Dockerfile -t octavo-engine:cpu .
+FROM python:3.12-slim AS build
+RUN apt-get update && apt-get install -y --no-install-recommends build-essential cmake ninja-build && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY . .
+RUN python -m venv /opt/octavo \
+ && /opt/octavo/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[server]'
+
+FROM python:3.12-slim
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+COPY --from=build /opt/octavo /opt/octavo
+ENV PATH=/opt/octavo/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 65532:65532
+CMD ["octavo", "serve", "--help"]

@@ -1,0 +1,12 @@
+# The Kubernetes operator: no torch, no compiler, no root.   docker build -f images/operator.Dockerfile -t octavo-operator .
+FROM python:3.12-slim AS build
+WORKDIR /src
+COPY . .
+RUN python -m venv /opt/octavo && /opt/octavo/bin/pip install --no-cache-dir -C wheel.cmake=false '.[operator]'
+
+FROM python:3.12-slim
+COPY --from=build /opt/octavo /opt/octavo
+ENV PATH=/opt/octavo/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 65532:65532
+ENTRYPOINT []
+CMD ["octavo", "operator"]
