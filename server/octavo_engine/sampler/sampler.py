@@ -11,6 +11,7 @@ import torch
 from octavo_engine.errors import RequestFailedError
 from octavo_engine.messages import TokenLogprobs
 from octavo_engine.sampler.argmax import row_max
+from octavo_engine.sampler.device import sample_on_device
 from octavo_engine.sampler.filters import sample_rows
 from octavo_engine.sampler.logprobs import token_logprobs
 from octavo_engine.sampler.noise import uniform
@@ -66,12 +67,16 @@ class Sampler:
         greedy: torch.Tensor,
         ahead: Sequence[int] | None,
     ) -> torch.Tensor:
-        params = [states[i].params for i in random]
-        draws = [uniform(states[i].seed, states[i].num_output_tokens + (ahead[i] if ahead else 0)) for i in random]
-        if len(random) == len(states):
-            return sample_rows(logits, params, draws)
+        params, seeds = [states[i].params for i in random], [states[i].seed for i in random]
+        indices = [states[i].num_output_tokens + (ahead[i] if ahead else 0) for i in random]
+        every = len(random) == len(states)
         index = torch.tensor(random, device=logits.device)
-        return greedy.index_copy(0, index, sample_rows(logits[index], params, draws))
+        rows = logits if every else logits[index]
+        tokens = sample_on_device(rows, params, seeds, indices)
+        if tokens is None:
+            draws = [uniform(seed, place) for seed, place in zip(seeds, indices, strict=True)]
+            tokens = sample_rows(rows, params, draws)
+        return tokens if every else greedy.index_copy(0, index, tokens)
 
     def _report(
         self, raw: torch.Tensor, states: Sequence[SamplerState], reported: list[int], token_ids: list[int]

@@ -102,6 +102,9 @@ class Scheduler:
         self._waiting.push(seq)
         if seq.deadline_s is not None:
             heapq.heappush(self._deadlines, (seq.deadline_s, seq.request_id))
+            if len(self._deadlines) > 2 * len(self._sequences) + 1_024:
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._sequences]
+                heapq.heapify(self._deadlines)
 
     def finish(self, seq: Sequence) -> None:
         """The one place where a sequence ends, whatever the reason: its blocks are free afterwards."""

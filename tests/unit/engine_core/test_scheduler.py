@@ -188,6 +188,15 @@ def test_requests_past_their_deadline_end_without_holding_memory() -> None:
     assert simulation.pool.num_used == 0
 
 
+def test_deadlines_of_requests_that_have_ended_are_forgotten() -> None:
+    scheduler = Scheduler(limits(), BlockManager(BlockPool(500, 16)))
+    for i in range(10_000):
+        seq = sequence(f"r{i}", deadline_s=3_600.0)
+        scheduler.add(seq)
+        scheduler.finish(seq)
+    assert len(scheduler._deadlines) < 2_000
+
+
 # ---------------------------------------------------------------- the queue
 
 

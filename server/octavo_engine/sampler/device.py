@@ -1,0 +1,42 @@
+"""Random choice by one kernel, on devices that have one: no sort, and the host does not wait.
+
+Same filters as `filters.py`, in the same order; other draws, because the kernel adds Gumbel noise to the logits instead
+of inverting the distribution function. Both depend on the request's seed and the token's index alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from octavo_engine.sampling_params import SamplingParams
+from octavo_kernels import ops
+from octavo_kernels.registry import REFERENCE
+
+_SIGN = 1 << 63
+
+
+def sample_on_device(
+    logits: torch.Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], indices: Sequence[int]
+) -> torch.Tensor | None:
+    """One token a row, [R] int64, or None where no kernel can: no backend has one, or a row asks for typical-p.
+
+    logits: [R, V] float32, processed. seeds, indices: the request's seed and the index of its next output token.
+    """
+    if logits.device.type not in _devices_with_a_kernel() or any(p.typical_p < 1.0 for p in params):
+        return None
+    device = logits.device
+    temperature, top_p, min_p = torch.tensor(
+        [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]], device=device
+    )
+    top_k = torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device)
+    seed, counter = torch.tensor([[_signed(seed) for seed in seeds], list(indices)], device=device)
+    arguments = (logits, temperature, top_k, top_p, min_p, seed, counter)
+    return None if ops.sample.backend_for(*arguments) == REFERENCE else ops.sample(*arguments)
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of a seed as a signed number."""
+    seed %= 1 << 64
+    return seed - (1 << 64) if seed >= _SIGN else seed
