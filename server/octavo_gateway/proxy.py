@@ -20,7 +20,7 @@ from octavo_gateway.errors import (
 )
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.metrics import Metrics
-from octavo_gateway.registry import ModelEntry, Registry, Resolved
+from octavo_gateway.registry import ModelEntry, Registry, Resolved, Snapshot
 from octavo_gateway.routing import PrefixIndex, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.sse import EventRelay
@@ -87,6 +87,8 @@ class Proxy:
         self._index = index
         self._metrics = metrics
         self._clock = clock
+        self._unanswered: dict[str, set[UpstreamConnection]] = {}  # by endpoint: no byte of an answer has come yet
+        registry.subscribe(self._on_change)
 
     def resolve(self, name: str, identity: Identity | None = None) -> Resolved:
         """The model behind a name; raises `ModelNotFoundError` with the names the caller may use.
@@ -216,6 +218,8 @@ class Proxy:
     ) -> ResponseHead:
         per_try = request.entry.retry.per_try_timeout_s
         timeout_s = min(per_try or self._settings.first_byte_timeout, self._settings.first_byte_timeout)
+        unanswered = self._unanswered.setdefault(lease.endpoint.id, set())
+        unanswered.add(connection)
         try:
             async with asyncio.timeout(timeout_s):
                 return await connection.send(self._head_bytes(exchange, request, lease), request.body)
@@ -230,6 +234,15 @@ class Proxy:
         except BaseException:
             connection.abort()
             raise
+        finally:
+            unanswered.discard(connection)
+
+    def _on_change(self, snapshot: Snapshot) -> None:
+        """Requests that a vanished replica has not begun to answer go elsewhere, even if its machine is just silent."""
+        alive = {e.id for entry in snapshot.models.values() for e in entry.endpoints}
+        for gone in [endpoint_id for endpoint_id in self._unanswered if endpoint_id not in alive]:
+            for connection in self._unanswered.pop(gone):
+                connection.abort()
 
     def _head_bytes(self, exchange: Exchange, request: Forward, lease: Lease) -> bytes:
         host, port, _ = lease.endpoint.address
