@@ -24,7 +24,8 @@ def sample_on_device(
 
     logits: [R, V] float32, processed. seeds, indices: the request's seed and the index of its next output token.
     """
-    if logits.device.type not in _devices_with_a_kernel() or any(p.typical_p < 1.0 for p in params):
+    settings = (logits,) * 6  # a backend decides by the logits alone: nothing is moved to the device to ask it
+    if any(p.typical_p < 1.0 for p in params) or ops.sample.backend_for(logits, *settings) == REFERENCE:
         return None
     device = logits.device
     temperature, top_p, min_p = torch.tensor(
@@ -32,8 +33,7 @@ def sample_on_device(
     )
     top_k = torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device)
     seed, counter = torch.tensor([[_signed(seed) for seed in seeds], list(indices)], device=device)
-    arguments = (logits, temperature, top_k, top_p, min_p, seed, counter)
-    return None if ops.sample.backend_for(*arguments) == REFERENCE else ops.sample(*arguments)
+    return ops.sample(logits, temperature, top_k, top_p, min_p, seed, counter)
 
 
 def _signed(seed: int) -> int:

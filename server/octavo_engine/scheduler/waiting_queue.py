@@ -7,6 +7,8 @@ import heapq
 from octavo_engine.scheduler.fairness import VirtualTokens
 from octavo_engine.scheduler.sequence import Sequence
 
+MAX_STALE = 256
+
 Entry = tuple[float, float, int, Sequence]
 
 
@@ -34,6 +36,7 @@ class WaitingQueue:
         self._waiting: dict[str, Sequence] = {}
         self._bands: dict[int, _Band] = {}
         self._pushes = 0
+        self._num_stale = 0
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -45,12 +48,7 @@ class WaitingQueue:
     def push(self, seq: Sequence) -> None:
         self._waiting[seq.request_id] = seq
         self.num_tokens += len(seq.tokens)
-        self._pushes += 1
-        due = seq.arrival_s + self._implied_deadline_s if seq.deadline_s is None else seq.deadline_s
-        band = self._bands.get(seq.priority)
-        if band is None:
-            band = self._bands[seq.priority] = _Band(self._waiting, self._fairness)
-        band.push((due, seq.arrival_s, self._pushes, seq))
+        self._insert(seq)
 
     def pop(self) -> Sequence | None:
         """Take the sequence that goes next, or None when nothing waits; `push` it again if it cannot run yet."""
@@ -72,8 +70,29 @@ class WaitingQueue:
                 band.passed += 1
 
     def remove(self, seq: Sequence) -> None:
-        """Take out a sequence wherever it stands; its entries are skipped when they come up."""
+        """Take out a sequence wherever it stands; its entries are skipped when they come up, or swept together."""
         self._drop(seq)
+        self._num_stale += 1
+        if self._num_stale > len(self._waiting) + MAX_STALE:
+            self._sweep()
+
+    def _insert(self, seq: Sequence) -> None:
+        self._pushes += 1
+        due = seq.arrival_s + self._implied_deadline_s if seq.deadline_s is None else seq.deadline_s
+        band = self._bands.get(seq.priority)
+        if band is None:
+            band = self._bands[seq.priority] = _Band(self._waiting, self._fairness)
+        band.push((due, seq.arrival_s, self._pushes, seq))
+
+    def _sweep(self) -> None:
+        """Build the bands anew from what waits."""
+        passed = {priority: band.passed for priority, band in self._bands.items()}
+        self._bands.clear()
+        self._num_stale = 0
+        for seq in self._waiting.values():
+            self._insert(seq)
+        for priority, band in self._bands.items():
+            band.passed = passed.get(priority, 0)
 
     def _waiting_bands(self) -> list[_Band]:
         """Bands that hold something, best first; empty ones are forgotten."""

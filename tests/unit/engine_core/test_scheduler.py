@@ -258,6 +258,18 @@ def test_removed_sequences_are_skipped_and_not_counted() -> None:
     assert order(waiting) == ["r1", "r2", "r4"]
 
 
+def test_requests_that_come_and_go_behind_others_leave_no_trace() -> None:
+    waiting = queue(ageing_s=0.0, max_passes=2)
+    waiting.push(sequence("first", 0.0))
+    waiting.push(sequence("second", 1.0, priority=1))
+    for i in range(5_000):
+        seq = sequence(f"r{i}", 2.0, priority=i % 3)
+        waiting.push(seq)
+        waiting.remove(seq)
+    assert sum(len(band._arrivals) for band in waiting._bands.values()) < 600
+    assert order(waiting) == ["first", "second"]
+
+
 def test_pushing_a_blocked_head_again_and_again_keeps_the_queue_small() -> None:
     waiting = queue()
     for i in range(3):
