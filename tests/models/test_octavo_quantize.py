@@ -110,6 +110,7 @@ def test_scaling_alone_leaves_the_model_as_it_was(
 ) -> None:
     """With rounding switched off, what is left of AWQ and SmoothQuant must cancel out."""
     monkeypatch.setattr("octavo_engine.quantize.pipeline._round", lambda *_: None)
+    monkeypatch.setattr("octavo_engine.quantize.pipeline.STORED_DTYPE", torch.float32)
     _, report = quantized(source, method=method, bits=8 if method is Method.SMOOTHQUANT else 4)
     assert report.perplexity_after == pytest.approx(report.perplexity_before, rel=1e-4)
 

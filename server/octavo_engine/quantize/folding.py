@@ -21,11 +21,13 @@ NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")
 class Fold:
     """A projection and what comes before it: a norm's weight, or rows of another projection.
 
-    heads: (query heads, key-value heads) where several query heads read one value channel, which must agree on s.
+    norm_offset: what the stored weight of the norm lacks. heads: (query heads, key-value heads) where several query
+    heads read one value channel, which must agree on s.
     """
 
     projection: Projection
     norm: torch.Tensor | None = None
+    norm_offset: float = 0.0
     producer: Projection | None = None
     rows: slice | None = None
     heads: tuple[int, int] | None = None
@@ -39,7 +41,13 @@ class Fold:
         return by_head.mean(1, keepdim=True).expand_as(by_head).reshape(-1)
 
     def apply(self, scale: torch.Tensor, statistics: InputStatistics) -> None:
-        """Multiply the projection's inputs by `scale` [in], and divide where they come from."""
+        """Multiply the projection's inputs by `scale` [in], and divide where they come from.
+
+        A norm keeps only 8 bits of mantissa in its file; the scale gives way a little, so that both fit exactly.
+        """
+        if self.norm is not None:
+            divided = (self.norm / scale - self.norm_offset).bfloat16().float() + self.norm_offset
+            scale = torch.where(divided == 0, scale, self.norm / divided)
         self.projection.weight *= scale
         statistics.rescale(scale)
         if self.norm is not None:
@@ -68,13 +76,13 @@ def find_folds(
     down = _with_part(projections, "down_proj")
     before_attention = norms.get(f"{prefix}.input_layernorm.weight")
     if attention is not None and before_attention is not None:
-        folds.append(Fold(attention, norm=before_attention[0]))
+        folds.append(Fold(attention, norm=before_attention[0], norm_offset=before_attention[1]))
     if attention is not None and output is not None and (value := attention.part("v_proj")) is not None:
         folds.append(Fold(output, producer=attention, rows=attention.rows_of(value), heads=heads))
     names = [f"{prefix}.{name}.weight" for name in NORMS_BEFORE_MLP]
     before_mlp = next((norms[name] for name in names if name in norms), None)
     if gate_up is not None and before_mlp is not None:
-        folds.append(Fold(gate_up, norm=before_mlp[0]))
+        folds.append(Fold(gate_up, norm=before_mlp[0], norm_offset=before_mlp[1]))
     if gate_up is not None and down is not None and (up := gate_up.part("up_proj")) is not None:
         folds.append(Fold(down, producer=gate_up, rows=gate_up.rows_of(up)))
     return folds

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from octavo_engine.layers.linear import Linear
+from octavo_engine.loader.checkpoint import Checkpoint
 from octavo_engine.loader.weights import WeightLoader
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import QuantizedWeight, Weight
@@ -72,16 +73,23 @@ class ObservedLinear(Linear):
 class ObservingLoader(WeightLoader):
     """Loads a model densely and remembers what each tensor became, so that it can be written out again."""
 
-    projections: list[Projection]
-    vectors: dict[str, tuple[torch.Tensor, float]]
-    biases: dict[str, tuple[Projection, slice]]
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_tensor: Callable[[float], None] | None = None,
+    ) -> None:
+        super().__init__(checkpoint, dtype, device, on_tensor)
+        self.projections: list[Projection] = []
+        self.vectors: dict[str, tuple[torch.Tensor, float]] = {}
+        self.biases: dict[str, tuple[Projection, slice]] = {}
+        self.tables: list[torch.Tensor] = []
 
     def linear(
         self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False, exact: bool = False
     ) -> Linear:
         """As the real one, but dense and observed."""
-        if not hasattr(self, "projections"):
-            self.projections, self.biases = [], {}
         parts = [self._plain(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
         biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
         joined = torch.cat(biases) if biases else None
@@ -91,9 +99,14 @@ class ObservingLoader(WeightLoader):
             self.biases |= {f"{prefix}.bias": (projection, projection.rows_of(prefix)) for prefix in outputs}
         return ObservedLinear((), joined, projection=projection)
 
+    def rows(self, name: str, shape: tuple[int, int]) -> Weight:
+        """Dense: the table may be the head too."""
+        self.tables.append(self._plain(name, shape))
+        return self.tables[-1]
+
     def matrix(self, name: str, shape: tuple[int, int], **_: bool) -> Weight:
         """Dense: the head stays as it is."""
-        return self._plain(name, shape)
+        return self.rows(name, shape)
 
     def pack(self, weight: Weight, **_: bool) -> Weight:
         """Dense, for a head tied to the embedding."""
@@ -102,10 +115,17 @@ class ObservingLoader(WeightLoader):
     def vector(self, name: str, size: int, *, offset: float = 0.0) -> torch.Tensor:
         """A norm, which AWQ and SmoothQuant rescale in place."""
         weight = super().vector(name, size, offset=offset)
-        if not hasattr(self, "vectors"):
-            self.vectors = {}
         self.vectors[name] = (weight, offset)
         return weight
+
+    def round_as_stored(self, dtype: torch.dtype) -> None:
+        """Bring what is not quantized to the values the new checkpoint will hold."""
+        for weight, offset in self.vectors.values():
+            weight.copy_((weight - offset).to(dtype).float() + offset)
+        biases = [item.bias for item in self.projections if item.bias is not None]
+        kept = [item.weight for item in self.projections if not item.quantized]
+        for tensor in (*biases, *kept, *self.tables):
+            tensor.copy_(tensor.to(dtype))
 
     @property
     def tensors_read(self) -> frozenset[str]:

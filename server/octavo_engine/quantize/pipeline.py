@@ -32,6 +32,7 @@ from octavo_engine.tokenizer.load import load_tokenizer
 OnProgress = Callable[[str, float, str], None]
 """Called with the phase (resolve, load, before, quantize, after, write), a fraction in [0, 1] and a detail."""
 
+STORED_DTYPE = torch.bfloat16
 REPORT_FILE = "quantization_report.json"
 
 
@@ -117,7 +118,7 @@ def _build(checkpoint: Checkpoint, loader: ObservingLoader, max_positions: int) 
         raise ConfigError(f"window_tokens: {max_positions} is beyond the model's {config.max_position_embeddings}")
     model = model_class(config, loader, max_positions)
     loader.finish()
-    if not isinstance(model, Decoder) or not getattr(loader, "projections", None):
+    if not isinstance(model, Decoder) or not loader.projections:
         raise ModelLoadError(f"{checkpoint.path}: {architecture} cannot be quantized; decoders of text can")
     return model
 
@@ -158,6 +159,7 @@ def _quantize_layers(
         for item in inside:
             _round(item, statistics[id(item)], method, scheme)
         on_progress("quantize", (index + 1) / model.config.num_layers, f"layer {index + 1}")
+    loader.round_as_stored(STORED_DTYPE)
 
 
 def _round(projection: Projection, statistics: InputStatistics, method: Method, scheme: Scheme) -> None:
@@ -180,10 +182,10 @@ def _write(
 ) -> int:
     settings = {
         "quantization_config": dict(layout.quantization_config),
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
+        "dtype": str(STORED_DTYPE).removeprefix("torch."),
+        "torch_dtype": str(STORED_DTYPE).removeprefix("torch."),
     }
-    tensors = output_tensors(checkpoint, loader, scheme, layout, torch.bfloat16)
+    tensors = output_tensors(checkpoint, loader, scheme, layout, STORED_DTYPE)
     return write_checkpoint(options.output, tensors, checkpoint, settings)
 
 
