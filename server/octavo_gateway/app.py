@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
+import re
 import ssl
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from importlib.metadata import version
 
 from octavo_gateway.access_log import log_exchange
 from octavo_gateway.accounts import Accounts
-from octavo_gateway.asgi import HTML, TEXT, Receive, Scope, Send, header
+from octavo_gateway.asgi import Receive, Scope, Send, header
 from octavo_gateway.dispatcher import Dispatcher, Turn
 from octavo_gateway.errors import (
     GatewayDrainingError,
@@ -30,6 +28,7 @@ from octavo_gateway.inspection import APIS, Api, Inspection, inspect_body
 from octavo_gateway.load import LoadBook
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.outliers import OutlierDetector
+from octavo_gateway.pages import Page, Pages, octavo_version
 from octavo_gateway.proxy import Forward, Proxy, wants_json
 from octavo_gateway.registry import Registry, Strategy
 from octavo_gateway.reports import ReportPoller
@@ -42,19 +41,18 @@ from octavo_gateway.tracing import Tracing
 from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import Ledger, PriceTable
 from octavo_gateway.usage.meter import ask_for_usage
-from octavo_gateway.web import PAGE_HEADERS, page, state_document
 
 log = logging.getLogger("octavo.gateway")
 
 Clock = Callable[[], float]
 
-PUBLIC_PAGES = frozenset({"/", "/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
-"""What needs no key even where there are tenants: the page without any data, and the probes."""
+OPEN_INFERENCE = re.compile(
+    r"/v2/models/([^/]+)(?:/versions/[^/.]+)?(?:/(?:infer|generate|generate_stream|ready|stats|config|trace/setting))?"
+)
+"""What of the Open Inference Protocol is forwarded; group 1 is the model. Nothing else of a replica can be reached."""
 
 TELLS_USAGE_IF_ASKED = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Streams that carry token counts only if `stream_options.include_usage` asks for them."""
-
-Page = Callable[[Exchange], Awaitable[None]]
 
 
 def create_app(
@@ -105,24 +103,13 @@ class Gateway:
         self._exchanges: set[Exchange] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
-        self._tracing = Tracing(settings.otlp_endpoint, _version())
+        self.proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
+        self._tracing = Tracing(settings.otlp_endpoint, octavo_version())
         if settings.redis_url is not None:
             failures = metrics.shared_limit_failures
             accounts.shared = SharedLimiter(settings.redis_url, settings.request_timeout, failures.inc)
         self._poller: asyncio.Task[None] | None = None
-        self._pages: dict[str, Page] = {
-            "/": self._web_page,
-            "/api/state": self._state,
-            "/health": self._ready,
-            "/health/live": self._live,
-            "/health/ready": self._ready,
-            "/metrics": self._metrics_page,
-            "/version": self._version,
-            "/v1/models": self._list_models,
-            "/v2/health/live": self._live,
-            "/v2/health/ready": self._ready,
-        }
+        self._pages = Pages(self)
         self.metrics.watch(registry, self.loads, self.dispatcher.signals)
 
     # ---- for the process around it
@@ -134,7 +121,7 @@ class Gateway:
     @property
     def version(self) -> str:
         """Version of this distribution."""
-        return _version()
+        return octavo_version()
 
     @property
     def in_flight(self) -> int:
@@ -191,7 +178,7 @@ class Gateway:
         if scope["type"] != "http":
             return
         exchange = Exchange(scope, receive, send, self._clock)
-        page = self._pages.get(exchange.path)
+        page = self._pages.find(exchange.path)
         if page is not None:
             await self._serve_page(exchange, page)
             return
@@ -210,19 +197,9 @@ class Gateway:
 
     async def _serve_page(self, exchange: Exchange, page: Page) -> None:
         try:
-            if exchange.method not in ("GET", "HEAD"):
-                raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path}; use GET.")
-            if exchange.path not in PUBLIC_PAGES:
-                self._check_page_access(exchange)
-            await page(exchange)
+            await self._pages.serve(exchange, page)
         except GatewayError as error:
             await exchange.fail(error)
-
-    def _check_page_access(self, exchange: Exchange) -> None:
-        """Pages that tell about models or load need a key where there are tenants; metrics then have their own port."""
-        exchange.identity = self.accounts.authenticate(exchange)
-        if exchange.identity is not None and exchange.path == "/metrics":
-            raise RouteNotFoundError("Metrics are served on the metrics port.")
 
     async def _serve(self, exchange: Exchange) -> None:
         """Run the data path; whatever ends it, the client hears of it once."""
@@ -258,10 +235,8 @@ class Gateway:
         api = APIS.get(exchange.path)
         if api is not None:
             await self._openai(exchange, api)
-        elif exchange.path.startswith("/v2/models/"):
-            await self._open_inference(exchange)
-        elif exchange.path.startswith("/v1/models/") and exchange.method == "GET":
-            await self._one_model(exchange)
+        elif match := OPEN_INFERENCE.fullmatch(exchange.path):
+            await self._open_inference(exchange, match[1])
         else:
             raise RouteNotFoundError(f"There is no {exchange.method} {exchange.path[:200]} here.")
 
@@ -275,7 +250,7 @@ class Gateway:
         body = await exchange.read_body(self.settings.max_body_bytes, self.settings.body_timeout)
         exchange.watch(self.settings.request_timeout)
         seen = inspect_body(body, api)
-        resolved = self._proxy.resolve(seen.model, identity)
+        resolved = self.proxy.resolve(seen.model, identity)
         entry = resolved.entry
         salt = identity.tenant.name if identity else ""
         prefix = seen.prefix(entry.name, resolved.adapter, salt) if entry.strategy is Strategy.PREFIX_AWARE else ()
@@ -294,36 +269,35 @@ class Gateway:
         request = Forward(resolved, body, route, _turn(identity, seen), stream, identity)
         await self._charged(exchange, request, seen, strip)
 
-    async def _open_inference(self, exchange: Exchange) -> None:
+    async def _open_inference(self, exchange: Exchange, name: str) -> None:
         """Open Inference Protocol: the path names the model, the body may be binary."""
         identity = self.accounts.authenticate(exchange)
-        name = exchange.path.removeprefix("/v2/models/").split("/", 1)[0]
         if exchange.method not in ("GET", "POST"):
             raise MethodNotAllowedError(f"{exchange.method} is not allowed on {exchange.path[:200]}.")
         if header(exchange.headers, b"content-encoding") not in (None, b"identity"):
             raise UnsupportedMediaTypeError("Send the body uncompressed.")
         body = await exchange.read_body(self.settings.max_body_bytes, self.settings.body_timeout)
         exchange.watch(self.settings.request_timeout)
-        resolved = self._proxy.resolve(name, identity)
+        resolved = self.proxy.resolve(name, identity)
         route = RouteRequest(resolved.entry.name, adapter=resolved.adapter)
         stream = exchange.path.endswith("/generate_stream")
         request = Forward(resolved, body, route, _turn(identity, None), stream, identity)
         if exchange.method == "GET":
-            await self._proxy.forward(exchange, request)
+            await self.proxy.forward(exchange, request)
         else:
             await self._charged(exchange, request, None, False)
 
     async def _charged(self, exchange: Exchange, request: Forward, seen: Inspection | None, strip: bool) -> None:
         """Forward within the tenant's limits, and account for it whatever becomes of it."""
         if not self.accounts.counting:
-            await self._proxy.forward(exchange, request)
+            await self.proxy.forward(exchange, request)
             return
         try:
             charge = await self.accounts.open(exchange, request.identity, request.resolved, seen, strip)
         finally:
             exchange.own_headers = self.accounts.limit_headers(request.identity)
         exchange.on_end = lambda: self.accounts.settle(charge, exchange, exchange.outcome or "interrupted")
-        await self._proxy.forward(exchange, replace(request, meter=charge.meter))
+        await self.proxy.forward(exchange, replace(request, meter=charge.meter))
 
     def _account(self, exchange: Exchange) -> None:
         model = exchange.model
@@ -336,57 +310,6 @@ class Gateway:
         self._tracing.record(exchange, self._clock())
         if self.settings.access_log:
             log_exchange(exchange, self._clock())
-
-    # ---- pages
-
-    async def _live(self, exchange: Exchange) -> None:
-        await exchange.respond(200, b'{"status":"live"}')
-
-    async def _ready(self, exchange: Exchange) -> None:
-        """Ready once discovery has told what there is, until the drain begins."""
-        ready = self.registry.synced and not self.leaving
-        status = "ready" if ready else "draining" if self.leaving else "waiting for discovery"
-        await exchange.respond(200 if ready else 503, json.dumps({"status": status}).encode())
-
-    async def _version(self, exchange: Exchange) -> None:
-        await exchange.respond(200, json.dumps({"version": _version()}).encode())
-
-    async def _metrics_page(self, exchange: Exchange) -> None:
-        await exchange.respond(200, self.metrics.page(), TEXT)
-
-    async def _web_page(self, exchange: Exchange) -> None:
-        await exchange.respond(200, page(), HTML, PAGE_HEADERS)
-
-    async def _state(self, exchange: Exchange) -> None:
-        identity = exchange.identity
-        models = self.registry.snapshot.models.values()
-        entries = [entry for entry in models if identity is None or identity.tenant.may_use(entry.name)]
-        document = state_document(
-            entries, self.loads, self.dispatcher.signals, draining=self.leaving, version=_version()
-        )
-        await exchange.respond(200, document, extra=[(b"cache-control", b"no-store")])
-
-    async def _list_models(self, exchange: Exchange) -> None:
-        data = [self._card(name) for name, _ in self._proxy.listing(exchange.identity)]
-        await exchange.respond(200, json.dumps({"object": "list", "data": data}).encode())
-
-    async def _one_model(self, exchange: Exchange) -> None:
-        identity = self.accounts.authenticate(exchange)
-        name = exchange.path.removeprefix("/v1/models/")
-        self._proxy.resolve(name, identity)
-        await exchange.respond(200, json.dumps(self._card(name)).encode())
-
-    def _card(self, name: str) -> dict[str, object]:
-        resolved = self.registry.snapshot.names[name]
-        entry = resolved.entry
-        return {
-            "id": name,
-            "object": "model",
-            "created": entry.created,
-            "owned_by": entry.namespace or "octavo",
-            "root": resolved.adapter or entry.name,
-            "parent": entry.name if resolved.adapter else None,
-        }
 
 
 def _turn(identity: Identity | None, seen: Inspection | None) -> Turn:
@@ -402,11 +325,6 @@ def _turn(identity: Identity | None, seen: Inspection | None) -> Turn:
         cost=cost,
         max_queued=tenant.limits.max_queued_requests,
     )
-
-
-@lru_cache(maxsize=1)
-def _version() -> str:
-    return version("octavo")
 
 
 def _upstream_tls(settings: GatewaySettings) -> ssl.SSLContext | None:

@@ -328,3 +328,25 @@ async def test_open_inference_requests_go_by_the_model_in_their_path() -> None:
 
     assert replica.received[0].path == "/v2/models/m/infer"
     assert replica.received[0].headers["inference-header-content-length"] == "2"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v2/models/m/..%2f..%2f..%2fpause",
+        "/v2/models/m/%2e%2e/%2e%2e/pause",
+        "/v2/models/m/unload",
+        "/v2/models/m/infer/more",
+        "/v2/repository/models/m/unload",
+        "/v1/chat/completions/../../../pause",
+    ],
+)
+async def test_nothing_but_the_known_paths_of_a_replica_can_be_reached(path: str) -> None:
+    async with OpenAIReplica().serve() as replica, open_door(entry(replica)) as door:
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.server.port)
+        writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{{}}".encode())
+        answer = await reader.read()
+        writer.close()
+
+    assert answer.split()[1] == b"404"
+    assert replica.received == []
