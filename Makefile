@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PACKAGES := operator/octavo_operator server/octavo_engine server/octavo_server server/octavo_gateway server/octavo_cli kernels/octavo_kernels
 NATIVE := $(wildcard CMakeLists.txt kernels/octavo_kernels/cpu/src/*)
 
-.PHONY: help demo test test-slow lint format bench crds chart clean
+.PHONY: help demo test test-slow sanitize lint format bench crds chart clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -44,6 +44,14 @@ test: $(VENV)/.installed-dev ## Run the tests
 
 test-slow: $(VENV)/.installed-dev ## Run the heavier suites too
 	@$(BIN)/python -m pytest $(TESTS)
+
+# torch is not built with the sanitizers, so they are loaded before it and leaks are not counted.
+sanitize: $(VENV)/.installed-dev ## Run the CPU kernels' tests under AddressSanitizer and UBSan
+	@cmake -S . -B build/sanitize -DOCTAVO_SANITIZE=ON -DOCTAVO_NATIVE_DIR=$(CURDIR)/build/sanitize/lib > /dev/null
+	@cmake --build build/sanitize
+	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	  OCTAVO_CPU_LIBRARY=$(CURDIR)/build/sanitize/lib/_octavo_cpu.so $(BIN)/python -m pytest tests/kernels/cpu
 
 lint: $(VENV)/.installed-dev ## Check format, style, types and who imports whom
 	@$(BIN)/ruff format --check .

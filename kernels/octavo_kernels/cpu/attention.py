@@ -65,6 +65,7 @@ def paged_attention(
         num_kv_heads=cache.key.shape[1],
         head_dim=query.shape[2],
         sliding_window=sliding_window,
+        bf16_products=int(query.dtype == torch.bfloat16),
         scale=scale,
         soft_cap=soft_cap,
         sinks=None if wide_sinks is None else wide_sinks.data_ptr(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 from octavo_kernels.registry import BackendUnavailableError
 
 ABI_VERSION = 1
-LIBRARY_PATH = Path(__file__).with_name("_octavo_cpu.so")
+ENV_LIBRARY = "OCTAVO_CPU_LIBRARY"  # another build of the library, such as one with sanitizers
+LIBRARY_PATH = Path(os.environ.get(ENV_LIBRARY) or Path(__file__).with_name("_octavo_cpu.so"))
 
 
 class Codes(IntEnum):
@@ -93,7 +95,7 @@ class Attention(Structure):
         ("head_dim", c_int32),
         ("rotary_dim", c_int32),
         ("sliding_window", c_int32),
-        ("reserved", c_int32),
+        ("bf16_products", c_int32),
         ("max_positions", c_int64),
         ("scale", c_float),
         ("soft_cap", c_float),

@@ -122,6 +122,7 @@ class _PlanBuilder:
             head_dim=plan.head_dim,
             rotary_dim=plan.cos_sin.shape[1] if layer.use_rope else 0,
             sliding_window=layer.sliding_window,
+            bf16_products=int(plan.dtype == torch.bfloat16),
             max_positions=plan.cos_sin.shape[0],
             scale=plan.attention_scale,
             eps=plan.rms_norm_eps,

@@ -41,6 +41,11 @@ class TorchModelRunner:
     def info(self) -> ModelInfo:
         return self._info
 
+    @property
+    def compiled_step(self) -> CompiledStep | None:
+        """What runs whole steps here, None where layers run op by op."""
+        return self._step
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         self._caches = []
         needed = num_blocks * self._info.kv_block_size * self._info.kv_bytes_per_token

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "prefill.h"
 #include "unpack.h"
 
 const KernelTable* kernels_avx2() {

@@ -102,6 +102,12 @@ OCT_INLINE VF dot2_bf16(VF acc, VB w, const uint16_t* a) {
   return f_fma(bf16_low(w), bf16_low(pair), f_fma(bf16_high(w), bf16_high(pair), acc));
 #endif
 }
+// Lane r: even[r] in the low half, odd[r] in the high half.
+OCT_INLINE VB bf16_interleave(const uint16_t* even, const uint16_t* odd) {
+  VB low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
+  VB high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 OCT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 // Lane j of the result is the sum of x[j]'s lanes.
