@@ -259,7 +259,7 @@ class Scheduler:
                 break
             if blocked and blocked[0].num_overtaken >= limits.max_overtakes:
                 break
-            seq = self._waiting.pop()
+            seq = self._waiting.pop(best_band=bool(blocked))
             if seq is None:
                 break
             admission = self._try_start(seq, reserve if self._running else 0, now)

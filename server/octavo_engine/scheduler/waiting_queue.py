@@ -50,12 +50,16 @@ class WaitingQueue:
         self.num_tokens += len(seq.tokens)
         self._insert(seq)
 
-    def pop(self) -> Sequence | None:
-        """Take the sequence that goes next, or None when nothing waits; `push` it again if it cannot run yet."""
+    def pop(self, *, best_band: bool = False) -> Sequence | None:
+        """Take the sequence that goes next, or None when nothing waits; `push` it again if it cannot run yet.
+
+        `best_band` skips the turn of a worse priority, whose sequence was taken and cannot run.
+        """
         bands = self._waiting_bands()
         if not bands:
             return None
-        seq = next((band for band in bands[1:] if band.passed >= self._max_passes), bands[0]).pop()
+        turn = None if best_band else next((band for band in bands[1:] if band.passed >= self._max_passes), None)
+        seq = (turn or bands[0]).pop()
         self._drop(seq)
         return seq
 

@@ -247,6 +247,20 @@ def test_a_worse_priority_gets_its_share_once_it_has_waited() -> None:
     assert order(waiting, now=20.0).index("patient") == 3
 
 
+def test_the_turn_of_a_worse_priority_that_cannot_run_is_skipped() -> None:
+    waiting = queue(ageing_s=0.0, max_passes=1)
+    for name, priority in (("patient", 5), ("patient too", 5), ("urgent0", 0), ("urgent1", 0)):
+        waiting.push(sequence(name, priority=priority))
+    first = waiting.pop()
+    assert first is not None
+    waiting.admitted(first, now=1.0)
+    turn = waiting.pop()
+    following = waiting.pop(best_band=True)
+    assert turn is not None
+    assert following is not None
+    assert [first.request_id, turn.request_id, following.request_id] == ["urgent0", "patient", "urgent1"]
+
+
 def test_removed_sequences_are_skipped_and_not_counted() -> None:
     waiting = queue()
     seqs = [sequence(f"r{i}", float(i)) for i in range(5)]
