@@ -21,9 +21,9 @@ from octavo_gateway.errors import (
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.registry import ModelEntry, Registry, Resolved, Snapshot
+from octavo_gateway.relay import refusal_in_stream, relay_answer
 from octavo_gateway.routing import PrefixIndex, RouteRequest
 from octavo_gateway.settings import GatewaySettings
-from octavo_gateway.sse import EventRelay
 from octavo_gateway.tenancy import Identity
 from octavo_gateway.upstream import (
     ConnectError,
@@ -37,7 +37,6 @@ from octavo_gateway.usage import UsageMeter
 
 log = logging.getLogger("octavo.gateway")
 
-MAX_ERROR_BYTES = 64 * 1024
 REFUSED = frozenset({429, 503})
 """Answers by which a replica says that it has not begun: full, or draining."""
 
@@ -273,61 +272,18 @@ class Proxy:
     ) -> None:
         is_stream = (head.get(b"content-type") or b"").startswith(EVENT_STREAM)
         if exchange.started and not is_stream:
-            await self._refusal_in_stream(exchange, connection)
+            await refusal_in_stream(exchange, connection)
             return
         if not exchange.started:
             exchange.streaming = is_stream
             await exchange.start(head.status, headers.response_headers(head.headers, self._own(exchange, lease)))
-        idle = _IdleTimer(exchange, self._settings.idle_timeout)
         try:
-            if is_stream:
-                await self._relay_events(exchange, request.meter, connection, head, idle)
-            else:
-                await self._relay_bytes(exchange, request.meter, connection, idle)
+            await relay_answer(exchange, connection, head, request.meter, self._settings.idle_timeout)
         except UpstreamError as error:
             self._upstream_error(lease, "lost_midway", error)
             raise UpstreamFailedError(
                 "The replica that was answering this request failed; the answer is incomplete."
             ) from error
-        finally:
-            idle.cancel()
-        await exchange.finish()
-
-    async def _relay_events(
-        self,
-        exchange: Exchange,
-        meter: UsageMeter,
-        connection: UpstreamConnection,
-        head: ResponseHead,
-        idle: _IdleTimer,
-    ) -> None:
-        relay = EventRelay()
-        while data := await connection.read():
-            idle.touch()
-            events = meter.feed_events(relay.feed(data))
-            if events:
-                await exchange.write(events)
-        if rest := relay.rest():
-            await exchange.write(rest)
-        if not head.framed and not relay.done and head.status == 200:
-            raise ConnectionLostError("the stream ended without [DONE]", reused=False)
-
-    async def _relay_bytes(
-        self, exchange: Exchange, meter: UsageMeter, connection: UpstreamConnection, idle: _IdleTimer
-    ) -> None:
-        while data := await connection.read():
-            idle.touch()
-            meter.feed_body(data)
-            await exchange.write(data)
-        meter.finish_body()
-
-    async def _refusal_in_stream(self, exchange: Exchange, connection: UpstreamConnection) -> None:
-        """Heartbeats have begun a 200 stream, and now the replica answers with an error document: make it an event."""
-        document = b""
-        while (data := await connection.read()) and len(document) < MAX_ERROR_BYTES:
-            document += data
-        flat = document.replace(b"\r", b"").replace(b"\n", b" ")
-        await exchange.write(b"data: " + flat + b"\n\n")
         await exchange.finish()
 
     def _learn(self, request: Forward, lease: Lease) -> None:
@@ -372,32 +328,6 @@ class Proxy:
         return UpstreamFailedError(
             f"Model {lease.entry.name!r}: no replica could answer this request.", retry_after_s=1.0
         )
-
-
-class _IdleTimer:
-    """Stops an exchange in which nothing has moved for a while; touching it costs one clock read."""
-
-    __slots__ = ("_at", "_exchange", "_handle", "_loop", "_timeout_s")
-
-    def __init__(self, exchange: Exchange, timeout_s: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._exchange = exchange
-        self._timeout_s = timeout_s
-        self._at = self._loop.time()
-        self._handle = self._loop.call_later(timeout_s, self._check)
-
-    def touch(self) -> None:
-        self._at = self._loop.time()
-
-    def cancel(self) -> None:
-        self._handle.cancel()
-
-    def _check(self) -> None:
-        left = self._at + self._timeout_s - self._loop.time()
-        if left > 0:
-            self._handle = self._loop.call_later(left, self._check)
-        else:
-            self._exchange.stop(UpstreamDeadlineError(f"The answer stood still for {self._timeout_s:g} s."))
 
 
 def wants_json(exchange: Exchange) -> bool:
