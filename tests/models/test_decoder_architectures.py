@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from models.tiny_checkpoints import (
     SIZES,
@@ -132,3 +133,13 @@ def test_long_rope_takes_the_factors_of_the_served_length(served: int, length: i
 
     for ours, theirs in zip(found, reference_logits(model, prompts), strict=True):
         assert relative_error(ours, theirs) < 1e-4
+
+
+def test_a_tied_head_that_was_written_all_the_same_is_let_pass(tmp_path: Path) -> None:
+    model_type, config = CASES["llama, tied embeddings"]
+    write_checkpoint(tmp_path, model_type, config())
+    tensors = load_file(tmp_path / "model.safetensors")
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": copy}, tmp_path / "model.safetensors")
+
+    assert load(tmp_path).info.task == "generate"

@@ -22,7 +22,10 @@ from octavo_kernels.weights import GGUFWeight, QuantizedWeight, Weight
 WeightType = TypeVar("WeightType", torch.Tensor, Weight)
 
 _log = logging.getLogger(__name__)
-_UNUSED = ("rotary_emb.inv_freq", "rope_freqs", "rope_factors_", "masked_bias", "position_ids")
+_UNUSED = (  # tables we compute ourselves, and cache scales of tools: ours are measured for each token
+    *("rotary_emb.inv_freq", "rope_freqs", "rope_factors_", "masked_bias", "position_ids"),
+    *("self_attn.k_scale", "self_attn.v_scale"),
+)
 
 
 class WeightLoader:
@@ -126,11 +129,14 @@ class WeightLoader:
         return weight if kind is None else quantize(weight, kind, self.device) or weight
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raise `ModelLoadError` if the checkpoint holds tensors the model never asked for."""
+        """Raise `ModelLoadError` if the checkpoint holds tensors the model never asked for.
+
+        Biases of zeros are let pass: GPTQ's tools write them beside every projection.
+        """
         left = sorted(
             name
             for name in self.checkpoint.names - self._read
-            if not any(mark in name for mark in (*_UNUSED, *ignored))
+            if not any(mark in name for mark in (*_UNUSED, *ignored)) and not self._is_empty_bias(name)
         )
         if left:
             shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
@@ -138,6 +144,12 @@ class WeightLoader:
                 f"{self.checkpoint.path}: {len(left)} tensors have no place in this architecture ({shown}); "
                 "the checkpoint is of another variant than its configuration says"
             )
+
+    def _is_empty_bias(self, name: str) -> bool:
+        if not name.endswith(".bias"):
+            return False
+        bias = self.checkpoint.get(name)
+        return isinstance(bias, torch.Tensor) and not bool(bias.any())
 
     def describe_formats(self) -> str:
         """How the projections are stored, most frequent first: `Q4_1, Q8_0 as bfloat16`, or `none`."""

@@ -122,6 +122,7 @@ class Decoder(Model):
         if not self.can_generate:
             return table, None
         if self.config.tie_word_embeddings:
+            self.ignored_tensors = (*self.ignored_tensors, "lm_head.weight")  # some tools write the copy too
             return weights.tie(table)
         return table, weights.head("lm_head.weight", (self.config.vocab_size, self.config.hidden_size))
 

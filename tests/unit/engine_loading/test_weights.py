@@ -107,3 +107,10 @@ def test_tensors_nobody_asked_for_are_an_error() -> None:
 
     with pytest.raises(ModelLoadError, match=r"1 tensors have no place in this architecture \(stray\)"):
         weights.finish()
+
+
+def test_biases_of_zeros_beside_projections_are_let_pass() -> None:
+    loader(q__bias=torch.zeros(3)).finish()
+
+    with pytest.raises(ModelLoadError, match=r"\(q\.bias\)"):
+        loader(q__bias=torch.ones(3)).finish()
