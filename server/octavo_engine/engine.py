@@ -290,7 +290,8 @@ class EngineCore:
     def _append(self, seq: Seq, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a sampled token, report it, and end the sequence if it is the last one."""
         if token < 0:
-            self._fail(seq, seq.sampler.failure or _FAILURES[token])
+            by_request = token == ALL_EXCLUDED and seq.sampler.failure is None
+            self._fail(seq, seq.sampler.failure or _FAILURES[token], kind="InvalidRequestError" if by_request else None)
             return
         constraint = seq.sampler.constraint
         if constraint is not None and not self._follow(seq, constraint, token):
@@ -355,7 +356,7 @@ class EngineCore:
             num_top = [seq.sampling.prompt_logprobs or 0] * len(targets)
             seq.prompt_logprobs.extend(token_logprobs(logits[: len(targets)], targets, num_top))
 
-    def _finish(self, seq: Seq, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, seq: Seq, reason: FinishReason, error: str | None = None, error_kind: str | None = None) -> None:
         """End a sequence without a new token."""
         self._end(seq, reason)
         self._outputs.append(
@@ -366,13 +367,17 @@ class EngineCore:
                 num_cached_tokens=seq.num_cached_tokens,
                 num_preemptions=seq.num_preemptions,
                 error=error,
+                error_kind=error_kind,
             )
         )
 
-    def _fail(self, seq: Seq, message: str) -> None:
-        """End a sequence whose computation went wrong; nothing it wrote to the cache is given to others."""
+    def _fail(self, seq: Seq, message: str, kind: str | None = None) -> None:
+        """End a sequence whose computation went wrong; nothing it wrote to the cache is given to others.
+
+        `kind` names the class in `errors` that the caller gets, where it is not the engine's own failure.
+        """
         self.pool.unpublish(seq.table.blocks)
-        self._finish(seq, FinishReason.ERROR, message)
+        self._finish(seq, FinishReason.ERROR, message, kind)
 
     def _end(self, seq: Seq, reason: FinishReason) -> None:
         self.scheduler.finish(seq)
