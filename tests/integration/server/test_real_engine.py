@@ -89,12 +89,12 @@ def test_a_seed_makes_sampling_repeatable(client: openai.OpenAI) -> None:
     def sample(seed: int) -> str | None:
         answer = client.chat.completions.create(
             model="smollm2", messages=[{"role": "user", "content": "Invent a name."}], temperature=1.5, seed=seed,
-            max_tokens=12,
+            max_tokens=8,
         )  # fmt: skip
         return answer.choices[0].message.content
 
     assert sample(1) == sample(1)
-    assert len({sample(seed) for seed in range(4)}) > 1
+    assert len({sample(seed) for seed in range(3)}) > 1
 
 
 def test_echo_scores_a_prompt(client: openai.OpenAI) -> None:
