@@ -57,49 +57,60 @@ def chat(
         question = sys.stdin.read().strip()
         if not question:
             raise typer.BadParameter("nothing was asked: give a question or run it in a terminal", param_hint="TEXT")
+    base_url = url.rstrip("/").removesuffix("/v1")
     try:
-        code = asyncio.run(_chat(url.rstrip("/").removesuffix("/v1"), api_key, model, question, system, options))
+        name = model or asyncio.run(_first_model(base_url, api_key))
+        target = Target(base_url, api_key, name, options)
+        if question:
+            asyncio.run(target.ask(Conversation(system), question))
+        else:
+            typer.echo(f"{name} at {base_url}. {HELP_TEXT}", err=True)
+            _converse(Conversation(system), target)
+    except EndpointError as error:
+        typer.echo(f"octavo chat: {error}", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        code = 130
-    raise typer.Exit(code)
+        raise typer.Exit(130) from None
 
 
-async def _chat(
-    url: str, api_key: str | None, model: str | None, question: str, system: str | None, options: dict[str, Any]
-) -> int:
+@dataclass(frozen=True)
+class Target:
+    """Where questions go, and with which options."""
+
+    base_url: str
+    api_key: str | None
+    model: str
+    options: dict[str, Any]
+
+    async def ask(self, conversation: Conversation, question: str) -> str:
+        """Print the answer as it comes and return it; raises `EndpointError`."""
+        messages = conversation.messages(question)
+        body = {"model": self.model, "messages": messages, "stream": True, **self.options}
+        async with open_session(self.api_key) as http:
+            return await _print_answer(stream_events(http, f"{self.base_url}/v1/chat/completions", body))
+
+
+async def _first_model(base_url: str, api_key: str | None) -> str:
     async with open_session(api_key) as http:
-        try:
-            name = model or (await list_models(http, url))[0]
-            conversation = Conversation(system)
-
-            async def ask(text: str) -> str:
-                body = {"model": name, "messages": conversation.messages(text), "stream": True, **options}
-                return await _print_answer(stream_events(http, f"{url}/v1/chat/completions", body))
-
-            if question:
-                await ask(question)
-                return 0
-            typer.echo(f"{name} at {url}. {HELP_TEXT}", err=True)
-            await _converse(conversation, ask)
-        except IndexError:
-            typer.echo(f"octavo chat: {url} serves no model", err=True)
-            return 1
-        except EndpointError as error:
-            typer.echo(f"octavo chat: {error}", err=True)
-            return 1
-    return 0
+        models = await list_models(http, base_url)
+    if not models:
+        raise EndpointError(f"{base_url} serves no model")
+    return models[0]
 
 
-async def _converse(conversation: Conversation, ask: Any) -> None:
+def _converse(conversation: Conversation, target: Target) -> None:
     """Read questions until the end of input; Ctrl-C ends only the answer under way."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     while True:
         try:
-            line = (await asyncio.to_thread(input, "> ")).strip()
+            line = input("> ").strip()
         except EOFError:
             typer.echo("")
             return
+        except KeyboardInterrupt:
+            typer.echo("\nCtrl-D leaves.", err=True)
+            continue
         command, _, rest = line.partition(" ")
         match command:
             case "":
@@ -113,10 +124,17 @@ async def _converse(conversation: Conversation, ask: Any) -> None:
             case "/help":
                 typer.echo(HELP_TEXT)
             case _:
-                try:
-                    conversation.add(line, await ask(line))
-                except EndpointError as error:
-                    typer.echo(f"octavo chat: {error}", err=True)
+                _answer(conversation, target, line)
+
+
+def _answer(conversation: Conversation, target: Target, question: str) -> None:
+    """One turn; what goes wrong ends the turn and not the conversation."""
+    try:
+        conversation.add(question, asyncio.run(target.ask(conversation, question)))
+    except EndpointError as error:
+        typer.echo(f"octavo chat: {error}", err=True)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped", err=True)
 
 
 async def _print_answer(events: Any) -> str:

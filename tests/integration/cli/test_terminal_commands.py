@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -101,3 +103,36 @@ async def test_batch_runs_every_request_and_resumes(server: RunningServer, tmp_p
     assert "temperature" in results["r5"]["error"]["message"]
     assert results["r5"]["response"]["status_code"] == 400
     assert results["r0"]["response"]["body"]["choices"][0]["message"]["content"].startswith("You said")
+
+
+async def test_a_conversation_keeps_its_turns_and_survives_ctrl_c() -> None:
+    slow = FakeEngine(reply=lambda prompt: f"[{prompt.count('<user>')}] " + "x" * 400, step_s=0.01)
+    async with running_server(slow) as server:
+        terminal, own = pty.openpty()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "octavo_cli.main", "chat", "--url", server.url, "--max-tokens", "8",
+            stdin=own, stdout=own, stderr=own, start_new_session=True,
+        )  # fmt: skip
+        os.close(own)
+        screen = ""
+
+        async def until(text: str) -> None:
+            nonlocal screen
+            async with asyncio.timeout(30):
+                while text not in screen:
+                    screen += (await asyncio.to_thread(os.read, terminal, 4_096)).decode()
+            screen = screen.split(text, 1)[1]
+
+        await until("> ")
+        os.write(terminal, b"first\n")
+        await until("[1] xxx")
+        await until("> ")
+        os.write(terminal, b"second\n")
+        await until("[2] ")
+        process.send_signal(signal.SIGINT)
+        await until("> ")
+        process.send_signal(signal.SIGINT)
+        await until("Ctrl-D leaves")
+        os.write(terminal, b"/exit\n")
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+        os.close(terminal)
