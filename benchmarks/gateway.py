@@ -19,6 +19,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,7 @@ LAST = (
 DONE = b"data: [DONE]\n\n"
 MODELS = b'{"object":"list","data":[{"id":"m","object":"model","created":1,"owned_by":"x"}]}'
 REPLICA_PORT = 19_101
+KEY = "sk-benchmark-4f1c2b7a9d3e4c5f8a6b7c8d9e0f1a2b"  # LiteLLM refuses to start without one
 
 
 # ---- the mock replica (`gateway.py replica`)
@@ -100,7 +102,7 @@ BODY = json.dumps(
 ).encode()
 REQUEST = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-    b"authorization: Bearer sk-benchmark\r\ncontent-length: %d\r\n\r\n%s" % (len(BODY), BODY)
+    b"authorization: Bearer %s\r\ncontent-length: %d\r\n\r\n%s" % (KEY.encode(), len(BODY), BODY)
 )
 
 
@@ -197,7 +199,7 @@ def start_octavo(folder: Path) -> Gateway:
 
 
 def start_vllm_router(binary: str) -> Gateway:
-    command = [binary, "--host", "127.0.0.1", "--port", "19103", "--policy", "round_robin", "--log-level", "warn"]
+    command = [binary, "--host", "127.0.0.1", "--port", "19103", "--policy", "round_robin", "--log-level", "warning"]
     command += ["--prometheus-port", "19105", "--worker-urls", f"http://127.0.0.1:{REPLICA_PORT}"]
     return _start("vllm-router", command, 19_103)
 
@@ -205,7 +207,8 @@ def start_vllm_router(binary: str) -> Gateway:
 def start_litellm(binary: str, folder: Path) -> Gateway:
     config = folder / "litellm.yaml"
     params = f'{{model: openai/m, api_base: "http://127.0.0.1:{REPLICA_PORT}/v1", api_key: x}}'
-    config.write_text(f"model_list:\n  - model_name: m\n    litellm_params: {params}\n")
+    general = f"general_settings: {{master_key: {KEY}}}\n"
+    config.write_text(f"model_list:\n  - model_name: m\n    litellm_params: {params}\n{general}")
     command = [binary, "--config", str(config), "--host", "127.0.0.1", "--port", "19104", "--num_workers", "1"]
     return _start("litellm", command, 19_104)
 
@@ -216,7 +219,10 @@ def _start(name: str, command: list[str], port: int) -> Gateway:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     for _ in range(240):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2) as answer:
+            question = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/models", headers={"authorization": f"Bearer {KEY}"}
+            )
+            with urllib.request.urlopen(question, timeout=2) as answer:
                 if b'"m"' in answer.read():
                     return Gateway(name, port, process)
         except (urllib.error.URLError, OSError):
@@ -312,6 +318,7 @@ def main() -> None:
     parser.add_argument("--litellm", metavar="BINARY")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     mock = subprocess.Popen([sys.executable, __file__, "replica"])
     gateways: list[Gateway] = []
     try:
