@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
+from octavo_operator.api.errors import OctavoOperatorError
 from octavo_operator.controller.metrics import OperatorCollector
 from octavo_operator.controller.settings import OperatorSettings
 
 if TYPE_CHECKING:
     from octavo_operator.controller.run import Operator
+
+
+class PortUnusable(OctavoOperatorError):  # noqa: N818
+    """The port of health and metrics cannot be listened on."""
 
 
 class HealthServer:
@@ -31,7 +36,11 @@ class HealthServer:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "0.0.0.0", self._settings.health_port)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            message = f"port {self._settings.health_port} cannot be used for health and metrics: {error.strerror}"
+            raise PortUnusable(f"{message}; choose another with --health-port") from error
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:

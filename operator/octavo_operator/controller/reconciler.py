@@ -55,6 +55,7 @@ class ServiceState:
     replicas: int | None = None  # the autoscaler's number
     scalings: tuple[Scaling, ...] = ()  # newest first
     untold_scalings: int = 0
+    told_numbers: tuple[object, ...] = ()  # of the decision that the status was last asked to show
     status_written: float = 0.0
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
 

@@ -71,8 +71,8 @@ async def run(settings: OperatorSettings) -> int:
     client = connect(find_cluster())
     election = LeaderElection(client, settings)
     health = HealthServer(settings)
-    await health.start()
     try:
+        await health.start()
         if settings.leader_election and not await _first(stopping.wait(), election.acquire()):
             return 0
         operator = Operator(settings)

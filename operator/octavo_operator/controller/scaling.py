@@ -10,14 +10,14 @@ from statistics import median
 
 import aiohttp
 
-from octavo_operator.autoscale.decide import decide
+from octavo_operator.autoscale.decide import Decision, decide
 from octavo_operator.autoscale.history import History
 from octavo_operator.autoscale.metrics import Page, parse_page
 from octavo_operator.autoscale.observer import Observer
 from octavo_operator.autoscale.signals import ReplicaSample
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
-from octavo_operator.controller.reconciler import Reconciler, ServiceState
+from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler, ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.observation import Observation
@@ -106,8 +106,12 @@ class ScalingLoop:
             state.scaled(Scaling(now, signals.current, decision.replicas, decision.message))
         if decision.replicas < signals.current:
             await self._price_pods(key, signals.samples)
+        news = _is_news(state.decision, decision) or decision.replicas != signals.current
         state.decision, state.replicas = decision, decision.replicas
-        self._on_decision(key)
+        moved = _numbers(decision) != state.told_numbers
+        if news or (moved and now - state.status_written >= SCALING_STATUS_EVERY_S):
+            state.told_numbers = _numbers(decision)
+            self._on_decision(key)
 
     async def _price_pods(self, key: Key, samples: Iterable[ReplicaSample]) -> None:
         """Tell the ReplicaSet which replicas to spare: the more requests, the dearer. It deletes the cheapest first."""
@@ -166,6 +170,17 @@ class ScalingLoop:
 
 
 GATEWAY_PORT = 9090  # its metrics port
+
+
+def _is_news(before: Decision | None, now: Decision) -> bool:
+    """Whether a decision says something new, beyond numbers that always move."""
+    return before is None or (before.replicas, before.frozen, before.guard) != (now.replicas, now.frozen, now.guard)
+
+
+def _numbers(decision: Decision) -> tuple[object, ...]:
+    """What of a decision is shown in the status."""
+    kv = None if decision.kv_utilization is None else round(decision.kv_utilization, 2)
+    return decision.message, kv, decision.kv_desired, decision.load_desired, decision.history.persisted()
 
 
 def gateway_signals(pages: Iterable[Page], workload: Workload) -> tuple[int, float | None]:
