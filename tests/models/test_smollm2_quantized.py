@@ -34,7 +34,7 @@ def test_perplexity_stays_within_its_bound(smollm2_gguf: Path, tmp_path: Path, o
     report = quantized(smollm2_gguf, tmp_path / "out", **options)
 
     assert report.perplexity_change < bound
-    assert "Paris" in answer(tmp_path / "out")
+    assert "Paris" in completion(tmp_path / "out")
 
 
 def test_calibration_is_worth_its_time(smollm2_gguf: Path, tmp_path: Path) -> None:
@@ -47,11 +47,10 @@ def test_calibration_is_worth_its_time(smollm2_gguf: Path, tmp_path: Path) -> No
 
 
 @torch.inference_mode()
-def answer(folder: Path) -> str:
-    """A greedy answer of the engine running the quantized checkpoint."""
+def completion(folder: Path) -> str:
+    """A greedy completion by the engine running the quantized checkpoint."""
     tokenizer = load_tokenizer(folder)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.encode(tokenizer.apply_chat_template(question), add_special_tokens=False)
+    ids = tokenizer.encode("The capital of France is the city of")
     runner = load(folder, block_size=16, num_kv_blocks=16)
     done, generated = 0, []
     while len(generated) < 12 and (not generated or generated[-1] not in tokenizer.eos_token_ids):
