@@ -11,9 +11,9 @@ import os
 from octavo_kernels.cpu import library as _library
 from octavo_kernels.cpu import ops as _ops  # noqa: F401  registers the ops
 from octavo_kernels.cpu import threads as _threads
-from octavo_kernels.cpu.step import compile_step
+from octavo_kernels.cpu.step import NativeStep
 from octavo_kernels.registry import BackendUnavailableError, describe_backend
-from octavo_kernels.step import register_step_compiler
+from octavo_kernels.step import DecoderPlan, register_step_compiler
 
 ENV_ISA = "OCTAVO_CPU_ISA"
 
@@ -63,5 +63,11 @@ def _start() -> None:
         raise BackendUnavailableError(str(error)) from error
 
 
+@register_step_compiler("cpu")
+def compile_step(plan: DecoderPlan) -> NativeStep:
+    """Raises `UnsupportedPlanError`. The team takes the size that torch was given since this backend was loaded."""
+    set_num_threads(_threads.requested_threads())
+    return NativeStep(plan)
+
+
 _start()
-register_step_compiler("cpu")(compile_step)

@@ -161,8 +161,3 @@ class _PlanBuilder:
         wide = tensor.detach().to(torch.float32).contiguous()
         self._kept.append(wide)
         return wide.data_ptr()
-
-
-def compile_step(plan: DecoderPlan) -> NativeStep:
-    """Raises `UnsupportedPlanError` naming what the native step cannot do."""
-    return NativeStep(plan)

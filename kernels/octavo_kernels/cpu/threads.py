@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
 ENV_THREADS = "OCTAVO_CPU_THREADS"
 ENV_PIN = "OCTAVO_CPU_PIN"
 
@@ -18,10 +20,10 @@ def usable_cpus(cgroup_root: Path = Path("/sys/fs/cgroup"), proc_cgroup: Path = 
 
 
 def requested_threads() -> int:
-    """The count that `OCTAVO_CPU_THREADS` asks for, else the usable CPUs."""
+    """The count that `OCTAVO_CPU_THREADS` asks for, else torch's (the engine's `num_threads`) up to the usable CPUs."""
     text = os.environ.get(ENV_THREADS, "").strip()
     if not text:
-        return usable_cpus()
+        return min(usable_cpus(), torch.get_num_threads())
     try:
         count = int(text)
     except ValueError:

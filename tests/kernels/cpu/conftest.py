@@ -27,14 +27,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The instruction set in use during the test."""
+    """The instruction set in use during the test, on a team of three threads."""
     status = registry.load_backend("cpu")
     if not status.available:
         pytest.skip(f"native CPU kernels: {status.detail}")
     from octavo_kernels import cpu
 
+    threads = cpu.num_threads()
+    cpu.set_num_threads(3)  # more than most machines of a test run: barriers and stealing under pressure
     yield cpu.select_instruction_set(request.param)
     cpu.select_instruction_set("")
+    cpu.set_num_threads(threads)
 
 
 @pytest.fixture

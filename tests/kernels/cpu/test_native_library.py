@@ -70,6 +70,14 @@ def test_a_thread_count_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyP
         requested_threads()
 
 
+def test_threads_follow_torch_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OCTAVO_CPU_THREADS", raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert requested_threads() == 1
+    monkeypatch.setenv("OCTAVO_CPU_THREADS", "5")
+    assert requested_threads() == 5
+
+
 def test_the_team_of_threads_can_be_resized(native: None) -> None:
     before = cpu.num_threads()
     try:

@@ -12,7 +12,7 @@ from kernels.cpu.random_weights import random_gguf
 from kernels.cpu.test_native_attention import random_batch, random_cache
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.cpu.library import NativeError
-from octavo_kernels.cpu.step import PHASES, NativeStep, compile_step
+from octavo_kernels.cpu.step import PHASES, NativeStep
 from octavo_kernels.gguf_types import GGMLType
 from octavo_kernels.reference import activation, attention, kv_cache, linear, norm
 from octavo_kernels.step import Activation, DecoderLayerPlan, DecoderPlan, UnsupportedPlanError
@@ -113,7 +113,7 @@ def _reference(
 def _run_both(plan: DecoderPlan, kv_dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (native, reference) of a batch of three decodes and two prefills, one of them continued."""
     torch.manual_seed(seed)
-    step = compile_step(plan)
+    step = NativeStep(plan)
     batch, blocks = random_batch([5, 200, 33, 40, 70], [1, 1, 1, 40, 21], 16)
     caches = [random_cache(blocks, KV_HEADS, 16, HEAD_DIM, kv_dtype) for _ in plan.layers]
     copies = [PagedKVCache(*(None if t is None else t.clone() for t in _tensors(cache))) for cache in caches]
@@ -157,7 +157,7 @@ def test_a_step_continues_from_the_cache_it_wrote(isa: str) -> None:
     plan = _plan(torch.float32, dtype=torch.float32, particular=False, parts=False)
     ids = torch.randint(0, VOCAB, (21,))
     whole, blocks = random_batch([21], [21], 4)
-    step = compile_step(plan)
+    step = NativeStep(plan)
     caches = [random_cache(blocks, KV_HEADS, 4, HEAD_DIM, torch.float32) for _ in plan.layers]
     at_once = step(ids, replace(whole, num_decodes=0), caches, torch.tensor([20]))
     for i in range(21):
@@ -177,7 +177,7 @@ def test_a_step_continues_from_the_cache_it_wrote(isa: str) -> None:
 
 def test_inputs_out_of_range_are_refused_by_name(isa: str) -> None:
     torch.manual_seed(14)
-    step = compile_step(_plan(torch.float32, dtype=torch.float32, particular=False, parts=False))
+    step = NativeStep(_plan(torch.float32, dtype=torch.float32, particular=False, parts=False))
     batch, blocks = random_batch([3], [3], 16)
     caches = [random_cache(blocks, KV_HEADS, 16, HEAD_DIM, torch.float32) for _ in range(2)]
     wanted = torch.tensor([2])
@@ -191,7 +191,7 @@ def test_inputs_out_of_range_are_refused_by_name(isa: str) -> None:
 
 def test_a_profile_names_where_the_time_went(isa: str) -> None:
     torch.manual_seed(15)
-    step = compile_step(_plan(torch.float32, dtype=torch.float32, particular=False, parts=False))
+    step = NativeStep(_plan(torch.float32, dtype=torch.float32, particular=False, parts=False))
     batch, blocks = random_batch([3], [3], 16)
     caches = [random_cache(blocks, KV_HEADS, 16, HEAD_DIM, torch.float32) for _ in range(2)]
     step.profile(True)
