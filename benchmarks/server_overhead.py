@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
@@ -44,7 +47,21 @@ def main() -> None:
             f"{row['server_cpu_us_per_token']:>20.1f}"
         )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2))
+        report = {**setting(), "tokens_per_stream": arguments.tokens, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def setting() -> dict[str, object]:
+    """Where and with what this was measured; a busy machine shows in the load."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "cpu": model[1] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "octavo": version("octavo"),
+    }
 
 
 def start_server() -> subprocess.Popen[str]:
