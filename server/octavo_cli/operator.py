@@ -42,6 +42,7 @@ def operator(
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # it runs in a thread and says so
     settings = OperatorSettings(
         namespaces=tuple(namespace or ()),
         own_namespace=own_namespace,

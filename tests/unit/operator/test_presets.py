@@ -91,3 +91,21 @@ def test_flags_map_only_fields_that_exist(name: str) -> None:
 def test_a_runtime_that_scales_itself_is_never_scaled_twice() -> None:
     with pytest.raises(Unplannable, match="scales its own workers"):
         plan_service(service("ray-serve", autoscaling={"maxReplicas": 3}), [], Facts())
+
+
+def test_octavo_serve_knows_every_flag_that_its_runtime_passes() -> None:
+    from typer.main import get_command
+
+    from octavo_cli.main import build_app
+
+    command = get_command(build_app("serve")).commands["serve"]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    container = preset("octavo").spec.container
+    texts = [
+        *container.args,
+        *(f.flag or "" for f in container.flags),
+        *(v for f in container.flags for v in f.values.values()),
+    ]
+    passed = {word for text in texts for word in text.split() if word.startswith("--")}
+    assert passed
+    assert passed <= known
