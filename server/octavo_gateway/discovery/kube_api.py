@@ -24,6 +24,7 @@ WATCH_S = 290
 SILENCE_S = 90.0  # bookmarks come about every minute; longer silence means a dead connection
 BACKOFF_S = (0.5, 30.0)
 PAGE_SIZE = 500
+RELIST_AFTER_FAILURES = 2
 
 Item = Mapping[str, Any]
 
@@ -88,22 +89,24 @@ class Watcher:
         self._server = server
         self._watched = watched
         self._on_change = on_change
+        self._version = ""  # of what was seen last; empty: list anew
         self._silence_s = silence_s
         self._backoff_s = backoff_s
 
     async def run(self) -> None:
         """Follow until cancelled. While the API server is away the last view stays."""
         failures = 0
-        version = ""
         while True:
+            begun_at = self._version
             try:
-                if not version:
-                    version = await self._list()
-                version = await self._watch(version)
+                if not self._version:
+                    self._version = await self._list()
+                await self._watch()
                 failures = 0
             except (aiohttp.ClientError, TimeoutError, OSError, json.JSONDecodeError, KeyError) as error:
-                failures += 1
-                version = ""
+                failures = 1 if self._version != begun_at else failures + 1
+                if failures >= RELIST_AFTER_FAILURES:
+                    self._version = ""  # going on from where the watch was has not helped
                 low, high = self._backoff_s
                 pause = min(low * 2 ** (failures - 1), high) * (0.5 + random.random() / 2)  # noqa: S311 - jitter
                 log.warning("kubernetes: %s: %s; again in %.1f s", self._watched.path, error or "silent", pause)
@@ -135,14 +138,15 @@ class Watcher:
             page: dict[str, Any] = await response.json(content_type=None)
             return page
 
-    async def _watch(self, version: str) -> str:
-        """Follow events until the server ends the watch; the version to go on from, or "" to list anew."""
-        async for event in self._events(version):
+    async def _watch(self) -> None:
+        """Follow events until the server ends the watch; no version is left when the next step is to list anew."""
+        async for event in self._events(self._version):
             kind, item = event["type"], event["object"]
             if kind == "ERROR":
                 log.info("kubernetes: %s: watch ended (%s); listing anew", self._watched.path, item.get("code"))
-                return ""
-            version = item["metadata"]["resourceVersion"]
+                self._version = ""
+                return
+            self._version = item["metadata"]["resourceVersion"]
             if kind == "BOOKMARK":
                 continue
             if kind == "DELETED":
@@ -150,7 +154,6 @@ class Watcher:
             else:
                 self._watched.items[_key(item)] = item
             self._on_change()
-        return version
 
     async def _events(self, version: str) -> AsyncIterator[dict[str, Any]]:
         parameters = {
