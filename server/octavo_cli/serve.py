@@ -19,9 +19,7 @@ def _option(*names: str, help: str, panel: str, **extra: Any) -> Any:
 def serve(
     model_argument: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="Path or URI: file:// pypi:// hf:// https:// pvc://", show_default=False
-        ),
+        typer.Argument(metavar="MODEL", help="Path or URI: file:// pypi:// hf:// https:// pvc://", show_default=False),
     ] = None,
     model: Annotated[str | None, _option("--model", help="The same as the argument.", panel=_MODEL)] = None,
     served_model_name: Annotated[
@@ -77,6 +75,18 @@ def serve(
     ] = None,
     kv_events_endpoint: Annotated[
         str | None, _option("--kv-events-endpoint", help="ZeroMQ address for KV events.", panel=_MEMORY)
+    ] = None,
+    kv_events_replay_endpoint: Annotated[
+        str | None, _option("--kv-events-replay-endpoint", help="ZeroMQ address to replay them from.", panel=_MEMORY)
+    ] = None,
+    kv_events_topic: Annotated[str | None, _option("--kv-events-topic", help="Their topic.", panel=_MEMORY)] = None,
+    prefix_cache_tenant_share: Annotated[
+        float | None,
+        _option("--prefix-cache-tenant-share", help="Most of the cache one tenant keeps.", panel=_MEMORY),
+    ] = None,
+    priority_ageing_s: Annotated[
+        float | None,
+        _option("--priority-ageing-s", help="Wait after which worse priorities get a share.", panel=_SCHEDULING),
     ] = None,
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences running at once.", panel=_SCHEDULING)
