@@ -99,7 +99,10 @@ def ask_for_usage(body: bytes) -> tuple[bytes, bool]:
     """
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     options = fields.get("stream_options")
-    known = msgspec.json.decode(options, type=dict[str, msgspec.Raw] | None) if options is not None else None
+    try:
+        known = msgspec.json.decode(options, type=dict[str, msgspec.Raw] | None) if options is not None else None
+    except msgspec.ValidationError:
+        return body, False  # the replica will say what is wrong with it
     if known is not None and bytes(known.get("include_usage", b"")) == b"true":
         return body, False
     fields["stream_options"] = msgspec.Raw(msgspec.json.encode((known or {}) | {"include_usage": True}))

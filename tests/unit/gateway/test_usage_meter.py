@@ -87,6 +87,18 @@ def test_asking_for_usage_changes_nothing_else() -> None:
     assert json.loads(asked)["stream_options"] == {"other": 1, "include_usage": True}
 
 
+@pytest.mark.parametrize("options", [b"5", b'"x"', b"[1]", b"true"])
+def test_stream_options_of_a_wrong_type_are_left_for_the_replica_to_refuse(options: bytes) -> None:
+    body = b'{"model":"m","stream_options":' + options + b"}"
+
+    assert ask_for_usage(body) == (body, False)
+
+
+def test_absent_options_and_null_are_the_same() -> None:
+    for body in (b'{"model":"m"}', b'{"model":"m","stream_options":null}'):
+        assert json.loads(ask_for_usage(body)[0]) == {"model": "m", "stream_options": {"include_usage": True}}
+
+
 def test_a_client_that_asked_is_left_alone() -> None:
     body = b'{ "model":"m", "stream_options": {"include_usage": true} }'
 
