@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from octavo_operator.controller.client import Kind, KubeClient, Object
+from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.informer import Informer
 from octavo_operator.controller.kinds import (
@@ -26,6 +26,7 @@ from octavo_operator.render.labels import MANAGED_BY, MANAGER, PART_OF, SERVICE_
 from octavo_operator.render.model_cache import CACHE_LABEL
 
 log = logging.getLogger("octavo.operator")
+OWN_KINDS = (INFERENCE_SERVICE, SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME, MODEL_CACHE)
 OURS = f"{MANAGED_BY}={MANAGER}"
 PODS = f"{PART_OF}=octavo"
 
@@ -63,6 +64,7 @@ class EngineRoom:
             group.create_task(self.services.run())
             group.create_task(self.cache_queue.run())
             group.create_task(self.scaling.run())
+            group.create_task(self._relist_forever())
 
     def see(self, kind: Kind, obj: Object, deleted: bool) -> None:
         """Take up an object of our own kinds."""
@@ -79,6 +81,27 @@ class EngineRoom:
             self._wake_namespace(obj["metadata"].get("namespace"))
         elif kind == CLUSTER_SERVING_RUNTIME:
             self._wake_namespace(None)
+
+    async def relist(self) -> None:
+        """Look at every object of our own kinds anew: what a watch that went silent did not tell is taken up here."""
+        for kind in OWN_KINDS:
+            for scope in (self.settings.namespaces or (None,)) if kind.namespaced else (None,):
+                answer = await self.client.list_objects(kind, scope)
+                items = [{"apiVersion": kind.api_version, "kind": kind.kind, **item} for item in answer["items"]]
+                known = {key_of(obj): obj["metadata"].get("resourceVersion") for obj in self.store.all(kind)}
+                for gone in self.store.replace(kind, items, scope):
+                    self.see(kind, gone, deleted=True)
+                for obj in items:
+                    if known.get(key_of(obj)) != obj["metadata"].get("resourceVersion"):
+                        self.see(kind, obj, deleted=False)
+
+    async def _relist_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.resync_s)
+            try:
+                await self.relist()
+            except ApiError as error:
+                log.warning("resources could not be listed anew: %s", error)
 
     def silence_s(self) -> float:
         """Seconds since the most silent watch last heard of the API server."""

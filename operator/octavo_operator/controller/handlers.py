@@ -13,12 +13,10 @@ import kopf
 from octavo_operator.api.base import GROUP, VERSION
 from octavo_operator.controller.client import Kind, KubeClient
 from octavo_operator.controller.credentials import connect, find_cluster
-from octavo_operator.controller.engine_room import EngineRoom
-from octavo_operator.controller.kinds import CLUSTER_SERVING_RUNTIME, INFERENCE_SERVICE, MODEL_CACHE, SERVING_RUNTIME
+from octavo_operator.controller.engine_room import OWN_KINDS, EngineRoom
 from octavo_operator.controller.settings import OperatorSettings
 
 log = logging.getLogger("octavo.operator")
-WATCHED = (INFERENCE_SERVICE, SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME, MODEL_CACHE)
 
 
 def build_registry(
@@ -56,7 +54,7 @@ def build_registry(
                 room.see(kind, dict(body), deleted=event["type"] == "DELETED")
 
     own = settings
-    for kind in WATCHED:
+    for kind in OWN_KINDS:
         watch(kind)
     return registry
 
