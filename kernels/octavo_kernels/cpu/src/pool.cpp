@@ -4,8 +4,11 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -33,7 +36,20 @@ void wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, kMaxThreads, nullptr, nullptr, 0);
 }
 
+using Clock = std::chrono::steady_clock;
+constexpr auto kPatience = std::chrono::milliseconds(1);  // longer than any item of a decode step
+constexpr auto kLook = std::chrono::microseconds(500);
+constexpr auto kLeastRest = std::chrono::milliseconds(25);
+constexpr auto kMostRest = std::chrono::milliseconds(1000);
+
+// Thrown out of a barrier to end a member's part in the function.
+struct SentHome {};
+
+}  // namespace
+
 struct Team {
+  static uint32_t& generation_of(Member& member) { return member.generation_; }
+
   std::mutex turn;  // held while a function runs or the team changes
   int size = 1;
   bool pin = false;
@@ -46,7 +62,13 @@ struct Team {
   alignas(64) std::atomic<bool> stopping{false};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<uint32_t> phase{0};
+  std::atomic<bool> held_up{false};          // member 0 saw that a worker does not get to run
+  std::atomic<uint32_t> dismissed{~0u};      // the generation whose workers were sent home
+  Clock::time_point alone_until{};           // until then member 0 works alone
+  Clock::duration rest = kLeastRest;
 };
+
+namespace {
 
 // Never destroyed: worker threads may outlive static destructors.
 Team& team() {
@@ -76,10 +98,49 @@ void work(int id, uint32_t seen) {
     Member member;
     member.id = id;
     member.size = t.size;
-    t.function(t.argument, member);
-    member.barrier();
+    Team::generation_of(member) = seen;
+    try {
+      t.function(t.argument, member);
+      member.barrier();
+    } catch (const SentHome&) {
+    }
   }
 }
+
+// Processor time that the workers have had, in nanoseconds.
+int64_t worked(Team& t) {
+  int64_t total = 0;
+  for (auto& worker : t.workers) {
+    clockid_t clock;
+    timespec time;
+    if (pthread_getcpuclockid(worker.native_handle(), &clock) == 0 && clock_gettime(clock, &time) == 0)
+      total += time.tv_sec * 1000000000ll + time.tv_nsec;
+  }
+  return total;
+}
+
+// Watches the workers while member 0 waits for them: a long item keeps them running, another program does not.
+class Watch {
+ public:
+  void look(Team& t) {
+    auto now = Clock::now();
+    if (now - since_ < (sampled_ ? Clock::duration(kLook) : Clock::duration(kPatience))) return;
+    int64_t total = worked(t);
+    if (sampled_) {
+      double elapsed = std::chrono::duration<double, std::nano>(now - since_).count();
+      double wanted = elapsed * ((double)t.workers.size() - 0.5);
+      if ((double)(total - before_) < wanted) t.held_up.store(true, std::memory_order_relaxed);
+    }
+    sampled_ = true;
+    before_ = total;
+    since_ = now;
+  }
+
+ private:
+  Clock::time_point since_ = Clock::now();
+  bool sampled_ = false;
+  int64_t before_ = 0;
+};
 
 void announce(Team& t) {
   t.generation.fetch_add(1);
@@ -136,13 +197,19 @@ void Member::barrier() {
   uint32_t phase = t.phase.load(std::memory_order_relaxed);
   if (t.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     t.arrived.store(0, std::memory_order_relaxed);
+    if (t.held_up.load(std::memory_order_relaxed)) t.dismissed.store(generation_, std::memory_order_relaxed);
     t.phase.store(phase + 1, std::memory_order_release);
-    return;
+  } else {
+    Watch watch;
+    for (int spins = 0; t.phase.load(std::memory_order_acquire) == phase; spins++) {
+      if (spins < kSpinsBeforeYielding) relax();
+      else sched_yield();
+      if (id == 0 && (spins >= kSpinsBeforeYielding || spins % 1024 == 1023)) watch.look(t);
+    }
   }
-  for (int spins = 0; t.phase.load(std::memory_order_acquire) == phase; spins++) {
-    if (spins < kSpinsBeforeYielding) relax();
-    else sched_yield();
-  }
+  if (t.dismissed.load(std::memory_order_relaxed) != generation_) return;
+  if (id != 0) throw SentHome{};
+  size = 1;
 }
 
 void run_team(void (*function)(void*, Member&), void* argument) {
@@ -150,14 +217,24 @@ void run_team(void (*function)(void*, Member&), void* argument) {
   std::lock_guard<std::mutex> lock(t.turn);
   heal_after_fork(t);
   clear_cursors(t.size);
-  t.function = function;
-  t.argument = argument;
-  if (t.size > 1) announce(t);
   Member member;
   member.id = 0;
   member.size = t.size;
+  if (t.size > 1 && Clock::now() < t.alone_until) member.size = 1;
+  if (member.size > 1) {
+    t.function = function;
+    t.argument = argument;
+    t.held_up.store(false, std::memory_order_relaxed);
+    announce(t);
+    Team::generation_of(member) = t.generation.load(std::memory_order_relaxed);
+  }
+  bool together = member.size > 1;
   function(argument, member);
   member.barrier();
+  if (!together) return;
+  bool alone = member.size == 1;  // sent the others home on the way: rest, longer each time it happens again
+  t.rest = alone ? std::min<Clock::duration>(2 * t.rest, kMostRest) : std::max<Clock::duration>(t.rest / 2, kLeastRest);
+  if (alone) t.alone_until = Clock::now() + t.rest;
 }
 
 void set_team_size(int threads, bool pin) {

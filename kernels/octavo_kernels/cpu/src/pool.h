@@ -10,7 +10,8 @@ class Member {
  public:
   int id;
   int size;
-  // Waits until every member is here.
+  // Waits until every member is here. Where another program keeps a member from running, the others are sent home
+  // once it arrives (they leave the function by an exception) and member 0 goes on alone, with size 1.
   void barrier();
   // Calls body(i) for every i in [0, count) once over the team; neighbours go to the same member while it keeps up.
   // Every member calls it with the same count; `barrier()` must separate it from what depends on it and from the next.
@@ -18,8 +19,9 @@ class Member {
   void each(int64_t count, const Body& body);
 
  private:
-  friend class Pool;
+  friend struct Team;
   uint32_t loop_ = 0;
+  uint32_t generation_ = 0;
 };
 
 // Ranges handed out by `each`: three sets in turn, so that a member clears the next while the others may still steal
