@@ -214,7 +214,7 @@ async def test_a_restarted_operator_writes_nothing_and_changes_no_pod_template(
     first = run_operator(namespace)
     await client.create(INFERENCE_SERVICE, manifest(namespace))
     before = await until(lambda: client.get(DEPLOYMENT, namespace, "smollm2"), "the Deployment exists")
-    await reaches(client, namespace, "ScalingActive", "False" if before else "")
+    await reaches(client, namespace, "RuntimeResolved", "True")
     await settles(first)
     first.stop()
     second = run_operator(namespace)
