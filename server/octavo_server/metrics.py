@@ -48,7 +48,7 @@ class Metrics:
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, snapshot: SnapshotSource, version: str) -> None:
+    def __init__(self, snapshot: SnapshotSource, version: str, max_num_seqs: int) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(snapshot))
         self._rejections = Counter(
@@ -59,6 +59,8 @@ class Metrics:
         )
         build_info = Gauge("octavo_build_info", "Always 1; the label tells.", ["version"], registry=self.registry)
         build_info.labels(version).set(1)
+        capacity = Gauge("octavo_max_num_seqs", "Most sequences that run at once.", registry=self.registry)
+        capacity.set(max_num_seqs)
         self._latencies: RequestLatencies | None = None
 
     def rejected(self, reason: str) -> None:

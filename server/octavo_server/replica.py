@@ -38,7 +38,7 @@ class Replica:
         self.engine = engine
         self.lifecycle = Lifecycle()
         self.text = TextPool()
-        self.metrics = Metrics(self._snapshot, VERSION)
+        self.metrics = Metrics(self._snapshot, VERSION, settings.max_num_seqs)
         self.telemetry = Telemetry(settings.otlp_endpoint, VERSION)
         self._load_tokenizer = load_tokenizer
         self._served: ServedModel | None = None
