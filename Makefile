@@ -13,12 +13,15 @@ ONCE ?=
 PORT ?= 8000
 ASK ?= What is the capital of France?
 TESTS ?= tests
+# Where `make images` names the images to be.
+REGISTRY ?= ghcr.io/octavo-dev
+TAG ?= 0.1.0
 
 BIN := $(VENV)/bin
 PACKAGES := operator/octavo_operator server/octavo_engine server/octavo_server server/octavo_gateway server/octavo_cli kernels/octavo_kernels
 NATIVE := $(wildcard CMakeLists.txt kernels/octavo_kernels/cpu/src/*)
 
-.PHONY: help demo test test-slow sanitize lint format bench crds chart clean
+.PHONY: help demo test test-slow sanitize lint format bench crds chart images clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -68,6 +71,16 @@ bench: $(VENV)/.installed-dev ## Measure the engine on this machine against peer
 
 crds: $(VENV)/.installed-dev ## Generate crds/ from the typed API
 	@$(BIN)/python -m octavo_operator.api.crd
+
+chart: ## Check the Helm chart and print what it installs (needs helm)
+	@helm lint --strict charts/octavo
+	@helm template octavo charts/octavo --namespace octavo-system
+
+images: ## Build the container images, named $(REGISTRY)/octavo-* (needs docker)
+	docker build -f images/operator.Dockerfile -t $(REGISTRY)/octavo-operator:$(TAG) .
+	docker build -f images/gateway.Dockerfile -t $(REGISTRY)/octavo-gateway:$(TAG) .
+	docker build -f images/engine-cuda.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG) .
+	docker build -f images/engine-cpu.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG)-cpu .
 
 clean: ## Remove what was built (the model cache stays)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
