@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, order=True)
@@ -34,8 +35,9 @@ class OctavoOperatorError(Exception):
 
 
 class ManifestErrors(OctavoOperatorError):  # noqa: N818 - it is many errors
-    """Everything that is wrong with the manifests, at once."""
+    """Everything that is wrong with the manifests, at once. `valid` are the resources that are right."""
 
-    def __init__(self, errors: Sequence[FieldError]) -> None:
+    def __init__(self, errors: Sequence[FieldError], valid: Sequence[Any] = ()) -> None:
         self.errors = tuple(errors)
+        self.valid = tuple(valid)
         super().__init__("\n".join(str(error) for error in self.errors))

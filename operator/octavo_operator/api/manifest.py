@@ -37,7 +37,7 @@ def load_manifests(sources: Iterable[str | Path], *, local: bool = False) -> lis
         errors.append(FieldError("", "no resource found", file=", ".join(map(str, sources))))
     errors += _duplicates(resources)
     if errors:
-        raise ManifestErrors(errors)
+        raise ManifestErrors(errors, resources)
     return resources
 
 

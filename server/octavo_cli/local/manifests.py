@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from octavo_operator.api.errors import FieldError, ManifestErrors
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.manifest import load_manifests
+from octavo_operator.api.validation import Resource
 from octavo_operator.plan import Facts, Unplannable, Workload, local_refusals, plan
 from octavo_operator.plan.values import Target
 
 
 def local_workloads(files: Sequence[str]) -> tuple[list[Workload], list[str]]:
     """(workloads, warnings) of the InferenceServices in `files`; raises `ManifestErrors` with all errors at once."""
-    resources = load_manifests(files, local=True)
+    errors: list[FieldError] = []
+    try:
+        resources: Sequence[Resource] = load_manifests(files, local=True)
+    except ManifestErrors as wrong:
+        resources, errors = wrong.valid, list(wrong.errors)
     services = [r for r in resources if isinstance(r, InferenceService)]
     warnings = [
         f"{r.kind}/{r.metadata.name} is ignored: local mode serves InferenceServices only"
         for r in resources
         if not isinstance(r, InferenceService)
     ]
-    errors: list[FieldError] = []
     workloads: list[Workload] = []
     for service in services:
         label = f"InferenceService/{service.name}"
