@@ -29,10 +29,11 @@ class Peer(ABC):
 
     def bandwidth(self) -> float:
         """Bytes a second that this machine's memory delivers, where the peer can tell."""
-        raise NotImplementedError
+        raise RuntimeError(f"{type(self).__name__} does not measure the memory's bandwidth")
 
     def encode(self, text: str) -> Tokens:
-        raise NotImplementedError
+        """The text's token ids, where the peer has a tokenizer."""
+        raise RuntimeError(f"{type(self).__name__} does not tokenize")
 
     def decode_seconds(self) -> dict[str, float]:
         """Where the last run's time went, where the peer can tell."""
