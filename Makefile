@@ -83,4 +83,5 @@ images: ## Build the container images, named $(REGISTRY)/octavo-* (needs docker)
 	docker build -f images/engine-cpu.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG)-cpu .
 
 clean: ## Remove what was built (the model cache stays)
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .cmake .ninja_* .skbuild-info.json \
+	  CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake kernels/octavo_kernels/cpu/*.so

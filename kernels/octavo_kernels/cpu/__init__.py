@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from octavo_kernels.cpu import library as _library
+from octavo_kernels.cpu import bindings as _bindings
 from octavo_kernels.cpu import ops as _ops  # noqa: F401  registers the ops
 from octavo_kernels.cpu import threads as _threads
 from octavo_kernels.cpu.step import NativeStep
@@ -22,12 +22,12 @@ __all__ = ["available_instruction_sets", "instruction_set", "num_threads", "sele
 
 def instruction_set() -> str:
     """The instruction set in use: portable, avx2, avx512 or avx512_bf16."""
-    return str(_library.native.oct_isa().decode())
+    return str(_bindings.native.oct_isa().decode())
 
 
 def select_instruction_set(limit: str) -> str:
     """Use the best instruction set up to `limit` (empty: the best); for steps compiled from now on. Returns it."""
-    chosen = _library.native.oct_select_isa(limit.encode())
+    chosen = _bindings.native.oct_select_isa(limit.encode())
     if chosen is None:
         raise ValueError(f"{ENV_ISA}: must be portable, avx2, avx512, avx512_bf16 or amx, got {limit!r}")
     _describe()
@@ -36,17 +36,17 @@ def select_instruction_set(limit: str) -> str:
 
 def available_instruction_sets() -> tuple[str, ...]:
     """What this processor and build can run, best first."""
-    return tuple(_library.native.oct_available_isas().decode().split())
+    return tuple(_bindings.native.oct_available_isas().decode().split())
 
 
 def num_threads() -> int:
     """Threads of the team, the caller among them."""
-    return int(_library.native.oct_threads())
+    return int(_bindings.native.oct_threads())
 
 
 def set_num_threads(count: int) -> None:
     """Resize the team; the thread that calls an op is one of them."""
-    _library.check(_library.native.oct_set_threads(count, int(_threads.pinning_requested())))
+    _bindings.check(_bindings.native.oct_set_threads(count, int(_threads.pinning_requested())))
     _describe()
 
 

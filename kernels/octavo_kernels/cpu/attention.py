@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
-from octavo_kernels.cpu.library import Attention, Batch, KVCache, check, native
+from octavo_kernels.cpu.bindings import Attention, Batch, KVCache, check, native
 
 KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MAX_HEAD_DIM = 512

@@ -9,7 +9,7 @@ import torch
 from octavo_kernels import ops
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.cpu import attention
-from octavo_kernels.cpu.library import check, native
+from octavo_kernels.cpu.bindings import check, native
 from octavo_kernels.cpu.weights import PackedWeight, pack
 from octavo_kernels.weights import Weight
 

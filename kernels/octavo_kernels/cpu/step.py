@@ -10,8 +10,8 @@ import torch
 
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.cpu.attention import fill_batch, kv_struct
-from octavo_kernels.cpu.library import MAX_PARTS, Attention, KVCache, Layer, Matrix, Model, check, native
-from octavo_kernels.cpu.library import Batch as NativeBatch
+from octavo_kernels.cpu.bindings import MAX_PARTS, Attention, KVCache, Layer, Matrix, Model, check, native
+from octavo_kernels.cpu.bindings import Batch as NativeBatch
 from octavo_kernels.cpu.weights import PackedWeight, pack
 from octavo_kernels.step import Activation, DecoderLayerPlan, DecoderPlan, UnsupportedPlanError
 from octavo_kernels.weights import Weight

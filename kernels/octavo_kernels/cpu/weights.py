@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from octavo_kernels.cpu.bindings import Activations, Codes, Matrix, Scales, check, native
 from octavo_kernels.cpu.int_blocks import to_gguf_blocks
-from octavo_kernels.cpu.library import Activations, Codes, Matrix, Scales, check, native
 from octavo_kernels.gguf_types import GGMLType
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight, Weight

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from octavo_kernels import ops
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
-from octavo_kernels.cpu.library import NativeError
+from octavo_kernels.cpu.bindings import NativeError
 from octavo_kernels.reference.kv_cache import quantize_kv
 from octavo_kernels.registry import use_backends
 

@@ -11,7 +11,7 @@ import torch
 from kernels.cpu.random_weights import random_gguf
 from kernels.cpu.test_native_attention import random_batch, random_cache
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
-from octavo_kernels.cpu.library import NativeError
+from octavo_kernels.cpu.bindings import NativeError
 from octavo_kernels.cpu.step import PHASES, NativeStep
 from octavo_kernels.gguf_types import GGMLType
 from octavo_kernels.reference import activation, attention, kv_cache, linear, norm

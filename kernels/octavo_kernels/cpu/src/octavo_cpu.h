@@ -1,4 +1,4 @@
-// The C interface of the library: plain structs, mirrored field by field in `library.py`. Nothing throws across it.
+// The C interface of the library: plain structs, mirrored field by field in `bindings.py`. Nothing throws across it.
 #pragma once
 #include <stdint.h>
 
