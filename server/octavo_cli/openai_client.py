@@ -20,11 +20,11 @@ class EndpointError(Exception):
         self.status = status
 
 
-def open_session(api_key: str | None) -> aiohttp.ClientSession:
+def open_session(api_key: str | None, idle_timeout_s: float = IDLE_TIMEOUT_S) -> aiohttp.ClientSession:
     """A session without a limit on connections; the key travels as a bearer token."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=IDLE_TIMEOUT_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s),
         headers={"authorization": f"Bearer {api_key}"} if api_key else None,
         read_bufsize=2**20,
     )

@@ -16,11 +16,12 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from octavo_cli.local.ask import AskError, ask
+from octavo_cli.local.ask import ask
 from octavo_cli.local.host import LocalHost, StartFailedError
 from octavo_cli.local.manifests import local_workloads
 from octavo_cli.local.screen import Screen
 from octavo_cli.local.table import ServiceRow
+from octavo_cli.openai_client import EndpointError
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.usage import LedgerError
@@ -126,7 +127,7 @@ class _Session:
             address = host.gateway.address
             if question is not None:
                 await self._ask(address, question)
-        except (StartFailedError, AskError) as error:
+        except (StartFailedError, EndpointError) as error:
             self._console.print(f"[red]octavo up:[/] {error}", highlight=False)
             if once or isinstance(error, StartFailedError):
                 return 1
