@@ -1,6 +1,6 @@
 """Check and time every GPU kernel: against its reference, against what this card can do, against torch's own kernels.
 
-    python benchmarks/gpu_kernels.py [--only TEXT ...] [--check-only] [--output FILE]
+    python benchmarks/gpu_kernels.py [--only TEXT ...] [--shard 0/4] [--check-only] [--output FILE]
 
 Each workload is first run on plain torch with the same inputs and compared; a mismatch is shown in the table and makes
 the run exit 1. Then it is timed as a CUDA graph with a cold L2 cache and put beside the least time that its bytes and
@@ -58,6 +58,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="workloads whose name contains one of these texts")
+    parser.add_argument("--shard", default="0/1", help="K/N: every N-th workload from the K-th; for parallel checks")
     parser.add_argument("--check-only", action="store_true", help="compare with the references, do not time")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
@@ -71,8 +72,9 @@ def main() -> None:
     lines = [*_title(limits), HEADER, "|" + "---|" * 10]
     print("\n".join(lines), flush=True)
     wrong = 0
-    for workload in workloads():
-        if not any(text in workload.name for text in arguments.only):
+    shard, shards = (int(part) for part in arguments.shard.split("/"))
+    for number, workload in enumerate(workloads()):
+        if number % shards != shard or not any(text in workload.name for text in arguments.only):
             continue
         torch.manual_seed(0)
         row = _measure(workload.name, workload.prepare, limits, not arguments.check_only)

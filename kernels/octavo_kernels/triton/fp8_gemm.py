@@ -61,7 +61,7 @@ def _scaled_kernel(
         x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=m_valid[:, None] & inside, other=0.0)
         w = tl.load(weight_ptr + n[:, None] * in_features + k[None, :], mask=n_valid[:, None] & inside, other=0.0)
         if QUANT == INT8 and not WIDE:
-            exact = tl.dot(x, tl.trans(w), exact)
+            exact = tl.dot(x, tl.trans(w), exact, out_dtype=tl.int32)
         else:
             part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # what the tensor core alone adds up
             part = dot(x, tl.trans(w.to(x.dtype)), part)
