@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from e2e import control_plane
+from e2e.cluster import EVENT, PDB, SERVICE, SMOLLM2, WAIT_S, condition, is_gone, manifest, reaches, until
 from e2e.control_plane import ControlPlane, FakeNode
 from octavo_operator.controller.client import ApiError, Kind, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, MODEL_CACHE
@@ -26,63 +24,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(bool(control_plane.missing_reason()), reason=control_plane.missing_reason()),
 ]
-
-ROOT = Path(__file__).parents[2]
-CRD = Kind("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False)
-NAMESPACE = Kind("v1", "Namespace", "namespaces", namespaced=False)
-SERVICE = Kind("v1", "Service", "services")
-POD = Kind("v1", "Pod", "pods")
-EVENT = Kind("v1", "Event", "events")
-PDB = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
-SMOLLM2 = yaml.safe_load((ROOT / "examples" / "smollm2.yaml").read_text())
-WAIT_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    root = tmp_path_factory.mktemp("control-plane")
-    plane = control_plane.start(root, lambda started: asyncio.run(_install_crds(started)))
-    yield plane
-    plane.stop()
-
-
-async def _install_crds(plane: ControlPlane) -> None:
-    client = control_plane.connect(plane)
-    for path in sorted((ROOT / "crds").glob("*.yaml")):
-        await client.apply(CRD, yaml.safe_load(path.read_text()))
-    for path in sorted((ROOT / "crds").glob("*.yaml")):
-        name = yaml.safe_load(path.read_text())["metadata"]["name"]
-        await until(lambda name=name: _established(client, name), "the CRD is established")
-    await client.close()
-
-
-async def _established(client: KubeClient, name: str) -> bool:
-    crd = await client.get(CRD, None, name)
-    conditions = (crd.get("status") or {}).get("conditions") or []
-    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
-
-
-@pytest.fixture(scope="module")
-def node(plane: ControlPlane) -> Iterator[FakeNode]:
-    node = FakeNode(plane)
-    node.start()
-    yield node
-    node.stop()
-
-
-@pytest.fixture
-async def client(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig))
-    client = control_plane.connect(plane)
-    yield client
-    await client.close()
-
-
-@pytest.fixture
-async def namespace(client: KubeClient) -> str:
-    name = f"e2e-{uuid.uuid4().hex[:8]}"
-    await client.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    return name
 
 
 def run_operator(namespace: str, **changes: Any) -> Operator:
@@ -100,47 +41,6 @@ def operator(client: KubeClient, namespace: str, node: FakeNode) -> Iterator[Ope
     operator = run_operator(namespace)
     yield operator
     operator.stop()
-
-
-def manifest(namespace: str, **spec: Any) -> dict[str, Any]:
-    return {**SMOLLM2, "metadata": {"name": "smollm2", "namespace": namespace}, "spec": {**SMOLLM2["spec"], **spec}}
-
-
-async def until(check: Callable[[], Awaitable[Any]], what: str, timeout_s: float = WAIT_S) -> Any:
-    """The first true answer of `check`; fails with what was last seen."""
-    deadline, seen = time.monotonic() + timeout_s, None
-    while time.monotonic() < deadline:
-        try:
-            seen = await check()
-        except ApiError as error:
-            seen = error
-        if seen and not isinstance(seen, ApiError):
-            return seen
-        await asyncio.sleep(0.2)
-    pytest.fail(f"waited {timeout_s:.0f} s until {what}; last seen: {seen}")
-
-
-async def condition(client: KubeClient, namespace: str, type_: str, kind: Kind = INFERENCE_SERVICE) -> dict[str, Any]:
-    found = await client.get(kind, namespace, "smollm2")
-    conditions = (found.get("status") or {}).get("conditions") or []
-    return next((c for c in conditions if c["type"] == type_), {})
-
-
-async def reaches(client: KubeClient, namespace: str, type_: str, status: str, reason: str = "") -> dict[str, Any]:
-    async def check() -> Any:
-        seen = await condition(client, namespace, type_)
-        return seen if seen.get("status") == status and reason in ("", seen.get("reason")) else None
-
-    found: dict[str, Any] = await until(check, f"{type_} is {status} {reason}")
-    return found
-
-
-async def is_gone(client: KubeClient, kind: Kind, namespace: str, name: str) -> bool:
-    try:
-        await client.get(kind, namespace, name)
-    except ApiError as error:
-        return error.is_missing
-    return False
 
 
 async def test_applying_the_example_yields_deployment_service_and_honest_status(
