@@ -89,6 +89,13 @@ def gateway(
     ledger: Annotated[
         str | None, typer.Option(help="Folder of the usage ledger.", show_default="nothing is recorded")
     ] = None,
+    ledger_url: Annotated[
+        str | None,
+        typer.Option(
+            help="PostgreSQL that keeps the usage records; best given as OCTAVO_GATEWAY_LEDGER_URL.",
+            show_default="SQLite in the ledger's folder",
+        ),
+    ] = None,
     admin_port: Annotated[
         int | None,
         typer.Option(help="Port of the admin API; its token is OCTAVO_GATEWAY_ADMIN_TOKEN.", show_default="none"),

@@ -13,10 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from octavo_gateway.usage import GROUPS, LedgerError, UsageRow, read_usage
+from octavo_gateway.usage.ledger import DATABASE
 
 
 def usage(
-    ledger: Annotated[Path, typer.Argument(help="The gateway's ledger folder, or its usage.sqlite.")],
+    ledger: Annotated[
+        str | None,
+        typer.Argument(
+            help="The gateway's ledger folder, its usage.sqlite, or a postgresql:// address.",
+            envvar="OCTAVO_GATEWAY_LEDGER_URL",
+            show_envvar=True,
+        ),
+    ] = None,
     by: Annotated[str, typer.Option(help=f"Group by, comma separated, out of: {', '.join(GROUPS)}.")] = "tenant,model",
     since: Annotated[datetime | None, typer.Option(help="Only requests begun at or after this time (UTC).")] = None,
     until: Annotated[datetime | None, typer.Option(help="Only requests begun before this time (UTC).")] = None,
@@ -32,9 +40,10 @@ def usage(
     for group in groups:
         if group not in GROUPS:
             raise typer.BadParameter(f"{group!r}: must be out of {', '.join(GROUPS)}", param_hint="--by")
-    path = ledger / "usage.sqlite" if ledger.is_dir() else ledger
+    if ledger is None:
+        raise typer.BadParameter("name the ledger's folder, or a postgresql:// address", param_hint="LEDGER")
     try:
-        rows = read_usage(path, groups, since=_utc(since), until=_utc(until), tenant=tenant)
+        rows = read_usage(_location(ledger), groups, since=_utc(since), until=_utc(until), tenant=tenant)
     except LedgerError as error:
         typer.echo(f"octavo usage: {error}", err=True)
         raise typer.Exit(2) from error
@@ -45,6 +54,13 @@ def usage(
         if not console.is_terminal:  # piped: nothing is cut to fit a screen
             console = Console(width=200)
         console.print(_table(groups, rows))
+
+
+def _location(ledger: str) -> Path | str:
+    if ledger.startswith(("postgresql://", "postgres://")):
+        return ledger
+    path = Path(ledger)
+    return path / DATABASE if path.is_dir() else path
 
 
 def _utc(moment: datetime | None) -> datetime | None:

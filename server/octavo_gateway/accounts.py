@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from octavo_gateway.asgi import Headers, header
-from octavo_gateway.errors import AuthenticationError, GatewayError, TenantSuspendedError
+from octavo_gateway.errors import AuthenticationError, GatewayError, LedgerFullError, TenantSuspendedError
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.inspection import Inspection
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.registry import Resolved
 from octavo_gateway.tenancy import Identity, Limiter, Reservation, TenantDirectory
 from octavo_gateway.tenancy.shared import SharedLimiter, SharedReservation
-from octavo_gateway.usage import Begun, Ledger, PriceTable, UsageMeter, UsageRecord, read_month
+from octavo_gateway.usage import Begun, Ledger, LedgerAwayError, PriceTable, UsageMeter, UsageRecord, read_tenants
+
+log = logging.getLogger("octavo.gateway.usage")
 
 _NAMES = {"requests": b"requests", "tokens": b"tokens", "input": b"input-tokens", "output": b"output-tokens"}
 
@@ -54,6 +57,8 @@ class Accounts:
         self._clock = clock
         self._wall_clock = wall_clock
         self._prices = prices or PriceTable()
+        if ledger is not None:
+            metrics.watch_ledger(ledger)
         self._load_budgets()
 
     @property
@@ -85,7 +90,12 @@ class Accounts:
     async def open(
         self, exchange: Exchange, identity: Identity | None, resolved: Resolved, seen: Inspection | None, strip: bool
     ) -> Charge:
-        """Reserve from the tenant's limits and note the begin. Raises `RateLimitError` or `BudgetExceededError`."""
+        """Reserve from the tenant's limits and note the begin.
+
+        Raises `RateLimitError`, `BudgetExceededError` or `LedgerFullError`.
+        """
+        if self.ledger is not None and self.ledger.is_full:
+            raise LedgerFullError("Usage cannot be recorded at the moment; try again later.", retry_after_s=30.0)
         prompt, output = (seen.prompt_tokens, seen.output_tokens) if seen is not None else (0, 0)
         reservation = shared = None
         if identity is not None:
@@ -185,7 +195,12 @@ class Accounts:
             return
         month = self._month()
         start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
-        for tenant, (tokens, cost) in read_month(self.ledger.path, start).items():
+        try:
+            used = read_tenants(self.ledger.location, start)
+        except LedgerAwayError as error:
+            log.warning("%s; budgets begin at zero until it is back", error)
+            return
+        for tenant, (tokens, cost) in used.items():
             self.limiter.load_month(tenant, month, tokens, cost)
 
     def _month(self) -> str:

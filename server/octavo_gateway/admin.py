@@ -103,7 +103,7 @@ class AdminApi:
 
         def read() -> list[UsageRow]:
             ledger.flush()
-            return read_usage(ledger.path, by, since=since, until=until, tenant=query.get("tenant"))
+            return read_usage(ledger.location, by, since=since, until=until, tenant=query.get("tenant"))
 
         try:
             rows = await asyncio.to_thread(read)

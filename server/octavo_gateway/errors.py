@@ -154,3 +154,11 @@ class BudgetExceededError(GatewayError):
     status = 429
     kind = "insufficient_quota"
     code = "insufficient_quota"
+
+
+class LedgerFullError(GatewayError):
+    """The ledger's database has been away for so long that no more requests can be written down."""
+
+    status = 503
+    kind = "server_error"
+    code = "ledger_full"

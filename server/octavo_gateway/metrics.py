@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from octavo_gateway.load import LoadBook
 from octavo_gateway.registry import EndpointState, Registry
 from octavo_gateway.signals import GatewaySignals
+from octavo_gateway.usage import Ledger
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
@@ -78,6 +79,10 @@ class Metrics:
         """Export the live view of models and replicas, read when scraped."""
         self.registry.register(_LiveView(registry, loads, signals))
 
+    def watch_ledger(self, ledger: Ledger) -> None:
+        """Export how the ledger gets on with its database, read when scraped."""
+        self.registry.register(_LedgerView(ledger))
+
     def page(self) -> bytes:
         """The text page of /metrics."""
         return generate_latest(self.registry)
@@ -118,6 +123,23 @@ class _LiveView(Collector):
             for endpoint in entry.endpoints:
                 outstanding.add_metric([entry.name, endpoint.id], self._loads[endpoint.id].outstanding)
         yield from (*per_model.values(), arrivals, endpoints, outstanding)
+
+
+class _LedgerView(Collector):
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(
+            "octavo_gateway_ledger_failures",
+            "Times the ledger's database could not take records in.",
+            value=self._ledger.failures,
+        )
+        yield GaugeMetricFamily(
+            "octavo_gateway_ledger_spool_bytes",
+            "Bytes of usage records that wait for the ledger's database.",
+            value=self._ledger.spool_bytes,
+        )
 
 
 _SIGNALS = {

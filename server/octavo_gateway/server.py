@@ -82,7 +82,9 @@ class GatewayServer:
         """
         tenants = tenant_follower(settings, api_server)
         directory = None if tenants is None else tenants.load()
-        ledger = Ledger(Path(settings.ledger)) if settings.ledger else None
+        ledger = None
+        if settings.ledger:
+            ledger = Ledger(Path(settings.ledger), settings.ledger_url, spool_bytes=settings.ledger_spool_bytes)
         server = cls(settings, registry, directory=directory, ledger=ledger, prices=prices)
         server._own_ledger = ledger
         server._tenants = tenants

@@ -11,6 +11,7 @@ import msgspec
 import yaml
 
 from octavo_gateway.errors import ConfigError
+from octavo_gateway.usage.ledger import SPOOL_BYTES
 
 ENV_PREFIX = "OCTAVO_GATEWAY_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -49,6 +50,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     tenant_secrets_namespace: str | None = None  # where a cluster's key Secrets are; None: where this pod is
     redis_url: str | None = None  # limits are shared by all gateways through it; None: each gateway has its own
     ledger: str | None = None  # folder of the usage ledger; None: nothing is recorded
+    ledger_url: str | None = None  # PostgreSQL that keeps the records; the folder is then its spool
+    ledger_spool_bytes: int = SPOOL_BYTES  # while the database is away; beyond it new requests are refused
     tls_certificate: str | None = None
     tls_key: str | None = None
     upstream_ca: str | None = None  # PEM file that replicas' certificates must chain to
@@ -65,7 +68,12 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for name in ("drain_propagation", "drain_timeout"):
             if not 0 <= getattr(self, name) <= 86_400:
                 raise ConfigError(f"{name}: must be between 0 and 86400 seconds, got {getattr(self, name)}")
-        for name, least in (("max_body_bytes", 1_024), ("max_header_bytes", 1_024), ("prefix_index_blocks", 1)):
+        for name, least in (
+            ("max_body_bytes", 1_024),
+            ("max_header_bytes", 1_024),
+            ("prefix_index_blocks", 1),
+            ("ledger_spool_bytes", 65_536),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: must be at least {least}, got {getattr(self, name)}")
         for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
@@ -80,6 +88,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 raise ConfigError("admin_token: the admin API needs one of at least 16 characters")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"otlp_endpoint: must be an http(s) address, got {self.otlp_endpoint!r}")
+        if self.ledger_url is not None:
+            if not self.ledger_url.startswith(("postgresql://", "postgres://")):
+                raise ConfigError("ledger_url: must begin with postgresql://")
+            if self.ledger is None:
+                raise ConfigError("ledger: name a folder too; records wait there while PostgreSQL is away")
         for pair in (("tls_certificate", "tls_key"), ("upstream_certificate", "upstream_key")):
             if (getattr(self, pair[0]) is None) != (getattr(self, pair[1]) is None):
                 raise ConfigError(f"{pair[0]} and {pair[1]}: give both or neither")
@@ -93,8 +106,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         shown = msgspec.to_builtins(self)
         if self.admin_token is not None:
             shown["admin_token"] = "(set)"  # noqa: S105 - hides it
-        if self.redis_url is not None:
-            shown["redis_url"] = "(set)"  # may hold a password
+        for name in ("redis_url", "ledger_url"):  # may hold a password
+            if shown[name] is not None:
+                shown[name] = "(set)"
         return yaml.safe_dump(shown, sort_keys=False, default_flow_style=False).rstrip()
 
 

@@ -1,122 +1,136 @@
-"""The embedded ledger: a journal that survives the process, moved in batches into SQLite, each record exactly once.
+"""The usage ledger: a journal that survives the process, moved in batches into a database, each record exactly once.
 
 A request's begin and end are appended to the journal in the event loop (a few microseconds, no database on the hot
-path). A thread moves whole journal segments into SQLite in one transaction and deletes them after the commit; the
-record's id is the primary key, so a segment read twice after a crash counts once. A begin without an end, found at the
-next start, becomes a record with the outcome `interrupted`.
+path). A thread moves whole journal segments into the database in one transaction and drops them after the commit. While
+the database is away the journal keeps everything, up to its bound. A begin without an end, left by an earlier process
+or by a gateway that is gone, is handed to `take_unfinished`; what nobody takes ends as `interrupted`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
-import sqlite3
 import threading
+import time
+import uuid
 from pathlib import Path
 
 import msgspec
 
-from octavo_gateway.usage.record import Begun, UsageRecord
+from octavo_gateway.usage.journal import Journal
+from octavo_gateway.usage.postgres import PostgresStore
+from octavo_gateway.usage.record import Begun, UsageRecord, interrupted
+from octavo_gateway.usage.sqlite import SqliteStore
+from octavo_gateway.usage.store import LedgerAwayError, LedgerError, UsageStore
 
 log = logging.getLogger("octavo.gateway.usage")
 
 FLUSH_S = 0.5
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS usage (
-    id TEXT PRIMARY KEY, request_id TEXT NOT NULL, tenant TEXT NOT NULL, key TEXT NOT NULL, model TEXT NOT NULL,
-    adapter TEXT NOT NULL, path TEXT NOT NULL, started_at REAL NOT NULL, duration_s REAL NOT NULL,
-    time_to_first_byte_s REAL NOT NULL, outcome TEXT NOT NULL, status INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,
-    cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, estimated INTEGER NOT NULL, cost REAL NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS usage_by_tenant ON usage (tenant, started_at);
-CREATE INDEX IF NOT EXISTS usage_by_time ON usage (started_at);
-CREATE TABLE IF NOT EXISTS open_requests (
-    id TEXT PRIMARY KEY, line BLOB NOT NULL
-) WITHOUT ROWID;
-"""
-COLUMNS = UsageRecord.__struct_fields__
-_INSERT = f"INSERT OR IGNORE INTO usage ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+RETRY_S = 2.0
+LOOK_FOR_UNFINISHED_S = 60.0
+SILENT_S = 900.0
+"""A gateway that a database has not heard of for this long is gone, and what it left open is another's to end."""
+
+SPOOL_BYTES = 1024 * 1024 * 1024
+DATABASE = "usage.sqlite"
 
 _ENCODER = msgspec.json.Encoder()
 _DECODER = msgspec.json.Decoder(Begun | UsageRecord)
 
 
-class LedgerError(Exception):
-    """The ledger cannot be used; the message says where and why."""
-
-
 class Ledger:
-    """One folder, one gateway process. Open it before serving, close it after the drain."""
+    """One gateway process. Open it before serving, close it after the drain.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._lock_file = self._acquire(folder)
-        self._mutex = threading.Lock()  # guards the current segment against the flusher
+    `folder` holds the journal, and the database unless `url` names a PostgreSQL, or `database` another file (which
+    several processes of one machine may share). Raises `LedgerError`; a PostgreSQL that is away is only waited for.
+    """
+
+    def __init__(
+        self, folder: Path, url: str | None = None, *, database: Path | None = None, spool_bytes: int = SPOOL_BYTES
+    ) -> None:
+        self.location: Path | str = url if url is not None else database or folder / DATABASE
+        location = self.location
+        self._store: UsageStore = SqliteStore(location) if isinstance(location, Path) else PostgresStore(location)
+        self._journal = Journal(folder, spool_bytes)
+        self._run_id = uuid.uuid4().hex
         self._flushing = threading.Lock()
         self._stop = threading.Event()
-        self._segment_number = 0
-        self._database = self._open_database(folder / "usage.sqlite")
+        self._unfinished: dict[str, Begun] = {}
+        self._handed_out: set[str] = set()
+        self._looked_at = 0.0
+        self._away = False
         self.failures = 0
-        self._recover()
-        self._segment = self._new_segment()
-        self._thread = threading.Thread(target=self._run, name="usage-ledger", daemon=True)
+        try:
+            self.flush()
+        except LedgerAwayError as error:
+            if isinstance(self.location, Path):
+                self._let_go()
+                raise
+            self._failed(error)
+        except LedgerError:
+            self._let_go()
+            raise
+        self._thread = threading.Thread(target=self._follow, name="usage-ledger", daemon=True)
         self._thread.start()
 
     @property
-    def path(self) -> Path:
-        """The SQLite file."""
-        return self._folder / "usage.sqlite"
+    def spool_bytes(self) -> int:
+        """Bytes in the journal that the database does not have yet."""
+        return self._journal.num_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """True when the journal is at its bound, so that no new request should begin."""
+        return self._journal.is_full
 
     def write(self, line: Begun | UsageRecord) -> None:
-        """Append to the journal; it is safe from the end of this process once this returns."""
-        data = _ENCODER.encode(line) + b"\n"
-        with self._mutex:
-            os.write(self._segment, data)
+        """Append to the journal; it is safe from the end of this process once this returns. Raises `OSError`."""
+        self._journal.write(_ENCODER.encode(line))
 
     def flush(self) -> None:
-        """Move everything written so far into SQLite."""
+        """Move everything written so far into the database. Raises `LedgerAwayError`; then nothing is lost."""
         with self._flushing:
-            with self._mutex:
-                full, self._segment = self._segment, self._new_segment()
-            os.close(full)
-            for segment in self._segments()[:-1]:
+            for segment in self._journal.full_segments:
                 self._ingest(segment)
+            self._journal.rotate()
+            for segment in self._journal.full_segments:
+                self._ingest(segment)
+            self._look_for_unfinished()
+
+    def take_unfinished(self) -> list[Begun]:
+        """Requests of processes that ended without settling them; whoever takes them writes their records."""
+        with self._flushing:
+            taken, self._unfinished = list(self._unfinished.values()), {}
+            return taken
 
     def close(self) -> None:
-        """Move the rest and let go of the folder."""
+        """Move the rest and let go of the folder; with the database away, the next process goes on from the journal."""
         self._stop.set()
         self._thread.join()
-        self.flush()
-        os.close(self._segment)
-        for segment in self._segments():
-            segment.unlink()
-        self._database.close()
-        os.close(self._lock_file)
+        for begun in self.take_unfinished():
+            self.write(interrupted(begun))
+        try:
+            self.flush()
+        except LedgerError as error:
+            log.error("usage ledger: %s; %d bytes stay in the journal", error, self.spool_bytes)
+        self._let_go()
 
-    def _run(self) -> None:
-        while not self._stop.wait(FLUSH_S):
+    def _follow(self) -> None:
+        while not self._stop.wait(RETRY_S if self._away else FLUSH_S):
             try:
                 self.flush()
-            except (sqlite3.Error, OSError) as error:
-                self.failures += 1
-                log.error("usage ledger: %s; records stay in the journal and are tried again", error)
+            except (LedgerError, OSError) as error:
+                self._failed(error)
+            else:
+                if self._away:
+                    self._away = False
+                    log.info("usage ledger: the database is back")
 
-    def _recover(self) -> None:
-        """Take in what an earlier process left behind."""
-        for segment in self._segments():
-            self._ingest(segment)
-        rows = self._database.execute("SELECT line FROM open_requests").fetchall()
-        with self._database:
-            for (line,) in rows:
-                begun = _DECODER.decode(line)
-                if isinstance(begun, Begun):
-                    self._database.execute(_INSERT, _values(_interrupted(begun)))
-            self._database.execute("DELETE FROM open_requests")
-        if rows:
-            log.warning("usage ledger: %d requests were interrupted by the end of an earlier gateway", len(rows))
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        if not self._away:
+            self._away = True
+            log.error("usage ledger: %s; records stay in the journal and are tried again", error)
 
     def _ingest(self, segment: Path) -> None:
         begun: dict[str, bytes] = {}
@@ -129,74 +143,23 @@ class Ledger:
                 else:
                     ended[record.id] = record
         still_open = [(id_, line) for id_, line in begun.items() if id_ not in ended]
-        with self._database:
-            self._database.executemany("INSERT OR IGNORE INTO open_requests (id, line) VALUES (?, ?)", still_open)
-            self._database.executemany(_INSERT, [_values(record) for record in ended.values()])
-            self._database.executemany("DELETE FROM open_requests WHERE id = ?", [(id_,) for id_ in ended])
-        segment.unlink()
+        run = "" if self._journal.is_left_behind(segment) else self._run_id
+        self._store.add(self._journal.source, run, still_open, list(ended.values()), time.time())
+        self._journal.drop(segment)
 
-    def _segments(self) -> list[Path]:
-        return sorted(self._folder.glob("journal-*.jsonl"))
+    def _look_for_unfinished(self) -> None:
+        now = time.time()
+        if now - self._looked_at < LOOK_FOR_UNFINISHED_S:
+            return
+        lines = self._store.unfinished(self._journal.source, self._run_id, now, now - SILENT_S)
+        self._looked_at = now
+        found = [begun for line in lines if isinstance(begun := _DECODER.decode(line), Begun)]
+        fresh = [begun for begun in found if begun.id not in self._handed_out]
+        self._handed_out = {begun.id for begun in found}
+        self._unfinished.update((begun.id, begun) for begun in fresh)
+        if fresh:
+            log.warning("usage ledger: %d requests were cut off by the end of a gateway", len(fresh))
 
-    def _new_segment(self) -> int:
-        last = self._segments()[-1:]
-        number = max(self._segment_number, int(last[0].stem.split("-")[1]) if last else 0) + 1
-        self._segment_number = number
-        path = self._folder / f"journal-{number:012d}.jsonl"
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
-
-    @staticmethod
-    def _acquire(folder: Path) -> int:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise LedgerError(f"usage ledger {folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise LedgerError(f"usage ledger {folder}: another gateway uses this folder; give each its own") from None
-        return lock
-
-    @staticmethod
-    def _open_database(path: Path) -> sqlite3.Connection:
-        database = sqlite3.connect(path, check_same_thread=False, timeout=30)
-        try:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=FULL")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise LedgerError(f"usage ledger {path}: was written by a newer version of Octavo")
-            database.executescript(SCHEMA)
-            database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            database.commit()
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(f"usage ledger {path}: {error}") from error
-        return database
-
-
-def _values(record: UsageRecord) -> tuple[object, ...]:
-    return tuple(getattr(record, column) for column in COLUMNS)
-
-
-def _interrupted(begun: Begun) -> UsageRecord:
-    return UsageRecord(
-        id=begun.id,
-        request_id=begun.request_id,
-        tenant=begun.tenant,
-        key=begun.key,
-        model=begun.model,
-        adapter=begun.adapter,
-        path=begun.path,
-        started_at=begun.started_at,
-        duration_s=0.0,
-        time_to_first_byte_s=0.0,
-        outcome="interrupted",
-        status=0,
-        prompt_tokens=begun.prompt_tokens,
-        cached_tokens=0,
-        output_tokens=0,
-        estimated=True,
-        cost=0.0,
-    )
+    def _let_go(self) -> None:
+        self._store.close()
+        self._journal.close()

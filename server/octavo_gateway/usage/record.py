@@ -39,3 +39,26 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     output_tokens: int
     estimated: bool
     cost: float
+
+
+def interrupted(begun: Begun) -> UsageRecord:
+    """The end of a request of which nothing more can be known."""
+    return UsageRecord(
+        id=begun.id,
+        request_id=begun.request_id,
+        tenant=begun.tenant,
+        key=begun.key,
+        model=begun.model,
+        adapter=begun.adapter,
+        path=begun.path,
+        started_at=begun.started_at,
+        duration_s=0.0,
+        time_to_first_byte_s=0.0,
+        outcome="interrupted",
+        status=0,
+        prompt_tokens=begun.prompt_tokens,
+        cached_tokens=0,
+        output_tokens=0,
+        estimated=True,
+        cost=0.0,
+    )

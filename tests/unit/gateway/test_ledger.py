@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
@@ -14,31 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo_gateway.usage import Begun, Ledger, LedgerError, UsageRecord, read_month, read_usage
-
-AT = datetime(2026, 11, 21, tzinfo=UTC).timestamp()
-
-
-def begun(number: int, tenant: str = "t") -> Begun:
-    return Begun(
-        id=f"id-{number}",
-        request_id="r",
-        tenant=tenant,
-        key="k",
-        model="m",
-        adapter="",
-        path="/v1",
-        started_at=AT,
-        prompt_tokens=3,
-    )
-
-
-def ended(number: int, tenant: str = "t", tokens: int = 10, outcome: str = "ok") -> UsageRecord:
-    return UsageRecord(
-        id=f"id-{number}", request_id="r", tenant=tenant, key="k", model="m", adapter="", path="/v1", started_at=AT,
-        duration_s=1.0, time_to_first_byte_s=0.1, outcome=outcome, status=200, prompt_tokens=tokens, cached_tokens=2,
-        output_tokens=tokens, estimated=False, cost=0.5,
-    )  # fmt: skip
+from fakes.usage_lines import begun, ended
+from octavo_gateway.usage import Ledger, LedgerError, read_tenants, read_usage
 
 
 def totals(path: Path) -> dict[str, tuple[int, int]]:
@@ -56,7 +32,10 @@ def test_records_are_summed_by_what_is_asked(tmp_path: Path) -> None:
     assert set(rows) == {("a", "2026-11-21"), ("b", "2026-11-21")}
     row = rows[("a", "2026-11-21")]
     assert (row.requests, row.prompt_tokens, row.cached_tokens, row.output_tokens, row.cost) == (4, 40, 8, 40, 2.0)
-    assert read_month(tmp_path / "usage.sqlite", datetime(2026, 11, 1, tzinfo=UTC)) == {"a": (80, 2.0), "b": (120, 3.0)}
+    assert read_tenants(tmp_path / "usage.sqlite", datetime(2026, 11, 1, tzinfo=UTC)) == {
+        "a": (80, 2.0),
+        "b": (120, 3.0),
+    }
     assert read_usage(tmp_path / "usage.sqlite", since=datetime(2026, 11, 22, tzinfo=UTC)) == []
     assert list(tmp_path.glob("journal-*")) == []
 
@@ -139,7 +118,7 @@ WRITER = """
 import sys, random
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_ledger import begun, ended
+from fakes.usage_lines import begun, ended
 from octavo_gateway.usage import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 start = int(sys.argv[3])
@@ -156,7 +135,7 @@ def test_a_killed_process_loses_nothing_it_had_told(tmp_path: Path) -> None:
     rng = random.Random(5)
     for generation in range(3):
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), os.path.dirname(__file__), str(generation * 1_000_000)],
+            [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parents[2]), str(generation * 1_000_000)],
             stdout=subprocess.PIPE,
             text=True,
         )
