@@ -7,9 +7,9 @@ from typing import Any
 
 from octavo_operator.api.model_cache import ModelCache
 from octavo_operator.faults import Fault, find_fault, last_line
+from octavo_operator.judgement import timestamp
 from octavo_operator.observation import Observation, PodView, pod_view, seconds
 from octavo_operator.render.model_cache import DOWNLOAD_CONTAINER, claim_name, model_path
-from octavo_operator.status import timestamp
 
 Raw = Mapping[str, Any]
 

@@ -224,6 +224,9 @@ def _model(model: str, info: ModelInfo) -> Iterator[Metric]:
     own = GaugeMetricFamily("octavo_model_info", "Always 1; the labels tell.", labels=["model_name", *about])
     own.add_metric([model, *about.values()], 1)
     yield own
+    longest = GaugeMetricFamily("octavo_max_model_len", "Longest prompt plus answer, in tokens.", labels=["model_name"])
+    longest.add_metric([model], info.max_model_len)
+    yield longest
     phases = GaugeMetricFamily(
         "octavo_startup_phase_seconds", "How long each phase of the start took.", labels=["model_name", "phase"]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -51,7 +51,9 @@ class CapacityStatus(Observed):
     max_concurrency_at_max_len: int | None = None
     """Requests of full length that fit at once."""
     peak_tokens_per_minute: int | None = None
-    """Most tokens per minute seen on a replica."""
+    """Most tokens that a replica generated within one minute."""
+    revision: str = ""
+    """Revision of the pods that were measured."""
 
 
 class ScalingDecision(Observed):
@@ -119,7 +121,7 @@ class RevisionStatus(Observed):
     """One revision of the pods."""
 
     name: str
-    """Name of its Deployment."""
+    """Name of its ReplicaSet."""
     weight: int = 100
     """Percent of requests that it gets."""
     ready_replicas: int = 0
@@ -170,5 +172,3 @@ class InferenceServiceStatus(Observed):
     """Revisions that have pods."""
     adapters: Annotated[list[AdapterStatus], Field(max_length=128)] = []
     """LoRA adapters."""
-    applied: Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})] = {}
-    """Fingerprints of the objects last applied, so that an unchanged one is not written again."""

@@ -77,8 +77,6 @@ class ModelCacheStatus(Observed):
     """When the download finished."""
     conditions: Annotated[list[Condition], Field(max_length=8, json_schema_extra={"x-list-map-keys": ["type"]})] = []
     """Ready, and why not."""
-    applied: dict[str, str] = {}
-    """Fingerprints of the objects last applied."""
 
 
 class ModelCache(Part):

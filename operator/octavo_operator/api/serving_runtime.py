@@ -210,6 +210,8 @@ class MetricMap(Part):
     """Fraction of KV blocks that live requests use."""
     kv_capacity_tokens: Sources = []
     """Tokens that the KV cache holds."""
+    max_model_len: Sources = []
+    """Longest prompt plus answer of a request, in tokens."""
     queued_kv_tokens: Sources = []
     """Tokens of KV cache that the waiting requests will need."""
     ttft_seconds: Sources = []
@@ -220,6 +222,17 @@ class MetricMap(Part):
     """Histogram of the part of it that they waited; omit when requestSeconds leaves waiting out."""
     generated_tokens: Sources = []
     """Counter of generated tokens."""
+
+
+class AdapterApi(Part):
+    """Where an engine takes and gives up LoRA adapters while it runs; for supports.adapters Dynamic."""
+
+    load: HttpPath = "/v1/load_lora_adapter"
+    """POST {"lora_name": ..., "lora_path": ...} here loads one."""
+    unload: HttpPath = "/v1/unload_lora_adapter"
+    """POST {"lora_name": ...} here unloads one."""
+    list: HttpPath = "/v1/models"
+    """GET here lists the names that the engine serves."""
 
 
 class RuntimeScaling(Part):
@@ -260,6 +273,8 @@ class ServingRuntimeSpec(Part):
     """Images by device."""
     scaling: RuntimeScaling = RuntimeScaling()
     """Who sets the number of engine workers."""
+    adapter_api: AdapterApi = AdapterApi()
+    """Where the engine takes LoRA adapters while it runs."""
     metrics: MetricMap = MetricMap()
     """Where the engine's metrics say what the autoscaler and the router need."""
 

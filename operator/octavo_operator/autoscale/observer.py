@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from statistics import median
 
 from octavo_operator.api.serving_runtime import MetricMap
 from octavo_operator.autoscale.metrics import Histogram, Page, parse_page, read_histogram, read_signal, replica_sample
 from octavo_operator.autoscale.signals import ReplicaSample, Signals, Ttft
 
 TTFT_WINDOW_S = 120.0
+PEAK_WINDOW_S = 60.0
 SERVICE_WINDOW_S = 300.0
 SERVICE_STEP_S = 30.0
 
@@ -24,6 +26,16 @@ class _Replica:
     tokens_per_s: float = 0.0
     ttft_at_window_start: Histogram = field(default_factory=Histogram)
     work_marks: deque[tuple[float, _Work]] = field(default_factory=deque)
+    tokens: deque[tuple[float, float]] = field(default_factory=deque)  # generated until a time, within one window
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What replicas were measured to carry; None and 0 where their engine does not tell."""
+
+    kv_tokens: int | None = None  # of one replica's cache, the median of all
+    max_model_len: int | None = None
+    peak_tokens_per_minute: int = 0  # most that one replica generated within a minute
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,15 @@ class _Work:
 class Observer:
     """Collects pages of one service. Replicas are known by any stable name, such as a pod's name or an address."""
 
-    def __init__(self, metrics: MetricMap, started_at: float) -> None:
+    def __init__(self, metrics: MetricMap, started_at: float, revision: str = "") -> None:
+        """`revision` names the pods that are observed, for whoever keeps observers."""
+        self.revision = revision
         self._metrics = metrics
         self._replicas: dict[str, _Replica] = {}
         self._window_start = started_at
         self._ttft: Ttft | None = None
+        self._max_model_len: int | None = None
+        self._peak_tokens = 0.0
 
     def add_page(self, name: str, text: str, now: float) -> ReplicaSample:
         """Take up a replica's metrics page; returns its sample."""
@@ -59,6 +75,10 @@ class Observer:
         if first:
             replica.ttft_at_window_start = self._read_ttft(page)
         self._mark_work(replica, page, now)
+        if replica.page is not None:
+            self._mark_tokens(replica, now - replica.page.time, now)
+        longest = read_signal(self._metrics.max_model_len, page)
+        self._max_model_len = int(longest) if longest else self._max_model_len
         replica.page = page
         return replica.sample
 
@@ -71,6 +91,12 @@ class Observer:
         """Tokens a replica generated per second between its last two pages."""
         replica = self._replicas.get(name)
         return replica.tokens_per_s if replica else 0.0
+
+    def capacity(self) -> Capacity:
+        """What the replicas were measured to carry."""
+        sizes = [r.sample.kv_capacity_tokens for r in self._replicas.values() if r.sample is not None]
+        known = [size for size in sizes if size is not None]
+        return Capacity(int(median(known)) if known else None, self._max_model_len, round(self._peak_tokens))
 
     def signals(
         self,
@@ -134,6 +160,12 @@ class Observer:
         marks.append((now, work))
         while len(marks) > 2 and now - marks[1][0] >= SERVICE_WINDOW_S:
             marks.popleft()
+
+    def _mark_tokens(self, replica: _Replica, elapsed_s: float, now: float) -> None:
+        replica.tokens.append((now, replica.tokens_per_s * elapsed_s))
+        while replica.tokens and now - replica.tokens[0][0] >= PEAK_WINDOW_S:
+            replica.tokens.popleft()
+        self._peak_tokens = max(self._peak_tokens, sum(tokens for _, tokens in replica.tokens))
 
     def _service_s(self) -> float | None:
         """Mean seconds a request ran over the last minutes, its waiting not counted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from octavo_operator.controller.adapters import AdapterLoop
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.informer import Informer
@@ -44,6 +45,7 @@ class EngineRoom:
         self.services: WorkQueue[Key] = WorkQueue(self.reconciler.reconcile, settings.workers)
         self.cache_queue: WorkQueue[Key] = WorkQueue(self.caches.reconcile, 1)
         self.scaling = ScalingLoop(client, self.reconciler, self.store, settings, self.services.add)
+        self.adapters = AdapterLoop(client, self.reconciler, self.store, settings, self.services.add)
         scopes: tuple[str | None, ...] = settings.namespaces or (None,)
         self.informers = [
             Informer(client, self.store, kind, OURS, self._child_changed, scope)
@@ -64,6 +66,7 @@ class EngineRoom:
             group.create_task(self.services.run())
             group.create_task(self.cache_queue.run())
             group.create_task(self.scaling.run())
+            group.create_task(self.adapters.run())
             group.create_task(self._relist_forever())
 
     def see(self, kind: Kind, obj: Object, deleted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import EVENT
-from octavo_operator.status import timestamp
+from octavo_operator.judgement import timestamp
 
 log = logging.getLogger("octavo.operator.events")
 REPEAT_AFTER_S = 3_600.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from octavo_operator.adapters import AdapterView
 from octavo_operator.api.errors import FieldError, ManifestErrors
 from octavo_operator.api.inference_service import InferenceService, InferenceServiceSpec
 from octavo_operator.api.kubernetes import ObjectMeta
@@ -16,6 +17,7 @@ from octavo_operator.api.model_cache import ModelCache
 from octavo_operator.api.serving_runtime import ClusterServingRuntime, ServingRuntime
 from octavo_operator.api.validation import parse
 from octavo_operator.autoscale.decide import Decision
+from octavo_operator.autoscale.observer import Capacity
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.kinds import (
@@ -32,6 +34,7 @@ from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.desired import Runtime, with_presets
 from octavo_operator.diff import reconcile, stamped
+from octavo_operator.judgement import Judgement, Scaling
 from octavo_operator.observation import Observation, observe
 from octavo_operator.plan import Facts, Plan, Unplannable, plan
 from octavo_operator.plan.runtime import choose_runtime
@@ -39,7 +42,9 @@ from octavo_operator.plan.values import ModelClaim
 from octavo_operator.render import Owner, render_plan
 from octavo_operator.render.labels import SERVICE_LABEL
 from octavo_operator.render.model_cache import claim_name, model_path
-from octavo_operator.status import HISTORY_LENGTH, Judgement, Scaling, Status, service_status, without_change
+from octavo_operator.render.revision import revision_of
+from octavo_operator.routes import RouteView
+from octavo_operator.status import HISTORY_LENGTH, Status, service_status, without_change
 
 log = logging.getLogger("octavo.operator")
 SCALING_STATUS_EVERY_S = 30.0
@@ -55,7 +60,12 @@ class ServiceState:
     replicas: int | None = None  # the autoscaler's number
     scalings: tuple[Scaling, ...] = ()  # newest first
     untold_scalings: int = 0
-    told_numbers: tuple[object, ...] = ()  # of the decision that the status was last asked to show
+    told_numbers: tuple[object, ...] = ()  # of decision and capacity that the status was last asked to show
+    revision: str = ""  # of the pods that are wanted
+    capacity: Capacity = field(default_factory=Capacity)
+    route: RouteView | None = None
+    adapters: tuple[AdapterView, ...] = ()
+    adapters_loading: bool = False
     status_written: float = 0.0
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
 
@@ -118,6 +128,10 @@ class Reconciler:
             apply_error=apply_error,
             runtime_kind=runtime_kind,
             scalings=state.scalings,
+            route=state.route,
+            capacity=state.capacity,
+            revision=state.revision,
+            adapters=state.adapters,
         )
         await self._write_status(raw, service_status(judgement), state)
         if failure is not None:
@@ -141,7 +155,9 @@ class Reconciler:
         if state.plan is None or (state.plan.waiting_for and not self._exists(service)):
             return ""
         owner = Owner(raw["kind"], service.name, raw["metadata"]["uid"])
-        desired = stamped(render_plan(state.plan, owner, self._replicas(service, state)))
+        rendered = render_plan(state.plan, owner, self._replicas(service, state))
+        state.revision = revision_of(rendered)
+        desired = stamped(rendered)
         changes = reconcile(desired, self._observed(service), owner.uid)
         for obj in changes.apply:
             kind = kind_of(obj)
@@ -218,7 +234,7 @@ class Reconciler:
         now = self._now()
         if without_change(old, status):
             stale = now - state.status_written >= SCALING_STATUS_EVERY_S
-            if (old or {}).get("scaling") == status.get("scaling") or not stale:
+            if all((old or {}).get(part) == status.get(part) for part in ("scaling", "capacity")) or not stale:
                 return
         metadata = raw["metadata"]
         try:

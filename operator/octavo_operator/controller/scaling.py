@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from statistics import median
 
 import aiohttp
@@ -18,17 +19,19 @@ from octavo_operator.autoscale.signals import ReplicaSample
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
 from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler, ServiceState
+from octavo_operator.controller.replicas import can_be_reached, replica_url
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
+from octavo_operator.judgement import Scaling
 from octavo_operator.observation import Observation
 from octavo_operator.plan.values import Workload
 from octavo_operator.render.labels import COMPONENT
-from octavo_operator.status import Scaling, start_seconds
+from octavo_operator.routes import route_view
+from octavo_operator.status import start_seconds
 
 log = logging.getLogger("octavo.operator.scaling")
 MAX_PAGE_BYTES = 4 * 1024 * 1024
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
-ADDRESS_ANNOTATION = "serving.octavo.dev/address"  # host:port of a replica that is no pod, in development and tests
 
 
 class ScalingLoop:
@@ -64,25 +67,49 @@ class ScalingLoop:
                 await asyncio.sleep(max(0.1, self._settings.scaling_interval_s - self.last_round_s))
 
     async def round(self, http: aiohttp.ClientSession) -> None:
-        """One decision for every service that this operator scales."""
-        keys = {
-            key: state
-            for key, state in self._reconciler.states.items()
-            if state.plan and state.plan.workloads and state.plan.workloads[0].scaling.scales
-        }
+        """One look at every service, and one decision for each that this operator scales."""
+        keys = {key: state for key, state in self._reconciler.states.items() if state.plan and state.plan.workloads}
         for gone in (self._observers.keys() | self._histories.keys()) - keys.keys():
             self._observers.pop(gone, None)
             self._histories.pop(gone, None)
         gateways = await self._gateway_pages(http)
-        await asyncio.gather(*(self._decide(key, state, http, gateways) for key, state in keys.items()))
+        await asyncio.gather(*(self._look(key, state, http, gateways) for key, state in keys.items()))
 
-    async def _decide(self, key: Key, state: ServiceState, http: aiohttp.ClientSession, gateways: list[Page]) -> None:
-        if state.plan is None or self._store.get(DEPLOYMENT, *key) is None:
+    async def _look(self, key: Key, state: ServiceState, http: aiohttp.ClientSession, gateways: Gateways) -> None:
+        if state.plan is None:
             return
         workload = state.plan.workloads[0]
-        observation = self._reconciler.observe(key)
-        observer = self._observers.setdefault(key, Observer(workload.metrics, self._now()))
-        await self._scrape(observer, observation, workload, key, http)
+        route = route_view(gateways.pages, gateways.count, workload.model_name, workload.namespace)
+        news, state.route = route != state.route, route
+        if self._store.get(DEPLOYMENT, *key) is not None:
+            observation = self._reconciler.observe(key)
+            observer = self._observer(key, workload, state.revision)
+            await self._scrape(observer, observation, workload, key, http)
+            state.capacity = observer.capacity()
+            if workload.scaling.scales:
+                news |= await self._decide(key, state, workload, observation, observer, gateways.pages)
+        moved = _told(state) != state.told_numbers
+        if news or (moved and self._now() - state.status_written >= SCALING_STATUS_EVERY_S):
+            state.told_numbers = _told(state)
+            self._on_decision(key)
+
+    def _observer(self, key: Key, workload: Workload, revision: str) -> Observer:
+        """The service's observer; a new revision of its pods is measured anew."""
+        known = self._observers.get(key)
+        if known is None or known.revision != revision:
+            known = self._observers[key] = Observer(workload.metrics, self._now(), revision)
+        return known
+
+    async def _decide(
+        self,
+        key: Key,
+        state: ServiceState,
+        workload: Workload,
+        observation: Observation,
+        observer: Observer,
+        gateways: list[Page],
+    ) -> bool:
+        """Decide the number of replicas; whether that says something new."""
         now = self._now()
         deployment = observation.deployment
         held, arrivals = gateway_signals(gateways, workload)
@@ -95,7 +122,7 @@ class ScalingLoop:
             now=now,
             held=held,
             arrivals=arrivals,
-            changing=bool(deployment and deployment.rolling),
+            changing=bool(deployment and deployment.rolling) or state.adapters_loading,
             cold_start_s=median(times) if times else None,
         )
         history = self._histories.get(key) or self._restore(key, now)
@@ -108,10 +135,7 @@ class ScalingLoop:
             await self._price_pods(key, signals.samples)
         news = _is_news(state.decision, decision) or decision.replicas != signals.current
         state.decision, state.replicas = decision, decision.replicas
-        moved = _numbers(decision) != state.told_numbers
-        if news or (moved and now - state.status_written >= SCALING_STATUS_EVERY_S):
-            state.told_numbers = _numbers(decision)
-            self._on_decision(key)
+        return news
 
     async def _price_pods(self, key: Key, samples: Iterable[ReplicaSample]) -> None:
         """Tell the ReplicaSet which replicas to spare: the more requests, the dearer. It deletes the cheapest first."""
@@ -131,29 +155,19 @@ class ScalingLoop:
         self, observer: Observer, observation: Observation, workload: Workload, key: Key, http: aiohttp.ClientSession
     ) -> None:
         port = workload.metrics.port or workload.port
-        targets = {pod.name: self._address(key, pod.name, pod.ip, port) for pod in observation.ready}
-        pages = await asyncio.gather(
-            *(self._page(http, f"http://{address}{workload.metrics.path}") for address in targets.values())
-        )
-        for name, text in zip(targets, pages, strict=True):
+        names = [pod.name for pod in observation.ready]
+        urls = (replica_url(self._store.get(POD, key[0], name), port) + workload.metrics.path for name in names)
+        pages = await asyncio.gather(*(self._page(http, url) for url in urls))
+        for name, text in zip(names, pages, strict=True):
             if text is not None:
                 observer.add_page(name, text, self._now())
 
-    def _address(self, key: Key, pod: str, ip: str, port: int) -> str:
-        raw = self._store.get(POD, key[0], pod) or {"metadata": {}}
-        annotated = (raw["metadata"].get("annotations") or {}).get(ADDRESS_ANNOTATION)
-        return annotated or (f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}")
-
-    async def _gateway_pages(self, http: aiohttp.ClientSession) -> list[Page]:
+    async def _gateway_pages(self, http: aiohttp.ClientSession) -> Gateways:
         """Metrics of every gateway of the installation; one that does not answer is left out this time."""
-        addresses = []
-        for pod in self._store.labelled(POD, self._settings.own_namespace, COMPONENT, "gateway"):
-            annotated = (pod["metadata"].get("annotations") or {}).get(ADDRESS_ANNOTATION)
-            ip = (pod.get("status") or {}).get("podIP")
-            if annotated or ip:
-                addresses.append(annotated or f"{ip}:{GATEWAY_PORT}")
-        texts = await asyncio.gather(*(self._page(http, f"http://{address}/metrics") for address in addresses))
-        return [parse_page(text, self._now()) for text in texts if text is not None]
+        pods = self._store.labelled(POD, self._settings.own_namespace, COMPONENT, "gateway")
+        urls = [f"{replica_url(pod, GATEWAY_PORT)}/metrics" for pod in pods if can_be_reached(pod)]
+        texts = await asyncio.gather(*(self._page(http, url) for url in urls))
+        return Gateways(len(urls), [parse_page(text, self._now()) for text in texts if text is not None])
 
     async def _page(self, http: aiohttp.ClientSession, url: str) -> str | None:
         """A metrics page; None when the replica does not answer in time."""
@@ -169,6 +183,14 @@ class ScalingLoop:
                 return None
 
 
+@dataclass(frozen=True)
+class Gateways:
+    """How many gateways there are, and the pages of those that answered."""
+
+    count: int
+    pages: list[Page]
+
+
 GATEWAY_PORT = 9090  # its metrics port
 
 
@@ -177,10 +199,14 @@ def _is_news(before: Decision | None, now: Decision) -> bool:
     return before is None or (before.replicas, before.frozen, before.guard) != (now.replicas, now.frozen, now.guard)
 
 
-def _numbers(decision: Decision) -> tuple[object, ...]:
-    """What of a decision is shown in the status."""
+def _told(state: ServiceState) -> tuple[object, ...]:
+    """What of decision and capacity is shown in the status."""
+    decision = state.decision
+    if decision is None:
+        return (state.capacity,)
     kv = None if decision.kv_utilization is None else round(decision.kv_utilization, 2)
-    return decision.message, kv, decision.kv_desired, decision.load_desired, decision.history.persisted()
+    numbers = (decision.message, kv, decision.kv_desired, decision.load_desired, decision.history.persisted())
+    return (state.capacity, *numbers)
 
 
 def gateway_signals(pages: Iterable[Page], workload: Workload) -> tuple[int, float | None]:

@@ -10,6 +10,7 @@ from octavo_operator.api.errors import FieldError
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.kubernetes import EnvVar, EnvVarSource
 from octavo_operator.api.serving_runtime import (
+    AdapterSupport,
     ClusterServingRuntime,
     DrainMethod,
     Probe,
@@ -21,7 +22,7 @@ from octavo_operator.autoscale.policy import ScalingPolicy, policy_of
 from octavo_operator.plan.arguments import command_line
 from octavo_operator.plan.fields import portable_values
 from octavo_operator.plan.runtime import check_support, image_of
-from octavo_operator.plan.source import ModelSource, model_source
+from octavo_operator.plan.source import ModelSource, adapter_sources, model_source
 from octavo_operator.plan.values import (
     DrainPlan,
     EnvReference,
@@ -54,6 +55,7 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
     resources = _resources(service)
     errors = check_support(service, runtime.spec, resources)
     source, source_errors = model_source(service, runtime.spec, facts)
+    adapters, adapter_errors = adapter_sources(service, runtime.spec, facts)
     names = {"MODEL_URI": source.uri, "MODEL_PATH": source.uri, "MODEL_NAME": service.model_name}
     values = portable_values(service, resources)
     if not source.takes_revision:
@@ -61,10 +63,10 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
     argv, argument_errors = command_line(
         runtime.spec.container, values, names, extra=tuple(service.spec.engine.extra_args)
     )
-    errors += source_errors + argument_errors
+    errors += source_errors + adapter_errors + argument_errors
     if errors:
         raise Unplannable("UnsupportedField", errors)
-    workload = _workload(service, runtime.spec, facts, resources, argv, source)
+    workload = _workload(service, runtime.spec, facts, resources, argv, source, adapters)
     return Plan(
         workloads=(workload,),
         warnings=tuple(_warnings(service, workload)),
@@ -86,6 +88,7 @@ def _workload(
     resources: Resources,
     argv: tuple[str, ...],
     source: ModelSource,
+    adapters: Mapping[str, ModelSource],
 ) -> Workload:
     spec = service.spec
     scaling = _scaling(service, runtime)
@@ -116,7 +119,7 @@ def _workload(
         routing=_routing(service),
         metrics=runtime.metrics,
         protocols=tuple(runtime.protocols),
-        claims=source.claims,
+        claims=tuple(dict.fromkeys((*source.claims, *(c for found in adapters.values() for c in found.claims)))),
         run_as_user=runtime.container.run_as_user,
         writable_root=runtime.container.writable_root,
         scheduling=spec.scheduling,
@@ -126,6 +129,8 @@ def _workload(
         observability=spec.observability,
         pod_template=spec.pod_template or {},
         credentials=spec.model.credentials_secret_ref,
+        adapters=_frozen({name: found.uri for name, found in adapters.items()}),
+        adapter_api=runtime.adapter_api if runtime.supports.adapters is AdapterSupport.DYNAMIC else None,
     )
 
 

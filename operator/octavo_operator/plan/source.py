@@ -11,6 +11,7 @@ from octavo_operator.plan.values import ClaimMount, Facts, Target
 
 CACHE_MOUNT = "/mnt/model-cache"
 PVC_MOUNT = "/mnt/models"
+MODEL_FIELD = "spec.model.storageUri"
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,26 @@ def model_source(
 ) -> tuple[ModelSource, list[FieldError]]:
     """The model's source for this runtime, and an error if the runtime cannot read it."""
     model = service.spec.model
-    uri = model.storage_uri
     if model.cache_ref is not None:
         return _cached(model.cache_ref.name, facts), []
+    return _source(model.storage_uri, MODEL_FIELD, runtime, facts)
+
+
+def adapter_sources(
+    service: InferenceService, runtime: ServingRuntimeSpec, facts: Facts
+) -> tuple[dict[str, ModelSource], list[FieldError]]:
+    """The source of each LoRA adapter by name, and an error for each that the runtime cannot read."""
+    sources: dict[str, ModelSource] = {}
+    errors: list[FieldError] = []
+    adapters = service.spec.model.adapters
+    for index, adapter in enumerate(adapters.items if adapters else []):
+        path = f"spec.model.adapters.items[{index}].storageUri"
+        sources[adapter.name], wrong = _source(adapter.storage_uri, path, runtime, facts)
+        errors += wrong
+    return sources, errors
+
+
+def _source(uri: str, field: str, runtime: ServingRuntimeSpec, facts: Facts) -> tuple[ModelSource, list[FieldError]]:
     if uri.startswith("pvc://"):
         claim, _, path = uri.removeprefix("pvc://").partition("/")
         mount = f"{PVC_MOUNT}/{claim}"
@@ -40,9 +58,9 @@ def model_source(
     if runtime.model_source == "HuggingFaceId":
         if uri.startswith("hf://"):
             return ModelSource(uri.removeprefix("hf://")), []
-        return ModelSource(uri), [_unreadable("hf:// and pvc:// addresses", uri)]
+        return ModelSource(uri), [_unreadable(field, "hf:// and pvc:// addresses", uri)]
     if runtime.model_source == "Path":
-        return ModelSource(uri), [_unreadable("pvc:// addresses", uri)]
+        return ModelSource(uri), [_unreadable(field, "pvc:// addresses", uri)]
     return ModelSource(uri), []
 
 
@@ -55,6 +73,8 @@ def _cached(name: str, facts: Facts) -> ModelSource:
     return ModelSource(path, (ClaimMount(claim.claim, CACHE_MOUNT),), takes_revision=False, waiting_for=waiting)
 
 
-def _unreadable(readable: str, uri: str) -> FieldError:
-    message = f"this runtime reads {readable} only; for others make a ModelCache and name it in spec.model.cacheRef"
-    return FieldError("spec.model.storageUri", message, repr(uri))
+def _unreadable(field: str, readable: str, uri: str) -> FieldError:
+    hint = (
+        "for others make a ModelCache and name it in spec.model.cacheRef" if field == MODEL_FIELD else "copy it there"
+    )
+    return FieldError(field, f"this runtime reads {readable} only; {hint}", repr(uri))

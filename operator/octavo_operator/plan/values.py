@@ -11,7 +11,7 @@ from typing import Any
 from octavo_operator.api.errors import FieldError, OctavoOperatorError
 from octavo_operator.api.kubernetes import EnvVarSource, SecretKeyRef
 from octavo_operator.api.operations import Observability, Rollout, Scheduling
-from octavo_operator.api.serving_runtime import MetricMap
+from octavo_operator.api.serving_runtime import AdapterApi, MetricMap
 from octavo_operator.autoscale.policy import ScalingPolicy
 
 GRACE_MARGIN_S = 15
@@ -179,6 +179,8 @@ class Workload:
     observability: Observability = field(default_factory=Observability)
     pod_template: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     credentials: SecretKeyRef | None = None
+    adapters: Mapping[str, str] = field(default_factory=lambda: _EMPTY)  # paths by name, as the engine is told
+    adapter_api: AdapterApi | None = None  # None where adapters cannot come and go
 
     @property
     def model_name(self) -> str:

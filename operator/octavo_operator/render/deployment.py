@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from octavo_operator.plan.values import Workload
-from octavo_operator.render.labels import metadata, selector
+from octavo_operator.render.labels import REVISION_ANNOTATION, metadata, selector
 from octavo_operator.render.pod import pod_template
+from octavo_operator.render.revision import template_revision
 
 REVISION_HISTORY = 5
 
 
 def deployment(workload: Workload, replicas: int) -> dict[str, Any]:
     """The Deployment of a service."""
-    rollout = workload.rollout
+    rollout, template = workload.rollout, pod_template(workload)
+    meta = metadata(workload, workload.name)
+    meta["annotations"] = {REVISION_ANNOTATION: template_revision(template)}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(workload, workload.name),
+        "metadata": meta,
         "spec": {
             "replicas": replicas,
             "revisionHistoryLimit": REVISION_HISTORY,
@@ -27,7 +30,7 @@ def deployment(workload: Workload, replicas: int) -> dict[str, Any]:
                 "type": "RollingUpdate",
                 "rollingUpdate": {"maxSurge": rollout.max_surge, "maxUnavailable": rollout.max_unavailable},
             },
-            "template": pod_template(workload),
+            "template": template,
         },
     }
 

@@ -30,6 +30,7 @@ SERVICE_LABEL = f"{GROUP}/inferenceservice"
 ROUTE_SELECTOR = f"{GROUP}/route=true"
 POD_SELECTOR = f"{SERVICE_LABEL},app.kubernetes.io/component=engine"
 ROUTE_KEY = "route.json"
+ADAPTERS_ANNOTATION = f"{GROUP}/adapters"  # paths by name, as JSON
 ADDRESS_ANNOTATION = f"{GROUP}/address"  # host:port of a replica that is no pod, in development and tests
 
 
@@ -94,7 +95,17 @@ def _endpoint(pod: Item, port: int) -> Endpoint | None:
         state = EndpointState.READY if ready else EndpointState.STARTING
     place = annotated or (f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
     revision = meta.get("labels", {}).get("pod-template-hash", "")
-    return Endpoint(f"{meta['namespace']}/{meta['name']}", f"http://{place}", state, revision=revision)
+    name = f"{meta['namespace']}/{meta['name']}"
+    return Endpoint(name, f"http://{place}", state, adapters=_adapters(meta), revision=revision)
+
+
+def _adapters(meta: Item) -> frozenset[str]:
+    """The LoRA adapters that the operator noted on a pod after loading them there."""
+    try:
+        noted = json.loads(meta.get("annotations", {}).get(ADAPTERS_ANNOTATION) or "{}")
+    except ValueError:
+        return frozenset()
+    return frozenset(noted) if isinstance(noted, dict) else frozenset()
 
 
 def _name(item: Item) -> str:

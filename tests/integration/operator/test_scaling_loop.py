@@ -17,14 +17,16 @@ from octavo_operator.controller.client import Kind, KubeClient
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
 from octavo_operator.controller.reconciler import Reconciler, ServiceState
-from octavo_operator.controller.scaling import ADDRESS_ANNOTATION, ScalingLoop, gateway_signals
+from octavo_operator.controller.replicas import ADDRESS_ANNOTATION
+from octavo_operator.controller.scaling import ScalingLoop, gateway_signals
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Store
 from octavo_operator.plan import plan
 from octavo_operator.render import render_plan
+from octavo_operator.routes import RouteView
 
 KEY = ("team", "chat")
-SERVICE = {
+SERVICE: dict[str, Any] = {
     "apiVersion": "serving.octavo.dev/v1alpha1",
     "kind": "InferenceService",
     "metadata": {"name": "chat", "namespace": "team", "uid": "u"},
@@ -196,3 +198,28 @@ async def test_before_scaling_down_the_busier_replicas_are_made_dearer(world: Wo
 def test_gateways_that_do_not_know_a_model_tell_nothing_of_its_arrivals() -> None:
     planned = plan(parse(InferenceService, SERVICE))
     assert gateway_signals([parse_page("other 1\n", 0.0)], planned.workloads[0]) == (0, None)
+
+
+async def test_gateways_tell_whether_the_route_is_published(world: World) -> None:
+    labels = {"app.kubernetes.io/component": "gateway"}
+    world.add_pod("gateway-1", "octavo-system", labels)
+    world.add_pod("gateway-2", "octavo-system", labels)
+    await world.decide()
+    assert world.state.route == RouteView(gateways=2)
+    known = 'octavo_gateway_endpoints{{model="chat",namespace="{}",state="ready"}} 0\n'
+    world.pages = {"gateway-1": known.format("team"), "gateway-2": "other 1\n"}
+    await world.decide()
+    assert world.state.route == RouteView(gateways=2, answering=2, serving=1)
+    world.pages = {"gateway-1": known.format("elsewhere"), "gateway-2": known.format("elsewhere")}
+    await world.decide()
+    assert world.state.route == RouteView(gateways=2, answering=2, taken_by="elsewhere")
+
+
+async def test_a_service_of_fixed_size_is_measured_but_never_scaled(world: World) -> None:
+    fixed = {**SERVICE, "spec": {"model": SERVICE["spec"]["model"], "replicas": 1}}
+    world.state.plan = plan(parse(InferenceService, fixed))
+    world.add_pod("chat-1")
+    world.pages["chat-1"] = load(waiting=20, running=30, kv=0.95) + "octavo_kv_cache_capacity_tokens 4096\n"
+    assert await world.decide() is None
+    assert world.state.capacity.kv_tokens == 4_096
+    assert world.state.replicas is None

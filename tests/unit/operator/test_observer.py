@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from octavo_operator.api.serving_runtime import MetricMap
-from octavo_operator.autoscale.observer import SERVICE_WINDOW_S, TTFT_WINDOW_S, Observer
+from octavo_operator.api.serving_runtime import MetricMap, MetricSource
+from octavo_operator.autoscale.observer import SERVICE_WINDOW_S, TTFT_WINDOW_S, Capacity, Observer
 
 METRICS = MetricMap.model_validate(
     {
@@ -85,3 +85,20 @@ def test_time_to_first_token_is_told_for_whole_windows_over_all_replicas() -> No
     assert ttft is not None
     assert (ttft.window_end, ttft.samples) == (TTFT_WINDOW_S, 100)  # what came before the window does not count
     assert 1.0 < ttft.p95_s < 2.0
+
+
+def test_capacity_is_the_median_cache_and_the_busiest_minute_of_a_replica() -> None:
+    metrics = METRICS.model_copy(
+        update={
+            "kv_capacity_tokens": [MetricSource(gauge="capacity")],
+            "max_model_len": [MetricSource(gauge="longest")],
+        }
+    )
+    observer = Observer(metrics, 0.0)
+    assert observer.capacity() == Capacity()
+    for second in range(0, 181, 5):
+        tokens = 10 * min(second, 60) + 2 * max(0, second - 60)  # 10 a second for a minute, then 2
+        observer.add_page("a", page(tokens=tokens, more="capacity 4000\nlongest 512\n"), float(second))
+    observer.add_page("b", page(more="capacity 6000\n"), 181.0)
+    observer.add_page("c", page(more="capacity 9000\n"), 181.0)
+    assert observer.capacity() == Capacity(kv_tokens=6_000, max_model_len=512, peak_tokens_per_minute=600)

@@ -4,17 +4,21 @@ from typing import Any
 
 import pytest
 
+from octavo_operator.adapters import AdapterState, AdapterView
 from octavo_operator.api.errors import FieldError
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.validation import parse
 from octavo_operator.autoscale.decide import decide
 from octavo_operator.autoscale.history import History
+from octavo_operator.autoscale.observer import Capacity
 from octavo_operator.autoscale.policy import ScalingPolicy
 from octavo_operator.autoscale.signals import Signals
 from octavo_operator.faults import find_fault, last_line
+from octavo_operator.judgement import Judgement, Scaling
 from octavo_operator.observation import Observation, observe
 from octavo_operator.plan import Unplannable, plan
-from octavo_operator.status import Judgement, Scaling, service_status, without_change
+from octavo_operator.routes import RouteView
+from octavo_operator.status import service_status, without_change
 
 NOW = 1_800_000_000.0
 READY = {"type": "Ready", "status": "True", "lastTransitionTime": "2027-01-15T08:00:41Z"}
@@ -223,3 +227,94 @@ def test_the_same_observation_gives_the_same_status() -> None:
 def test_log_lines_are_shortened() -> None:
     assert last_line("a\n\n  b  \n") == "b"
     assert len(last_line("x" * 10_000)) == 300
+
+
+GATEWAYS = {
+    "another namespace has the name": (RouteView(2, 2, 0, "other"), "http://gw", ("False", "ModelNameTaken")),
+    "every gateway serves it": (RouteView(2, 2, 2), "http://gw", ("True", "Published")),
+    "a gateway does not know it yet": (RouteView(2, 2, 1), "http://gw", ("Unknown", "Publishing")),
+    "no gateway answers": (RouteView(2, 0, 0), "http://gw", ("Unknown", "GatewaySilent")),
+    "the gateway's pods are gone": (RouteView(), "http://gw", ("Unknown", "NoGateway")),
+    "no gateway is installed": (RouteView(), "", ("True", "ServiceOnly")),
+}
+
+
+@pytest.mark.parametrize(("route", "url", "expected"), GATEWAYS.values(), ids=GATEWAYS)
+def test_the_route_is_ready_when_every_gateway_that_answers_serves_the_model(
+    route: RouteView, url: str, expected: tuple[str, str]
+) -> None:
+    seen = conditions(judged(observe(deployment(), [READY_POD]), route=route, gateway_url=url))
+    assert seen["RouteReady"] == expected
+    assert seen["Ready"][0] == ("False" if expected[0] == "False" else "True"), "requests would go elsewhere"
+
+
+def test_what_was_said_of_the_route_holds_until_gateways_were_asked() -> None:
+    first = judged(observe(deployment(), [READY_POD]), route=RouteView(1, 1, 0, "other"), gateway_url="http://gw")
+    again = judged(observe(deployment(), [READY_POD]), service(status=first), gateway_url="http://gw")
+    assert conditions(again)["RouteReady"] == ("False", "ModelNameTaken")
+
+
+def test_measured_capacity_is_shown_and_says_that_the_model_fits() -> None:
+    subject = service(model={"storageUri": "hf://org/model", "maxModelLen": 16_384})
+    measured = Capacity(kv_tokens=118_000, peak_tokens_per_minute=500)
+    status = judged(observe(deployment(), [READY_POD]), subject, capacity=measured, revision="a1")
+    assert status["capacity"] == {
+        "kvTokensPerReplica": 118_000,
+        "maxConcurrencyAtMaxLen": 7,
+        "peakTokensPerMinute": 500,
+        "revision": "a1",
+    }
+    assert conditions(status)["FitsAccelerator"] == ("True", "Measured")
+
+
+def test_a_peak_survives_a_restart_of_the_operator_and_is_forgotten_with_its_revision() -> None:
+    first = judged(observe(deployment(), []), capacity=Capacity(100, 10, 900), revision="a1")
+    same = judged(observe(deployment(), []), service(status=first), capacity=Capacity(None, None, 30), revision="a1")
+    assert same["capacity"] == first["capacity"]
+    other = judged(observe(deployment(), []), service(status=first), capacity=Capacity(None, None, 30), revision="b2")
+    assert other["capacity"] == {"peakTokensPerMinute": 30, "revision": "b2"}
+
+
+def test_a_model_that_did_not_fit_says_so_and_one_never_run_is_not_judged() -> None:
+    crash = observe(deployment(), [crashed("KV cache: not enough memory for one request")])
+    assert conditions(judged(crash))["FitsAccelerator"] == ("False", "DoesNotFit")
+    assert conditions(judged(observe(deployment(), [])))["FitsAccelerator"] == ("Unknown", "NotEstimated")
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ((), ("True", "NoAdapters")),
+        ((AdapterView("sql", AdapterState.LOADED, 1),), ("True", "AllLoaded")),
+        ((AdapterView("sql", AdapterState.PENDING), AdapterView("b", AdapterState.LOADED, 1)), ("False", "Loading")),
+        ((AdapterView("sql", AdapterState.FAILED, 0, "rank too large"),), ("False", "AdapterFailed")),
+    ],
+)
+def test_adapters_are_ready_when_every_replica_holds_them_and_never_unready_the_base(
+    views: tuple[AdapterView, ...], expected: tuple[str, str]
+) -> None:
+    status = judged(observe(deployment(), [READY_POD]), adapters=views)
+    assert conditions(status)["AdaptersReady"] == expected
+    assert conditions(status)["Ready"][0] == "True"
+    assert [a["name"] for a in status.get("adapters", [])] == [view.name for view in views]
+
+
+def test_during_a_rollout_both_revisions_are_listed_with_their_share() -> None:
+    def of(name: str, template: str, source: dict[str, Any]) -> dict[str, Any]:
+        labels = {"pod-template-hash": template}
+        return {**source, "metadata": {**source["metadata"], "name": name, "labels": labels}}
+
+    old = [of(f"old-{i}", "7f9c", READY_POD) for i in range(3)]
+    status = judged(observe(deployment(4), [*old, of("new-1", "8aa1", READY_POD), of("new-2", "8aa1", pod())]))
+    assert status["revisions"] == [
+        {"name": "chat-7f9c", "weight": 75, "readyReplicas": 3},
+        {"name": "chat-8aa1", "weight": 25, "readyReplicas": 1},
+    ]
+
+
+def test_a_peak_alone_is_no_news() -> None:
+    first = judged(observe(deployment(), [READY_POD]), capacity=Capacity(100, 10, 900))
+    higher = judged(observe(deployment(), [READY_POD]), capacity=Capacity(100, 10, 950))
+    smaller = judged(observe(deployment(), [READY_POD]), capacity=Capacity(90, 10, 950))
+    assert without_change(first, higher)
+    assert not without_change(first, smaller)
