@@ -69,7 +69,8 @@ def quantize_kv(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     """Symmetric, one scale for each token and head: [T, heads, head_dim] -> codes alike, scales [T, heads]."""
     largest = x.float().abs().amax(-1)
     limit = INT8_MAX if dtype == torch.int8 else FP8_MAX
-    scale = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
+    # A tensor of limits: CUDA divides by a plain number through its reciprocal, one rounding off.
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, limit), torch.ones_like(largest))
     scaled = x.float() / scale.unsqueeze(-1)
     codes = scaled.round().clamp(-limit, limit).to(torch.int8) if dtype == torch.int8 else scaled.to(dtype)
     return codes, scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,10 @@ from octavo_kernels import ops
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.triton import mode
 from octavo_kernels.triton.environment import (
+    FP8,
     FP8_MAX,
-    INT8,
     INT8_MAX,
+    LOG2E,
     NO_QUANT,
     multiprocessors,
     quantization_of,
@@ -21,6 +23,7 @@ from octavo_kernels.triton.environment import (
 )
 from octavo_kernels.triton.flash import flash_kernel, merge_kernel
 from octavo_kernels.triton.tuning import LaunchConfig, launch_config
+from octavo_kernels.triton.unpack import FP8_IN_BF16, FP8_IN_FP16
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
@@ -99,6 +102,8 @@ def _supports(
     sinks: torch.Tensor | None = None,
 ) -> bool:
     same_layout = cache.key.stride() == cache.value.stride() and cache.key.stride(-1) == 1
+    if cache.key_scale is not None and (query.shape[-1] % 2 or not cache.key.is_contiguous()):
+        return False  # 8-bit values are read in pairs
     return runs_here(query) and query.shape[-1] <= MAX_HEAD_DIM and query.stride(-1) == 1 and same_layout
 
 
@@ -292,27 +297,59 @@ def _launch(
     problem: Problem, part: Part, config: LaunchConfig, partials: Partials | None, split_offset: int, splits: int
 ) -> None:
     query, cache = problem.query, problem.cache
-    key, key_scale = cache.key, cache.key_scale
+    key, value, key_scale = cache.key, cache.value, cache.key_scale
     quant = quantization_of(key.dtype) if key_scale is not None else NO_QUANT.value
+    if quant != NO_QUANT.value:
+        key, value = key.view(torch.int16), value.view(torch.int16)
+    boosts = _boosts(quant, query.dtype)
+    capped = problem.soft_cap > 0
+    width = key.shape[3]
     grid = (_query_blocks(problem, part, config), problem.num_kv_heads, splits)
     flash_kernel[grid](
-        query, problem.out, key, cache.value, key_scale, cache.value_scale, problem.block_tables,
+        query, problem.out, key, value, key_scale, cache.value_scale, problem.block_tables,
         problem.query_start_loc, problem.seq_lens, problem.sinks,
         partials.values if partials else None, partials.stats if partials else None,
-        problem.scale, problem.soft_cap, problem.sliding_window, part.first_seq, part.num_seqs, key.shape[0],
+        problem.scale * boosts.unscore / problem.soft_cap if capped else problem.scale * boosts.unscore * LOG2E.value,
+        problem.soft_cap * LOG2E.value, problem.sliding_window, part.first_seq, part.num_seqs, key.shape[0],
         problem.block_tables.shape[1], part.min_key, partials.splits if partials else 1, split_offset,
         query.stride(0), query.stride(1), problem.out.stride(0), problem.block_tables.stride(0),
         key.stride(0), key.stride(1), key.stride(2),
         key_scale.stride(0) if key_scale is not None else 0, key_scale.stride(1) if key_scale is not None else 0,
         DECODE=part.decode and not mode.batch_invariant(), PAGED=problem.paged, CAUSAL=problem.causal,
-        WINDOW=problem.sliding_window > 0, SOFT_CAP=problem.soft_cap > 0,
-        SINKS=problem.sinks is not None, SPLIT=partials is not None, QUANT=quant,
-        QUANT_LIMIT=INT8_MAX.value if quant == INT8.value else FP8_MAX.value, GROUP=problem.group,
-        HEAD_DIM=problem.head_dim, BLOCK_SIZE=cache.block_size if problem.paged else 1, BLOCK_M=config.block_m,
-        BLOCK_Q=_block_q(problem, config), BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(problem.head_dim)), MIN_TILES=MIN_TILES,
+        WINDOW=problem.sliding_window > 0, SOFT_CAP=capped,
+        SINKS=problem.sinks is not None, SPLIT=partials is not None, QUANT=quant, QUERY_BOOST=boosts.query,
+        WEIGHT_BOOST=boosts.weight, UNBOOST=boosts.unboost, GROUP=problem.group,
+        HEAD_DIM=problem.head_dim, WIDTH=width, BLOCK_SIZE=cache.block_size if problem.paged else 1,
+        BLOCK_M=config.block_m, BLOCK_Q=_block_q(problem, config), BLOCK_N=config.block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(width)), MIN_TILES=MIN_TILES,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Boosts:
+    """Factors that keep products with unpacked 8-bit values inside the range of their 16-bit type.
+
+    query, weight: applied to queries and softmax weights. unscore, unboost: take them, and the scale of unpacked
+    float8, out of scores and results again.
+    """
+
+    query: float = 1.0
+    weight: float = 1.0
+    unscore: float = 1.0
+    unboost: float = 1.0
+
+
+@functools.cache
+def _boosts(quant: int, dtype: torch.dtype) -> _Boosts:
+    if quant == NO_QUANT.value:
+        return _Boosts()
+    fp8 = quant == FP8.value
+    if dtype == torch.bfloat16:  # wide in range: float8 in it is tiny, so its partners are made as large
+        boost, unit = (2.0**100, FP8_IN_BF16) if fp8 else (1.0, 1.0)
+        return _Boosts(boost, boost, unit / boost, unit / boost)
+    limit, unit = (FP8_MAX.value, FP8_IN_FP16) if fp8 else (INT8_MAX.value, 1.0)  # float16 would lose small scales
+    return _Boosts(1.0, limit, unit, unit / limit)
 
 
 def _merge(

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.triton.environment import LOG2E, NO_QUANT, dot, tanh
+from octavo_kernels.triton.unpack import even_bytes, odd_bytes
 
 
 @triton.jit
@@ -54,36 +55,42 @@ def scale_offsets(table_ptr, n, inside, num_blocks, scale_block_stride, BLOCK_SI
 
 @triton.jit
 def attend_tile(
-    q, row_max, row_sum, acc, start, min_key, end, positions,
+    q, q_odd, row_max, row_sum, acc, acc_odd, start, min_key, end, positions,
     key_ptr, value_ptr, key_scale_ptr, value_scale_ptr, table_ptr, kv_start_token, num_blocks,
     block_stride, offset_stride, scale_block_stride, scale, soft_cap, sliding_window,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, QUANT: tl.constexpr,
-    QUANT_LIMIT: tl.constexpr, PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WEIGHT_BOOST: tl.constexpr, PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Fold keys start .. start + BLOCK_N - 1 (those in min_key .. end - 1) into the softmax. MASKED=False promises
-    that every row may see every key of the tile."""
+    that every row may see every key of the tile. Scores are counted in powers of two: `scale` includes log2(e), or
+    with SOFT_CAP divides by the cap, and `soft_cap` includes log2(e). With QUANT a stored element is a pair of
+    8-bit values: its low byte meets q, its high byte q_odd."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = (n >= min_key) & (n < end)
     offsets = key_offsets(
         table_ptr, n, inside, num_blocks, kv_start_token, block_stride, offset_stride, PAGED, BLOCK_SIZE
     )
-    if HEAD_DIM == BLOCK_D and not MASKED:
+    if WIDTH == BLOCK_D and not MASKED:
         k = tl.load(key_ptr + offsets[None, :] + d[:, None])
         v = tl.load(value_ptr + offsets[:, None] + d[None, :])
     else:
-        k = tl.load(key_ptr + offsets[None, :] + d[:, None], mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        v = tl.load(
-            value_ptr + offsets[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0
-        )
-    scores = dot(q, k.to(q.dtype), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * scale
-    if QUANT != NO_QUANT:
+        k = tl.load(key_ptr + offsets[None, :] + d[:, None], mask=inside[None, :] & (d < WIDTH)[:, None], other=0)
+        v = tl.load(value_ptr + offsets[:, None] + d[None, :], mask=inside[:, None] & (d < WIDTH)[None, :], other=0)
+    scores = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    if QUANT == NO_QUANT:
+        scores = dot(q, k.to(q.dtype), scores)
+        step = scale
+    else:
         places = scale_offsets(table_ptr, n, inside, num_blocks, scale_block_stride, BLOCK_SIZE)
-        scores *= tl.load(key_scale_ptr + places, mask=inside, other=0.0)[None, :]
+        scores = dot(q, even_bytes(k, QUANT, q.dtype), scores)
+        scores = dot(q_odd, odd_bytes(k, QUANT, q.dtype), scores)
+        scores *= (tl.load(key_scale_ptr + places, mask=inside, other=0.0) * scale)[None, :]
+        step = 1.0
     if SOFT_CAP:
-        scores = soft_cap * tanh(scores / soft_cap)
-    scores *= LOG2E
+        scores = soft_cap * tanh(scores * step)
+        step = 1.0
     if MASKED:
         distance = positions[:, None] - n[None, :]
         seen = tl.broadcast_to(inside[None, :], scores.shape)
@@ -94,15 +101,18 @@ def attend_tile(
             if not CAUSAL:
                 seen = seen & (distance > -sliding_window)
         scores = tl.where(seen, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - safe_max[:, None])
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * step)
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    weights = tl.exp2(scores * step - safe_max[:, None])
     shrink = tl.exp2(row_max - safe_max)
     row_sum = row_sum * shrink + tl.sum(weights, axis=1)
-    if QUANT != NO_QUANT:  # times the limit, and divided by it at the end: float16 would lose small scales
-        weights *= tl.load(value_scale_ptr + places, mask=inside, other=0.0)[None, :] * QUANT_LIMIT
-    acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
-    return new_max, row_sum, acc
+    if QUANT == NO_QUANT:
+        acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
+    else:
+        weights *= (tl.load(value_scale_ptr + places, mask=inside, other=0.0) * WEIGHT_BOOST)[None, :]
+        acc = dot(weights.to(q.dtype), even_bytes(v, QUANT, q.dtype), acc * shrink[:, None])
+        acc_odd = dot(weights.to(q.dtype), odd_bytes(v, QUANT, q.dtype), acc_odd * shrink[:, None])
+    return new_max, row_sum, acc, acc_odd
 
 
 @triton.jit(
@@ -125,14 +135,17 @@ def flash_kernel(
     q_stride, q_head_stride, out_stride, table_stride, block_stride, kv_head_stride, offset_stride,
     scale_block_stride, scale_head_stride,
     DECODE: tl.constexpr, PAGED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
-    SINKS: tl.constexpr, SPLIT: tl.constexpr, QUANT: tl.constexpr, QUANT_LIMIT: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SINKS: tl.constexpr, SPLIT: tl.constexpr, QUANT: tl.constexpr, QUERY_BOOST: tl.constexpr,
+    WEIGHT_BOOST: tl.constexpr, UNBOOST: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MIN_TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, key-value heads, splits). Keys before `min_key` are left out (cascade).
 
     DECODE: query block b is the one token of sequence first_seq + b. SPLIT: write unnormalised partial results
-    [tokens, heads, total_splits, HEAD_DIM] with their (max, sum), to be merged by `merge_kernel`.
+    [tokens, heads, total_splits, HEAD_DIM] with their (max, sum), to be merged by `merge_kernel`. WIDTH: stored
+    elements of a key, HEAD_DIM or (QUANT, pairs) half of it. QUERY_BOOST, WEIGHT_BOOST: what queries and softmax
+    weights are multiplied by to keep products with unpacked values in range; UNBOOST takes it out of the result.
     """
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -180,8 +193,16 @@ def flash_kernel(
         first_tile = first_tile + split * tiles
         last_tile = tl.minimum(last_tile, first_tile + tiles)
 
-    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + token[:, None] * q_stride + head[:, None] * q_head_stride + d[None, :], mask=mask, other=0.0)
+    mask = valid[:, None] & (d < WIDTH)[None, :]
+    q_rows = q_ptr + token[:, None] * q_stride + head[:, None] * q_head_stride
+    if QUANT == NO_QUANT:
+        q = tl.load(q_rows + d[None, :], mask=mask, other=0.0)
+        q_odd = q
+    else:
+        q = tl.load(q_rows + 2 * d[None, :], mask=mask, other=0.0)
+        q_odd = tl.load(q_rows + 2 * d[None, :] + 1, mask=mask, other=0.0)
+        q_odd = (q_odd.to(tl.float32) * QUERY_BOOST).to(q.dtype)
+        q = (q.to(tl.float32) * QUERY_BOOST).to(q.dtype)
     table = tables_ptr + seq.to(tl.int64) * table_stride
     key_base = key_ptr + kv_head.to(tl.int64) * kv_head_stride
     value_base = value_ptr + kv_head.to(tl.int64) * kv_head_stride
@@ -194,27 +215,30 @@ def flash_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc_odd = acc
     masked_from = first_tile
     if not WINDOW and not DECODE:  # tiles that every row sees in full need no mask
         visible = first_position + 1 if CAUSAL else end
         whole = tl.where(first_tile * BLOCK_N >= min_key, tl.minimum(visible, end) // BLOCK_N, first_tile)
         masked_from = tl.maximum(first_tile, tl.minimum(last_tile, whole))
         for tile in range(first_tile, masked_from):
-            row_max, row_sum, acc = attend_tile(
-                q, row_max, row_sum, acc, tile * BLOCK_N, min_key, end, positions, key_base, value_base, key_scale_base,
+            row_max, row_sum, acc, acc_odd = attend_tile(
+                q, q_odd, row_max, row_sum, acc, acc_odd, tile * BLOCK_N, min_key, end, positions, key_base, value_base, key_scale_base,
                 value_scale_base, table, kv_start_token, num_blocks, block_stride, offset_stride, scale_block_stride,
-                scale, soft_cap, sliding_window, False, CAUSAL, WINDOW, SOFT_CAP, QUANT, QUANT_LIMIT, PAGED,
-                BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D,
+                scale, soft_cap, sliding_window, False, CAUSAL, WINDOW, SOFT_CAP, QUANT, WEIGHT_BOOST, PAGED,
+                BLOCK_SIZE, BLOCK_N, WIDTH, BLOCK_D,
             )  # fmt: skip
     for tile in range(masked_from, last_tile):
-        row_max, row_sum, acc = attend_tile(
-            q, row_max, row_sum, acc, tile * BLOCK_N, min_key, end, positions, key_base, value_base, key_scale_base,
+        row_max, row_sum, acc, acc_odd = attend_tile(
+            q, q_odd, row_max, row_sum, acc, acc_odd, tile * BLOCK_N, min_key, end, positions, key_base, value_base, key_scale_base,
             value_scale_base, table, kv_start_token, num_blocks, block_stride, offset_stride, scale_block_stride,
-            scale, soft_cap, sliding_window, True, CAUSAL, WINDOW, SOFT_CAP, QUANT, QUANT_LIMIT, PAGED,
-            BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D,
+            scale, soft_cap, sliding_window, True, CAUSAL, WINDOW, SOFT_CAP, QUANT, WEIGHT_BOOST, PAGED,
+            BLOCK_SIZE, BLOCK_N, WIDTH, BLOCK_D,
         )  # fmt: skip
     if QUANT != NO_QUANT:
-        acc = acc / QUANT_LIMIT
+        acc = tl.interleave(acc, acc_odd) * UNBOOST
+        d = tl.arange(0, 2 * BLOCK_D)
+        mask = valid[:, None] & (d < HEAD_DIM)[None, :]
     if SPLIT:
         num_heads = tl.num_programs(1) * GROUP
         place = (token * num_heads + head) * total_splits + split_offset + split
