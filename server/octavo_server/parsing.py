@@ -14,10 +14,15 @@ from octavo_server.limits import LIMITS
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-# JSON texts that mean "this option is off", whatever the option.
-_NEUTRAL = frozenset({b"null", b"false", b"[]", b"{}", b'""'})
 _LOCATED = re.compile(r"(?P<what>.*) - at `(?:key in )?\$\.?(?P<path>.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """Why a field is not honoured. `off`: JSON texts beside null that ask for nothing and are let pass."""
+
+    reason: str
+    off: tuple[str, ...] = ("false", "[]", "{}", '""')
 
 
 class Parsed(msgspec.Struct, Generic[T], frozen=True):
@@ -27,23 +32,25 @@ class Parsed(msgspec.Struct, Generic[T], frozen=True):
     unknown_fields: tuple[str, ...]
 
 
-def parse(body: bytes, kind: type[T], refused: Mapping[str, str] | None = None) -> Parsed[T]:
+def parse(
+    body: bytes, kind: type[T], refused: Mapping[str, Refused] | None = None, hints: frozenset[str] = frozenset()
+) -> Parsed[T]:
     """Decode `body` as `kind`; raises a 400 for malformed JSON, wrong types and values out of bounds.
 
-    `refused` maps fields that are understood but not honoured to the reason: anything but "off" there is a 400,
-    because ignoring it would change what the caller gets.
+    `refused` names fields that are understood but not honoured: anything but "off" there is a 400, because ignoring
+    it would change what the caller gets. `hints` are fields that never change it.
     """
     raw = _decode_object(body)
-    for name, reason in (refused or {}).items():
+    for name, refusal in (refused or {}).items():
         value = raw.get(name)
-        if value is not None and bytes(value).strip() not in _NEUTRAL:
-            raise bad_request(f"{name}: {reason}", name)
+        if value is not None and bytes(value).strip().decode() not in ("null", *refusal.off):
+            raise bad_request(f"{name}: {refusal.reason}", name)
     try:
         request = _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
         raise from_validation_error(error) from None
-    known = _field_names(kind)
-    return Parsed(request, tuple(name for name in raw if name not in known and name not in (refused or {})))
+    known = _field_names(kind) | hints | (refused or {}).keys()
+    return Parsed(request, tuple(name for name in raw if name not in known))
 
 
 def json_object(body: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from octavo_engine.tokenizer.interface import Tokenizer
 
 MAX_CACHED = 64
 # Room for indented JSON, and an end to a model that would write white space for ever.
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n\r\t]{0,24}"}
+DEFAULT_WHITESPACE = r"[ \n\r\t]{0,24}"
 
 
 class GrammarConstraint:
@@ -107,9 +107,16 @@ def _source(structured: StructuredOutput) -> tuple[str, str]:
     schema = '{"type": "object"}' if structured.json_object else structured.json_schema or "{}"
     try:
         json.loads(schema)
-        return "json_schema", LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+        options = _json_options(structured.whitespace_pattern)
+        return "json_schema", LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"structured.json_schema: not valid JSON: {error}", "structured") from error
+
+
+def _json_options(whitespace: str | None) -> dict[str, Any]:
+    if whitespace == "":
+        return {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+    return {"whitespace_pattern": DEFAULT_WHITESPACE if whitespace is None else whitespace}
 
 
 def _first_lines(complaint: str) -> str:

@@ -10,12 +10,12 @@ import msgspec
 
 from octavo_server.errors import bad_request
 from octavo_server.oip.models import VERSION, InferRequest, InferResponse
+from octavo_server.oip.sampling import REFUSED, TritonSampling
 from octavo_server.oip.tensors import Tensor, TensorSpec, tensor_from_values
-from octavo_server.openai.request_types import SamplingFields
 from octavo_server.parsing import json_object, parse
 
 _OWN_FIELDS = ("id", "parameters", "model_name", "model_version")
-_SAMPLING_FIELDS = frozenset({*SamplingFields.__struct_fields__, "max_tokens", "logprobs"})
+_SAMPLING_FIELDS = frozenset({*TritonSampling.__struct_fields__, *REFUSED})
 
 
 class GenerateBody(msgspec.Struct, frozen=True):

@@ -16,11 +16,12 @@ from octavo_engine.messages import FinishReason
 from octavo_server.caller import Caller
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.generation import Delta, SequenceRequest
+from octavo_server.oip.sampling import read_sampling
 from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.oip.tensors import Tensor, TensorSpec
-from octavo_server.openai.request_types import REFUSED_FIELDS, MaxTokens, SamplingFields
+from octavo_server.openai.constraints import Constraint, requested_constraint
 from octavo_server.openai.sampling import sampling_params
-from octavo_server.parsing import parse
+from octavo_server.openai.sequences import start_sequences, truncate
 from octavo_server.replica import Replica
 from octavo_server.served_model import ServedModel
 
@@ -79,13 +80,6 @@ class V2Model(Protocol):
 
     async def infer_once(self, request: InferRequest, caller: Caller) -> InferResponse:
         """The only response of a request; raises `ApiError`."""
-
-
-class TritonSampling(SamplingFields, frozen=True, kw_only=True):
-    """The JSON of the `sampling_parameters` tensor."""
-
-    max_tokens: MaxTokens | None = None
-    logprobs: int | None = None
 
 
 class ServedV2Model:
@@ -184,9 +178,9 @@ class ServedV2Model:
     async def _generate(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
         options = _Options.read(request.inputs)
         replica, served = self._replica, self.served
-        sequence = await replica.text.run(self._sequence, request, options, caller)
+        sequence, constraint = await replica.text.run(self._sequence, request, options, caller)
         collected = _Collected(len(sequence.prompt_token_ids), options)
-        deltas = await replica.generator.start([sequence])
+        deltas = await start_sequences(replica.generator, [sequence], constraint)
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 collected.add(delta)
@@ -197,21 +191,27 @@ class ServedV2Model:
             prefix = _text(request.inputs, served) if options.prepends_input else ""
             yield InferResponse(collected.tensors(prefix + collected.text))
 
-    def _sequence(self, request: InferRequest, options: _Options, caller: Caller) -> SequenceRequest:
+    def _sequence(
+        self, request: InferRequest, options: _Options, caller: Caller
+    ) -> tuple[SequenceRequest, Constraint | None]:
         served = self.served
         text = _text(request.inputs, served)
-        fields = parse(options.sampling or b"{}", TritonSampling, REFUSED_FIELDS).request
+        fields = read_sampling(options.sampling)
+        constraint = requested_constraint(fields)
+        asked = fields.max_tokens or 16
         ids = served.tokenizer.encode(text, add_special_tokens=fields.add_special_tokens is not False)
+        ids = truncate(ids, fields, served.info.max_model_len - asked)
         budget = served.token_budget(
-            len(ids), fields.max_tokens or 16, prompt_param="text_input", max_param="sampling_parameters.max_tokens"
+            len(ids), asked, prompt_param="text_input", max_param="sampling_parameters.max_tokens"
         )
         sampling = sampling_params(
             fields,
             served,
             max_tokens=budget,
             logprobs=0 if options.wants_logprobs else None,
+            structured=None if constraint is None else constraint.structured,
         )
-        return SequenceRequest(
+        sequence = SequenceRequest(
             index=0,
             request_id=f"v2-{uuid.uuid4().hex}",
             prompt_token_ids=ids,
@@ -221,6 +221,7 @@ class ServedV2Model:
             priority=caller.priority if caller.priority is not None else fields.priority or 0,
             continues_prompt=True,
         )
+        return sequence, constraint
 
     async def _embed(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
         vectors = await self._replica.embedder.embed_texts(

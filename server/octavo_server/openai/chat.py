@@ -24,7 +24,8 @@ from octavo_server.openai.constraints import (
     tool_choice_constraint,
 )
 from octavo_server.openai.messages import render_chat
-from octavo_server.openai.request_types import REFUSED_FIELDS, ChatCompletionRequest
+from octavo_server.openai.refused_fields import HINTS, REFUSED_FIELDS
+from octavo_server.openai.request_types import ChatCompletionRequest
 from octavo_server.openai.sampling import sampling_params
 from octavo_server.openai.sequences import (
     Prompt,
@@ -38,11 +39,15 @@ from octavo_server.openai.sequences import (
 from octavo_server.parsers.answer import AnswerParser
 from octavo_server.parsers.choose import prompt_opens_thoughts
 from octavo_server.parsers.reasoning import ThinkParser
-from octavo_server.parsing import parse
+from octavo_server.parsing import Refused, parse
 from octavo_server.replica import Replica
 from octavo_server.served_model import ServedModel
 
-_REFUSED = {**REFUSED_FIELDS, "echo": "only /v1/completions can echo the prompt", "best_of": "use n"}
+_REFUSED = {
+    **REFUSED_FIELDS,
+    "echo": Refused("only /v1/completions can echo the prompt"),
+    "best_of": Refused("use n"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def router(replica: Replica) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
         """Answer a conversation."""
-        parsed = parse(await http.body(), ChatCompletionRequest, _REFUSED)
+        parsed = parse(await http.body(), ChatCompletionRequest, _REFUSED, HINTS)
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         options = check_stream_options(request)
@@ -106,7 +111,7 @@ async def start_chat(
             raise bad_request(f"{constraint.param}: cannot be combined with tool_choice", constraint.param)
         constraint = constraint or by_choice
     prompt, opens_thoughts = await replica.text.run(prepare, served, request, constraint)
-    identity = ResponseIdentity.new(prefix, served, model)
+    identity = ResponseIdentity.new(prefix, served, model, request.request_id)
     n = request.n or 1
     usage = UsageCounter([prompt], n, log_fields)
     sequences = sequence_requests([prompt], n, identity, request, caller)
@@ -170,7 +175,7 @@ def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Con
     ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     asked = request.max_completion_tokens or request.max_tokens
     max_param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    ids = truncate(ids, request.truncate_prompt_tokens, served.info.max_model_len - (asked or 1))
+    ids = truncate(ids, request, served.info.max_model_len - (asked or 1))
     budget = served.token_budget(len(ids), asked, prompt_param="messages", max_param=max_param)
     sampling = sampling_params(
         request,

@@ -23,7 +23,7 @@ from octavo_server.openai.response_types import (
     ChatDelta,
     ChatLogprobs,
 )
-from octavo_server.openai.sequences import Prompt, ResponseIdentity, UsageCounter
+from octavo_server.openai.sequences import Prompt, ResponseIdentity, UsageCounter, at_intervals
 
 _EMPTY = ChatDelta()
 
@@ -110,7 +110,7 @@ async def chat_events(
     for index in range(len(answers)):
         opening = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
         yield encode_event(renderer.chunk([opening], usage=usage.usage() if continuous else UNSET))
-    async for delta in deltas:
+    async for delta in at_intervals(deltas, renderer.request.stream_interval):
         usage.add(delta)
         answer = answers[delta.index]
         shown = answer.push(delta)

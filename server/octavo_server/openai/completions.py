@@ -21,7 +21,8 @@ from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
 from octavo_server.openai.constraints import Constraint, requested_constraint
 from octavo_server.openai.logprobs import completion_logprobs, prompt_logprobs
-from octavo_server.openai.request_types import REFUSED_FIELDS, CompletionRequest, StreamOptions
+from octavo_server.openai.refused_fields import HINTS, REFUSED_FIELDS
+from octavo_server.openai.request_types import CompletionRequest, StreamOptions
 from octavo_server.openai.response_types import Completion, CompletionChoice, CompletionLogprobs
 from octavo_server.openai.sampling import sampling_params
 from octavo_server.openai.sequences import (
@@ -29,6 +30,7 @@ from octavo_server.openai.sequences import (
     ResponseIdentity,
     SequenceText,
     UsageCounter,
+    at_intervals,
     check_stream_options,
     collect,
     sequence_requests,
@@ -52,7 +54,7 @@ def router(replica: Replica) -> APIRouter:
     async def completions(http: Request) -> Response:
         """Continue one or more prompts."""
         served = replica.served
-        parsed = parse(await http.body(), CompletionRequest, REFUSED_FIELDS)
+        parsed = parse(await http.body(), CompletionRequest, REFUSED_FIELDS, HINTS)
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         model = served.check_name(request.model)
@@ -62,7 +64,7 @@ def router(replica: Replica) -> APIRouter:
         caller = caller_of(http)
         constraint = requested_constraint(request)
         prompts = await replica.text.run(_prepare, served, request, constraint)
-        identity = ResponseIdentity.new("cmpl", served, model)
+        identity = ResponseIdentity.new("cmpl", served, model, request.request_id)
         log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
         usage = UsageCounter(prompts, best_of, log_fields)
         sequences = sequence_requests(prompts, best_of, identity, request, caller, continues_prompt=True)
@@ -114,7 +116,7 @@ def _prepare(served: ServedModel, request: CompletionRequest, constraint: Constr
         else:
             ids = prompt
             check_token_ids(ids, served, param)
-        ids = truncate(ids, request.truncate_prompt_tokens, served.info.max_model_len - max(asked, 1))
+        ids = truncate(ids, request, served.info.max_model_len - max(asked, 1))
         budget = served.token_budget(len(ids), max(asked, 1), prompt_param=param, max_param="max_tokens")
         sampling = sampling_params(
             request,
@@ -238,7 +240,7 @@ async def _events(
             text = renderer.prompt_text(index // renderer.n)
             offsets[index] = len(text)
             yield encode_event(renderer.completion([CompletionChoice(index, text)]))
-    async for delta in deltas:
+    async for delta in at_intervals(deltas, request.stream_interval):
         usage.add(delta)
         if request.max_tokens == 0:
             delta = Delta(delta.index, "", [], finish_reason=delta.finish_reason)

@@ -34,6 +34,8 @@ def requested_constraint(fields: SamplingFields) -> Constraint | None:
         )
         if constraint is not None
     ]
+    if fields.guided_whitespace_pattern is not None and fields.guided_json is None:
+        raise bad_request("guided_whitespace_pattern: only allowed with guided_json", "guided_whitespace_pattern")
     if len(found) > 1:
         raise bad_request(f"{found[1].param}: only one of {found[0].param} and {found[1].param} may be given",
                           found[1].param)  # fmt: skip
@@ -126,6 +128,7 @@ def _from_structured_outputs(chosen: StructuredOutputs | None) -> Constraint | N
         grammar=chosen.grammar,
         choice=None if chosen.choice is None else tuple(chosen.choice),
         json_object=bool(chosen.json_object),
+        whitespace_pattern="" if chosen.disable_any_whitespace else chosen.whitespace_pattern,
     )
     return Constraint(structured, "structured_outputs")
 
@@ -134,7 +137,10 @@ def _from_guided_fields(fields: SamplingFields) -> list[Constraint]:
     """vLLM's older names."""
     found: list[Constraint] = []
     if fields.guided_json is not None:
-        found.append(Constraint(StructuredOutput(json_schema=_schema_text(fields.guided_json)), "guided_json"))
+        structured = StructuredOutput(
+            json_schema=_schema_text(fields.guided_json), whitespace_pattern=fields.guided_whitespace_pattern
+        )
+        found.append(Constraint(structured, "guided_json"))
     if fields.guided_regex is not None:
         found.append(Constraint(StructuredOutput(regex=fields.guided_regex), "guided_regex"))
     if fields.guided_choice is not None:

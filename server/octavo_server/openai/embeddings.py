@@ -16,9 +16,10 @@ from octavo_server.caller import caller_of
 from octavo_server.errors import bad_request
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
-from octavo_server.openai.request_types import Identifier, ModelName, TokenId
+from octavo_server.openai.refused_fields import HINTS
+from octavo_server.openai.request_types import ModelName, TokenId
 from octavo_server.openai.texts import text_inputs
-from octavo_server.parsing import parse
+from octavo_server.parsing import Refused, parse
 from octavo_server.replica import Replica
 
 
@@ -31,8 +32,8 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True):
     dimensions: Annotated[int, Meta(ge=1, le=65_536)] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None = None
     add_special_tokens: bool | None = None
-    user: str | None = None
-    request_id: Identifier | None = None
+    embed_dtype: Literal["float32"] | None = None
+    endianness: Literal["little"] | None = None
 
 
 class Embedding(Struct, frozen=True):
@@ -61,9 +62,11 @@ class EmbeddingResponse(Struct, frozen=True, kw_only=True):
 
 
 REFUSED = {
-    "messages": "not supported; send texts in input",
-    "embed_dtype": "only float32 is supported",
-    "endianness": "only little-endian is supported",
+    "messages": Refused("not supported; send texts in input"),
+    "priority": Refused("embeddings run in order of arrival; whatever their priority", off=("0",)),
+    "request_id": Refused("not supported; use the header X-Request-Id"),
+    "truncation_side": Refused("texts are cut at their end", off=('"right"',)),
+    "use_activation": Refused("the checkpoint decides on normalization", off=("true",)),
 }
 
 
@@ -75,7 +78,7 @@ def router(replica: Replica) -> APIRouter:
     async def embeddings(http: Request) -> Response:
         """Turn one or more texts into vectors."""
         served = replica.served
-        parsed = parse(await http.body(), EmbeddingRequest, REFUSED)
+        parsed = parse(await http.body(), EmbeddingRequest, REFUSED, HINTS)
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         model = served.check_name(request.model)

@@ -18,11 +18,17 @@ from octavo_server.errors import bad_request
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
 from octavo_server.openai.embeddings import EmbeddingUsage
+from octavo_server.openai.refused_fields import HINTS
 from octavo_server.openai.request_types import ModelName
-from octavo_server.parsing import parse
+from octavo_server.parsing import Refused, parse
 from octavo_server.replica import Replica
 
 Texts = Annotated[list[str], Meta(min_length=1, max_length=LIMITS.embed_inputs)]
+_REFUSED = {
+    "mm_processor_kwargs": Refused("this server takes text only"),
+    "priority": Refused("texts run in order of arrival", off=("0",)),
+    "use_activation": Refused("scores are cosines", off=("true",)),
+}
 Truncation = Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None
 
 
@@ -99,7 +105,9 @@ def router(replica: Replica) -> APIRouter:
     async def score(http: Request) -> Response:
         """Score pairs of texts."""
         served = replica.served
-        request = parse(await http.body(), ScoreRequest).request
+        parsed = parse(await http.body(), ScoreRequest, _REFUSED, HINTS)
+        replica.metrics.ignored_fields(len(parsed.unknown_fields))
+        request = parsed.request
         model = served.check_name(request.model)
         served.require_task("embed", "/score")
         first, second = _pairs(request)
@@ -120,7 +128,9 @@ def router(replica: Replica) -> APIRouter:
     async def rerank(http: Request) -> Response:
         """Sort documents by their relevance to a query."""
         served = replica.served
-        request = parse(await http.body(), RerankRequest).request
+        parsed = parse(await http.body(), RerankRequest, _REFUSED, HINTS)
+        replica.metrics.ignored_fields(len(parsed.unknown_fields))
+        request = parsed.request
         model = served.check_name(request.model)
         served.require_task("embed", "/rerank")
         texts = [_document(document, index) for index, document in enumerate(request.documents)]

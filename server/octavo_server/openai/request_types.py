@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -40,14 +40,16 @@ class ResponseFormat(Struct, frozen=True):
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(Struct, frozen=True):
-    """vLLM's way to constrain the output; exactly one field is set."""
+class StructuredOutputs(Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's way to constrain the output; exactly one of the first five is set, the others say how JSON is spaced."""
 
     json: str | JsonObject | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
 
 
 class SamplingFields(Struct, frozen=True, kw_only=True):
@@ -76,23 +78,26 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=LIMITS.max_tokens)] | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=LIMITS.logprobs)] | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Meta(ge=1, le=LIMITS.max_tokens)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | JsonObject | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Identifier | None = None
     priority: Annotated[int, Meta(ge=-LIMITS.priority, le=LIMITS.priority)] | None = None
-    user: str | None = None
-    request_id: Identifier | None = None
+    request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
@@ -123,24 +128,3 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[JsonObject, Meta(max_length=LIMITS.template_kwargs)] | None = None
-
-
-REFUSED_FIELDS: dict[str, str] = {
-    "audio": "audio output is not supported",
-    "function_call": "replaced by tool_choice",
-    "functions": "replaced by tools",
-    "kv_transfer_params": "KV transfer between replicas is not supported",
-    "logprob_token_ids": "not supported; use logprobs",
-    "logits_processors": "code in requests is not supported",
-    "mm_processor_kwargs": "this server takes text only",
-    "prompt_embeds": "tensors from clients are not accepted",
-    "repetition_detection": "not supported",
-    "suffix": "insertion is not supported",
-    "thinking_token_budget": "not supported",
-    "use_beam_search": "beam search is not supported",
-    "vllm_xargs": "not supported",
-    "web_search_options": "web search is not supported",
-    "chat_template": "templates are set by whoever runs the server (--chat-template)",
-    "guided_decoding_backend": "there is one backend",
-    "guided_whitespace_pattern": "not supported",
-}

@@ -23,6 +23,11 @@ def sampling_params(
 
     Fields left out get the checkpoint's own defaults, then the protocol's.
     """
+    if fields.spaces_between_special_tokens and fields.skip_special_tokens is False:
+        raise bad_request(
+            "spaces_between_special_tokens: special tokens are written as they are; set it to false",
+            "spaces_between_special_tokens",
+        )
     defaults = served.sampling_defaults
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
     top_k = int(_default(fields.top_k, defaults.top_k, 0))

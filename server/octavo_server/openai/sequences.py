@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
@@ -33,16 +33,20 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResponseIdentity:
-    """The fields every chunk of one response repeats."""
+    """The fields every chunk of one response repeats. engine_key: unique, also where callers choose equal ids."""
 
     id: str
     model: str
     fingerprint: str
     created: int
+    engine_key: str
 
     @classmethod
-    def new(cls, prefix: str, served: ServedModel, model: str) -> ResponseIdentity:
-        return cls(f"{prefix}-{uuid.uuid4().hex}", model, served.fingerprint, int(time.time()))
+    def new(cls, prefix: str, served: ServedModel, model: str, chosen: str | None = None) -> ResponseIdentity:
+        """chosen: the caller's own part of the id."""
+        unique = uuid.uuid4().hex
+        key = f"{prefix}-{unique}"
+        return cls(f"{prefix}-{chosen}" if chosen else key, model, served.fingerprint, int(time.time()), key)
 
 
 def sequence_requests(
@@ -69,7 +73,7 @@ def sequence_requests(
             requests.append(
                 SequenceRequest(
                     index=index,
-                    request_id=f"{identity.id}-{index}",
+                    request_id=f"{identity.engine_key}-{index}",
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
                     caller=caller,
@@ -82,12 +86,20 @@ def sequence_requests(
     return requests
 
 
-def truncate(token_ids: list[int], keep: int | None, room: int) -> list[int]:
-    """The last `keep` tokens; -1 keeps as many as the context has room for, None keeps all."""
+def truncate(token_ids: list[int], fields: SamplingFields, room: int) -> list[int]:
+    """As many tokens as `truncate_prompt_tokens` says: -1 for all that the context has room for, None for all.
+
+    `truncation_side` says where tokens are cut off; the beginning, if nothing is said.
+    """
+    keep = fields.truncate_prompt_tokens
     if keep is None:
+        if fields.truncation_side is not None:
+            raise bad_request("truncation_side: only allowed with truncate_prompt_tokens", "truncation_side")
         return token_ids
     wanted = room if keep == -1 else keep
-    return token_ids[-wanted:] if wanted > 0 else []
+    if wanted <= 0:
+        return []
+    return token_ids[:wanted] if fields.truncation_side == "right" else token_ids[-wanted:]
 
 
 class SequenceText:
@@ -158,10 +170,35 @@ class UsageCounter:
         )
 
 
+async def at_intervals(deltas: DeltaStream, interval: int | None) -> AsyncGenerator[Delta, None]:
+    """The deltas joined until each holds `interval` tokens, but for the last of a sequence; None joins none."""
+    held: dict[int, Delta] = {}
+    async for delta in deltas:
+        before = held.pop(delta.index, None)
+        joined = delta if before is None else _joined(before, delta)
+        if joined.finish_reason is None and len(joined.token_ids) < (interval or 1):
+            held[joined.index] = joined
+        else:
+            yield joined
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return dataclasses.replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=[*(first.logprobs or []), *(second.logprobs or [])] or None,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
+    )
+
+
 def check_stream_options(fields: SamplingFields) -> StreamOptions:
     """The stream's options; raises a 400 when they are given without `stream`."""
-    if fields.stream_options is not None and not fields.stream:
-        raise bad_request("stream_options: only allowed when stream is true", "stream_options")
+    if not fields.stream:
+        for name in ("stream_options", "stream_interval"):
+            if getattr(fields, name) is not None:
+                raise bad_request(f"{name}: only allowed when stream is true", name)
     return fields.stream_options or StreamOptions()
 
 

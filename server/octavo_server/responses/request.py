@@ -20,14 +20,17 @@ from octavo_server.openai.request_types import (
     Seed,
     Size,
 )
+from octavo_server.parsing import Refused
 
 REFUSED_FIELDS = {
-    "background": "responses are not stored; keep the connection open",
-    "previous_response_id": "responses are not stored; send the whole conversation in input",
-    "conversation": "conversations are not stored; send the whole conversation in input",
-    "prompt": "stored prompts are not supported; send instructions and input",
-    "max_tool_calls": "only function tools are supported",
-    "suffix": "insertion is not supported",
+    "background": Refused("responses are not stored; keep the connection open"),
+    "previous_response_id": Refused("responses are not stored; send the whole conversation in input"),
+    "conversation": Refused("conversations are not stored; send the whole conversation in input"),
+    "prompt": Refused("stored prompts are not supported; send instructions and input"),
+    "max_tool_calls": Refused("only function tools are supported"),
+    "include": Refused("only what every response holds can be shown"),
+    "truncation": Refused("not supported; shorten the input", off=('"disabled"',)),
+    "suffix": Refused("insertion is not supported"),
 }
 
 
@@ -77,8 +80,6 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     chat_template_kwargs: Annotated[JsonObject, Meta(max_length=LIMITS.template_kwargs)] | None = None
     cache_salt: Identifier | None = None
     priority: Annotated[int, Meta(ge=-LIMITS.priority, le=LIMITS.priority)] | None = None
-    store: bool | None = None
-    user: str | None = None
 
 
 def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:

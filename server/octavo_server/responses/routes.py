@@ -16,6 +16,7 @@ from octavo_server.errors import ApiError, bad_request
 from octavo_server.event_stream import EventStream
 from octavo_server.json_response import JsonResponse
 from octavo_server.openai.chat import ChatRun, start_chat
+from octavo_server.openai.refused_fields import HINTS
 from octavo_server.openai.response_types import Usage
 from octavo_server.parsing import parse
 from octavo_server.replica import Replica
@@ -30,7 +31,7 @@ def router(replica: Replica) -> APIRouter:
     @routes.post("/v1/responses")
     async def create(http: Request) -> Response:
         """Answer a conversation in items."""
-        parsed = parse(await http.body(), ResponsesRequest, REFUSED_FIELDS)
+        parsed = parse(await http.body(), ResponsesRequest, REFUSED_FIELDS, HINTS)
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         if request.top_logprobs:

@@ -19,7 +19,8 @@ from octavo_server.app import build_app
 from octavo_server.oip.http_codec import InferBody
 from octavo_server.openai.embeddings import EmbeddingRequest
 from octavo_server.openai.ranking import RerankRequest, ScoreRequest
-from octavo_server.openai.request_types import REFUSED_FIELDS, ChatCompletionRequest, CompletionRequest
+from octavo_server.openai.refused_fields import REFUSED_FIELDS
+from octavo_server.openai.request_types import ChatCompletionRequest, CompletionRequest
 from octavo_server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from octavo_server.replica import Replica
 from octavo_server.responses.request import REFUSED_FIELDS as RESPONSES_REFUSED

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_server.errors import ApiError
-from octavo_server.openai.request_types import REFUSED_FIELDS, ChatCompletionRequest, CompletionRequest
-from octavo_server.parsing import parse
+from octavo_server.openai.refused_fields import REFUSED_FIELDS
+from octavo_server.openai.request_types import ChatCompletionRequest, CompletionRequest
+from octavo_server.parsing import Refused, parse
 
 
 class Inner(msgspec.Struct):
@@ -24,7 +25,7 @@ class Body(msgspec.Struct):
     inner: list[Inner] = []
 
 
-def refusal(body: bytes, refused: dict[str, str] | None = None) -> ApiError:
+def refusal(body: bytes, refused: dict[str, Refused] | None = None) -> ApiError:
     with pytest.raises(ApiError) as caught:
         parse(body, Body, refused)
     assert caught.value.status == 400
@@ -55,7 +56,7 @@ def test_the_field_is_named_by_its_path(body: bytes, param: str) -> None:
 
 
 def test_a_refused_field_is_allowed_while_it_is_off() -> None:
-    refused = {"beam": "not supported"}
+    refused = {"beam": Refused("not supported")}
 
     for value in ("null", "false", "[]", "{}", '""'):
         assert parse(f'{{"name": "a", "beam": {value}}}'.encode(), Body, refused).unknown_fields == ()
