@@ -22,9 +22,7 @@ def _fp8_pair(odd: bool, bf16: bool) -> tl.constexpr:
     mask, down = ("0x07f007f0", 4) if bf16 else ("0x3f803f80", 1)
     up = 4 if bf16 else 7
     body = f"shr.u32 a, $1, {down}; mov.b32 b, $1;" if odd else f"shl.b32 a, $1, {up}; shl.b32 b, $1, 8;"
-    return tl.constexpr(
-        "{ .reg .b32 a, b; " + body + f" and.b32 a, a, {mask}; lop3.b32 $0, b, 0x80008000, a, 0xEA; }}"
-    )
+    return tl.constexpr("{ .reg .b32 a, b; " + body + f" and.b32 a, a, {mask}; lop3.b32 $0, b, 0x80008000, a, 0xEA; }}")
 
 
 def _int8_pair(odd: bool, bf16: bool) -> tl.constexpr:
