@@ -223,17 +223,17 @@ def flash_kernel(
         masked_from = tl.maximum(first_tile, tl.minimum(last_tile, whole))
         for tile in range(first_tile, masked_from):
             row_max, row_sum, acc, acc_odd = attend_tile(
-                q, q_odd, row_max, row_sum, acc, acc_odd, tile * BLOCK_N, min_key, end, positions, key_base, value_base, key_scale_base,
-                value_scale_base, table, kv_start_token, num_blocks, block_stride, offset_stride, scale_block_stride,
-                scale, soft_cap, sliding_window, False, CAUSAL, WINDOW, SOFT_CAP, QUANT, WEIGHT_BOOST, PAGED,
-                BLOCK_SIZE, BLOCK_N, WIDTH, BLOCK_D,
+                q, q_odd, row_max, row_sum, acc, acc_odd, tile * BLOCK_N, min_key, end, positions, key_base,
+                value_base, key_scale_base, value_scale_base, table, kv_start_token, num_blocks, block_stride,
+                offset_stride, scale_block_stride, scale, soft_cap, sliding_window, False, CAUSAL,
+                WINDOW, SOFT_CAP, QUANT, WEIGHT_BOOST, PAGED, BLOCK_SIZE, BLOCK_N, WIDTH, BLOCK_D,
             )  # fmt: skip
     for tile in range(masked_from, last_tile):
         row_max, row_sum, acc, acc_odd = attend_tile(
-            q, q_odd, row_max, row_sum, acc, acc_odd, tile * BLOCK_N, min_key, end, positions, key_base, value_base, key_scale_base,
-            value_scale_base, table, kv_start_token, num_blocks, block_stride, offset_stride, scale_block_stride,
-            scale, soft_cap, sliding_window, True, CAUSAL, WINDOW, SOFT_CAP, QUANT, WEIGHT_BOOST, PAGED,
-            BLOCK_SIZE, BLOCK_N, WIDTH, BLOCK_D,
+            q, q_odd, row_max, row_sum, acc, acc_odd, tile * BLOCK_N, min_key, end, positions, key_base,
+            value_base, key_scale_base, value_scale_base, table, kv_start_token, num_blocks, block_stride,
+            offset_stride, scale_block_stride, scale, soft_cap, sliding_window, True, CAUSAL,
+            WINDOW, SOFT_CAP, QUANT, WEIGHT_BOOST, PAGED, BLOCK_SIZE, BLOCK_N, WIDTH, BLOCK_D,
         )  # fmt: skip
     if QUANT != NO_QUANT:
         acc = tl.interleave(acc, acc_odd) * UNBOOST
