@@ -9,18 +9,37 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import structs
 
 from octavo_gateway.asgi import Headers, header
 from octavo_gateway.errors import AuthenticationError, GatewayError, LedgerFullError, TenantSuspendedError
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.inspection import Inspection
 from octavo_gateway.metrics import Metrics
-from octavo_gateway.registry import Resolved
+from octavo_gateway.registry import Registry, Resolved
 from octavo_gateway.tenancy import Identity, Limiter, Reservation, TenantDirectory
 from octavo_gateway.tenancy.shared import SharedLimiter, SharedReservation
-from octavo_gateway.usage import Begun, Ledger, LedgerAwayError, PriceTable, UsageMeter, UsageRecord, read_tenants
+from octavo_gateway.usage import (
+    Begun,
+    Ledger,
+    LedgerAwayError,
+    PriceTable,
+    UsageMeter,
+    UsageRecord,
+    interrupted,
+    read_tenants,
+)
+from octavo_gateway.usage.collector import Consumed, UsageCollector
 
 log = logging.getLogger("octavo.gateway.usage")
+
+LEDGER_POLL_S = 1.0
+FIND_REPLICAS_S = 30.0
+"""How long a starting gateway waits for a model's replicas, to ask them about an earlier gateway's requests."""
+
+CLOSE_TIMEOUT_S = 5.0
 
 _NAMES = {"requests": b"requests", "tokens": b"tokens", "input": b"input-tokens", "output": b"output-tokens"}
 
@@ -53,6 +72,9 @@ class Accounts:
         self.ledger = ledger
         self.limiter = Limiter()
         self.shared: SharedLimiter | None = None
+        self.collector: UsageCollector | None = None
+        self._asking: set[asyncio.Future[Consumed | None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
         self._metrics = metrics
         self._clock = clock
         self._wall_clock = wall_clock
@@ -142,41 +164,110 @@ class Accounts:
                 self.shared.settle(held, 0, 0, 0, 0.0, self._month())
 
     def settle(self, charge: Charge, exchange: Exchange, outcome: str) -> None:
-        """Count what it really was, in the tenant's limits and in the ledger."""
+        """Count what it really was, in the tenant's limits at once, and in the ledger as soon as its replica has told.
+
+        The limits take an estimate where the engine's count did not come with the answer.
+        """
         meter, begun = charge.meter, charge.begun
         served = exchange.status < 400 and exchange.bytes_sent > 0
         if meter.known or not served:
-            prompt, cached, output = meter.prompt_tokens, meter.cached_tokens, meter.output_tokens
+            consumed = Consumed(meter.prompt_tokens, meter.cached_tokens, meter.output_tokens)
         else:
-            prompt, cached, output = begun.prompt_tokens, 0, meter.events
+            consumed = Consumed(begun.prompt_tokens, 0, meter.events)
+        prompt, cached, output = consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens
         cost = self._prices.cost(begun.model, prompt, cached, output)
         if charge.reservation is not None:
             self.limiter.settle(charge.reservation, prompt, cached, output, cost, self._clock(), self._month())
         if charge.shared is not None and self.shared is not None:
             self.shared.settle(charge.shared, prompt, cached, output, cost, self._month())
-        self._metrics.tokens(begun.model, prompt, cached, output)
-        if self.ledger is not None:
-            self.ledger.write(
-                UsageRecord(
-                    id=begun.id,
-                    request_id=begun.request_id,
-                    tenant=begun.tenant,
-                    key=begun.key,
-                    model=begun.model,
-                    adapter=begun.adapter,
-                    path=begun.path,
-                    started_at=begun.started_at,
-                    duration_s=self._clock() - exchange.started_at,
-                    time_to_first_byte_s=exchange.first_byte_at - exchange.started_at if exchange.bytes_sent else 0.0,
-                    outcome=outcome,
-                    status=exchange.status,
-                    prompt_tokens=prompt,
-                    cached_tokens=cached,
-                    output_tokens=output,
-                    estimated=served and not meter.known,
-                    cost=cost,
-                )
-            )
+        record = structs.replace(
+            interrupted(begun),
+            duration_s=self._clock() - exchange.started_at,
+            time_to_first_byte_s=exchange.first_byte_at - exchange.started_at if exchange.bytes_sent else 0.0,
+            outcome=outcome,
+            status=exchange.status,
+        )
+        replica = exchange.replica
+        if self.collector is None or meter.known or replica is None or outcome == "refused":
+            self._write(record, consumed, estimated=served and not meter.known)
+            return
+        asking = asyncio.ensure_future(self.collector.consumed(replica, begun.id, exchange.started_at))
+
+        def on_told(told: asyncio.Future[Consumed | None]) -> None:
+            self._asking.discard(asking)
+            answer = None if told.cancelled() else told.result()
+            self._write(record, answer or consumed, estimated=answer is None and served)
+
+        self._asking.add(asking)
+        asking.add_done_callback(on_told)
+
+    @property
+    def num_unsettled(self) -> int:
+        """Requests that ended and whose replica is still being asked what they consumed."""
+        return len(self._asking)
+
+    async def follow_ledger(self, registry: Registry) -> None:
+        """Settle what gateways that ended in the middle have left open, until cancelled."""
+        if self.ledger is None:
+            return
+        while True:
+            for begun in await asyncio.to_thread(self.ledger.take_unfinished):
+                ending = asyncio.create_task(self._end(begun, registry))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
+            await asyncio.sleep(LEDGER_POLL_S)
+
+    async def close(self) -> None:
+        """Write down what is still being asked for, and finish with Redis."""
+        if self._asking:
+            await asyncio.wait(self._asking, timeout=CLOSE_TIMEOUT_S)
+        unsettled: list[asyncio.Future[Any]] = [*self._asking, *self._ending]
+        for task in unsettled:
+            task.cancel()
+        await asyncio.gather(*unsettled, return_exceptions=True)
+        if self.shared is not None:
+            await self.shared.close()
+
+    async def _end(self, begun: Begun, registry: Registry) -> None:
+        """Ask every replica of its model about a request of an earlier gateway."""
+        answers = await self._ask_all(begun, registry)
+        known = [answer for answer in answers if answer is not None]
+        best = max(known, key=lambda answer: (answer.output_tokens, answer.prompt_tokens), default=Consumed())
+        found = best != Consumed() or len(known) == len(answers)
+        consumed = best if found else Consumed(begun.prompt_tokens)
+        self._write(interrupted(begun), consumed, estimated=not found)
+
+    async def _ask_all(self, begun: Begun, registry: Registry) -> list[Consumed | None]:
+        collector, deadline = self.collector, self._clock() + FIND_REPLICAS_S
+        if collector is None:
+            return [None]
+        while True:
+            entry = registry.snapshot.models.get(begun.model)
+            if entry is not None and entry.ready:
+                break
+            if self._clock() >= deadline:
+                return [None]
+            await asyncio.sleep(LEDGER_POLL_S)
+        began_at = self._clock() - max(0.0, self._wall_clock() - begun.started_at)
+        return list(await asyncio.gather(*(collector.consumed(e, begun.id, began_at) for e in entry.endpoints)))
+
+    def _write(self, record: UsageRecord, consumed: Consumed, *, estimated: bool) -> None:
+        prompt, cached, output = consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens
+        self._metrics.tokens(record.model, prompt, cached, output)
+        if self.ledger is None:
+            return
+        final = structs.replace(
+            record,
+            prompt_tokens=prompt,
+            cached_tokens=cached,
+            output_tokens=output,
+            estimated=estimated,
+            cost=self._prices.cost(record.model, prompt, cached, output),
+        )
+        try:
+            self.ledger.write(final)
+        except OSError as error:  # the disk is full; the request is answered all the same
+            log.error("usage ledger: request %s could not be written down: %s", record.request_id, error.strerror)
 
     def limit_headers(self, identity: Identity | None) -> Headers:
         """OpenAI's x-ratelimit-* headers for the limits this tenant has."""

@@ -40,6 +40,7 @@ from octavo_gateway.tenancy.shared import SharedLimiter
 from octavo_gateway.tracing import Tracing
 from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import Ledger, PriceTable
+from octavo_gateway.usage.collector import UsageCollector
 from octavo_gateway.usage.meter import ask_for_usage
 
 log = logging.getLogger("octavo.gateway")
@@ -108,7 +109,9 @@ class Gateway:
         if settings.redis_url is not None:
             failures = metrics.shared_limit_failures
             accounts.shared = SharedLimiter(settings.redis_url, settings.request_timeout, failures.inc)
-        self._poller: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
+        if accounts.ledger is not None:
+            accounts.collector = UsageCollector(self.pool, clock)
         self._pages = Pages(self)
         self.metrics.watch(registry, self.loads, self.dispatcher.signals)
 
@@ -129,7 +132,7 @@ class Gateway:
         return len(self._exchanges)
 
     async def start(self) -> None:
-        """Begin to read the replicas' load."""
+        """Begin to read the replicas' load, and to settle what an earlier gateway left open."""
         poller = ReportPoller(
             self.registry,
             self.loads,
@@ -138,7 +141,9 @@ class Gateway:
             clock=self._clock,
             on_report=self.dispatcher.loads_changed,
         )
-        self._poller = asyncio.create_task(poller.run())
+        self._background = [asyncio.create_task(poller.run())]
+        if self.accounts.ledger is not None:
+            self._background.append(asyncio.create_task(self.accounts.follow_ledger(self.registry)))
 
     async def drain(self, timeout_s: float, propagation_s: float = 0.0) -> bool:
         """Say not ready, after `propagation_s` refuse new requests with a retryable 503, wait for the running ones.
@@ -164,12 +169,11 @@ class Gateway:
 
     async def close(self) -> None:
         """Stop the background work and close idle connections."""
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.accounts.close()
         self.pool.close()
-        if self.accounts.shared is not None:
-            await self.accounts.shared.close()
         await asyncio.to_thread(self._tracing.shutdown)
 
     # ---- ASGI
@@ -297,7 +301,7 @@ class Gateway:
         finally:
             exchange.own_headers = self.accounts.limit_headers(request.identity)
         exchange.on_end = lambda: self.accounts.settle(charge, exchange, exchange.outcome or "interrupted")
-        await self.proxy.forward(exchange, replace(request, meter=charge.meter))
+        await self.proxy.forward(exchange, replace(request, meter=charge.meter, usage_id=charge.begun.id))
 
     def _account(self, exchange: Exchange) -> None:
         model = exchange.model

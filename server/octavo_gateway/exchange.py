@@ -15,6 +15,7 @@ from octavo_gateway.errors import (
     RequestTimeoutError,
     UpstreamDeadlineError,
 )
+from octavo_gateway.registry import Endpoint
 from octavo_gateway.tenancy import Identity
 
 
@@ -44,7 +45,7 @@ class Exchange:
         self.model = ""
         self.tenant = ""
         self.key_name = ""
-        self.endpoint = ""
+        self.replica: Endpoint | None = None  # the last one it was sent to
         self.route_reason = ""
         self.attempts = 0
         self.outcome = ""
@@ -58,6 +59,11 @@ class Exchange:
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Id of the replica it was sent to, if any."""
+        return self.replica.id if self.replica is not None else ""
 
     @property
     def started(self) -> bool:

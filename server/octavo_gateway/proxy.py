@@ -52,6 +52,7 @@ class Forward:
     stream: bool
     identity: Identity | None = None
     meter: UsageMeter = field(default_factory=UsageMeter)
+    usage_id: str = ""  # under which the replica remembers what it consumed
 
     @property
     def entry(self) -> ModelEntry:
@@ -116,7 +117,7 @@ class Proxy:
         while True:
             exchange.attempts += 1
             lease = await self._lease(exchange, request, excluded)
-            exchange.endpoint, exchange.route_reason = lease.endpoint.id, lease.choice.reason
+            exchange.replica, exchange.route_reason = lease.endpoint, lease.choice.reason
             self._index.record(lease.endpoint.id, request.route.prefix)
             may_retry = exchange.attempts < entry.retry.attempts
             try:
@@ -251,6 +252,8 @@ class Proxy:
             (b"traceparent", exchange.trace.header),
             (b"x-octavo-deadline-ms", b"%d" % max(1, int(left_s * 1e3))),
         ]
+        if request.usage_id:
+            own.append((b"x-octavo-usage-id", request.usage_id.encode()))
         if request.identity is not None:
             own.append((b"x-octavo-tenant", request.identity.tenant.name.encode()))
             own.append((b"x-octavo-priority", b"%d" % request.turn.priority))

@@ -135,7 +135,7 @@ class ReportPoller:
         in_flight = load.in_flight
         try:
             async with asyncio.timeout(max(self._interval_s, 1.0)):
-                status, page = await self._fetch(endpoint)
+                status, page = await self._pool.get(endpoint, "/metrics", MAX_PAGE_BYTES)
         except (UpstreamError, TimeoutError) as error:
             if load.report is not None and self._clock() - load.report.at > STALE_AFTER_S:
                 log.warning("replica %s: no load report for %g s (%s)", endpoint.id, STALE_AFTER_S, error or "timeout")
@@ -147,22 +147,6 @@ class ReportPoller:
         elif load.report is not None or load.expects_reports:
             log.warning("replica %s: its metrics page tells no load; routing by this gateway's own count", endpoint.id)
             load.forget_report(expects_reports=False)
-
-    async def _fetch(self, endpoint: Endpoint) -> tuple[int, bytes]:
-        host, port, _ = endpoint.address
-        connection = await self._pool.connect(endpoint)
-        try:
-            head = await connection.send(
-                f"GET /metrics HTTP/1.1\r\nhost: {host}:{port}\r\naccept: text/plain\r\n\r\n".encode(), b""
-            )
-            page = bytearray()
-            while chunk := await connection.read():
-                page += chunk
-                if len(page) > MAX_PAGE_BYTES:
-                    return 0, b""
-            return head.status, bytes(page)
-        finally:
-            self._pool.give_back(endpoint, connection)
 
     def _on_change(self, snapshot: Snapshot) -> None:
         ready = {e.id for entry in snapshot.models.values() for e in entry.ready}

@@ -52,6 +52,7 @@ def build_app(replica: Replica, repository: Repository | None = None) -> Request
         lifecycle=replica.lifecycle,
         metrics=replica.metrics,
         telemetry=replica.telemetry,
+        usage=replica.usage,
         render_error=render_error,
         max_body_bytes=replica.settings.max_body_bytes,
         request_timeout_s=replica.settings.request_timeout,

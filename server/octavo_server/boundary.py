@@ -24,6 +24,7 @@ from octavo_server.lifecycle import InFlight, Lifecycle
 from octavo_server.limits import LIMITS
 from octavo_server.metrics import Metrics
 from octavo_server.telemetry import Telemetry, context_of
+from octavo_server.usage_log import USAGE_ID_HEADER, Consumption, UsageLog, usage_id_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -37,7 +38,7 @@ logger = logging.getLogger("octavo.server")
 # Probes and scrapes are answered whatever the replica's phase, and are not worth a log line.
 OBSERVATION_PATHS = frozenset(
     {"/health", "/health/live", "/health/ready", "/ping", "/metrics", "/load", "/version", "/v2/health/live",
-     "/v2/health/ready"}
+     "/v2/health/ready", "/usage"}
 )  # fmt: skip
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -52,6 +53,7 @@ class RequestBoundary:
         lifecycle: Lifecycle,
         metrics: Metrics,
         telemetry: Telemetry,
+        usage: UsageLog,
         render_error: RenderError,
         max_body_bytes: int,
         request_timeout_s: float,
@@ -60,6 +62,7 @@ class RequestBoundary:
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._telemetry = telemetry
+        self._usage = usage
         self._render_error = render_error
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
@@ -70,6 +73,9 @@ class RequestBoundary:
             return
         exchange = _Exchange(scope, send)
         span = self._start_span(scope)
+        usage_id = usage_id_of(_header(scope, USAGE_ID_HEADER))
+        consumed = scope.setdefault("state", {})["consumed"] = Consumption()
+        self._usage.begin(usage_id)
         try:
             exchange.request_id = _request_id(scope)
             await self._serve(exchange, scope, receive)
@@ -79,8 +85,9 @@ class RequestBoundary:
         except _ClientGoneError:
             exchange.status = 499
         finally:
+            self._usage.end(usage_id, consumed)
             self._telemetry.end_request(span, exchange.status)
-            _log_exchange(exchange, scope)
+            _log_exchange(exchange, scope, consumed)
 
     def _start_span(self, scope: Scope) -> Span | None:
         if not self._telemetry.enabled:
@@ -235,7 +242,7 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
-def _log_exchange(exchange: _Exchange, scope: Scope) -> None:
+def _log_exchange(exchange: _Exchange, scope: Scope, consumed: Consumption) -> None:
     fields = {
         "request_id": exchange.request_id,
         "method": scope["method"],
@@ -244,6 +251,10 @@ def _log_exchange(exchange: _Exchange, scope: Scope) -> None:
         "seconds": round(time.monotonic() - exchange.started_at, 4),
         **scope.get("state", {}).get("log_fields", {}),
     }
+    if consumed.prompt_tokens:  # of requests that were given up, too
+        fields["prompt_tokens"] = consumed.prompt_tokens
+        fields["cached_tokens"] = consumed.cached_tokens
+        fields["completion_tokens"] = consumed.output_tokens
     logger.info("request %s", json.dumps(fields), extra={"fields": fields})
 
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
 from starlette.requests import Request
@@ -14,6 +14,7 @@ from starlette.requests import Request
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.limits import LIMITS
 from octavo_server.telemetry import context_from
+from octavo_server.usage_log import Consumption
 
 TENANT_HEADER = "x-octavo-tenant"
 PRIORITY_HEADER = "x-octavo-priority"
@@ -25,7 +26,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,12}")
 class Caller:
     """One request's origin. `priority`: lower runs earlier; None leaves it to the body. `arrived_at`: monotonic s.
 
-    `deadline_s` counts from arrival.
+    `deadline_s` counts from arrival. `consumed` is where its tokens are counted.
     """
 
     tenant: str = ""
@@ -33,6 +34,7 @@ class Caller:
     deadline_s: float | None = None
     arrived_at: float = 0.0
     trace_context: Context | None = None
+    consumed: Consumption = field(default_factory=Consumption, compare=False)
 
     def cache_salt(self, own_salt: str | None) -> str:
         """Salt of this request's prefix-cache keys: never equal for two tenants, whatever salt they choose."""
@@ -44,11 +46,14 @@ class Caller:
 def caller_of(request: Request) -> Caller:
     """Read the caller's headers; raises a 400 naming the header that is malformed."""
     state = request.scope.get("state", {})
-    return caller_from(request.headers, state.get("arrived_at"), state.get("trace_context"))
+    return caller_from(request.headers, state.get("arrived_at"), state.get("trace_context"), state.get("consumed"))
 
 
 def caller_from(
-    headers: Mapping[str, str], arrived_at: float | None = None, trace_context: Context | None = None
+    headers: Mapping[str, str],
+    arrived_at: float | None = None,
+    trace_context: Context | None = None,
+    consumed: Consumption | None = None,
 ) -> Caller:
     """The same from headers or gRPC metadata with lower-case names."""
     tenant = headers.get(TENANT_HEADER, "")
@@ -63,6 +68,7 @@ def caller_from(
         deadline_s=None if deadline_ms is None else deadline_ms / 1_000,
         arrived_at=time.monotonic() if arrived_at is None else arrived_at,
         trace_context=trace_context or context_from(headers),
+        consumed=consumed or Consumption(),
     )
 
 

@@ -76,6 +76,7 @@ class Embedder:
             )
         except OctavoError as error:
             raise from_engine_error(error) from error
+        caller.consumed.prompt_tokens += len(token_ids)
         return TextVector(output.embedding or [], len(token_ids))
 
     def _token_ids(

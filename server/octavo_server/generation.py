@@ -32,6 +32,7 @@ class SequenceRequest:
     cache_salt: str = ""
     priority: int = 0
     continues_prompt: bool = False  # the text is appended to the prompt's own
+    shares_prompt: bool = False  # with a sibling that the prompt is already counted for
     operation: str = "text_completion"  # in the words of the GenAI semantic conventions
 
 
@@ -103,6 +104,7 @@ class Generator:
             self._tokenizer, request.sampling, continues_prompt=request.continues_prompt
         )
         timing = _Timing(self._latencies, request)
+        counted = False
         outputs = self._engine.generate(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -126,6 +128,10 @@ class Generator:
                     token_ids = token_ids[: piece.num_tokens]
                     logprobs = None if logprobs is None else logprobs[: piece.num_tokens]
                 timing.observe(output, finish)
+                if not counted and token_ids:
+                    counted = True
+                    _count_prompt(request, output)
+                request.caller.consumed.output_tokens += len(token_ids)
                 yield Delta(
                     index=request.index,
                     text=piece.text,
@@ -208,6 +214,13 @@ class _Timing:
             finish_reason="abort" if reason is None else reason.value,
             failed=reason is None,
         )
+
+
+def _count_prompt(request: SequenceRequest, output: SequenceOutput) -> None:
+    """A prompt counts with its first token, as in the engine's own counters, and once for all its sequences."""
+    if not request.shares_prompt:
+        request.caller.consumed.prompt_tokens += len(request.prompt_token_ids)
+        request.caller.consumed.cached_tokens += output.num_cached_tokens
 
 
 def _raise_failure(output: SequenceOutput) -> None:

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from octavo_engine.messages import EngineStats, ModelInfo
+from octavo_server.usage_log import UsageLog
 
 # fmt: off
 _TTFT_BUCKETS = (
@@ -48,9 +49,10 @@ class Metrics:
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, snapshot: SnapshotSource, version: str, max_num_seqs: int) -> None:
+    def __init__(self, snapshot: SnapshotSource, version: str, max_num_seqs: int, usage: UsageLog) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(snapshot))
+        self.registry.register(UsageCollector(usage))
         self._rejections = Counter(
             "octavo_http_rejections", "Requests answered with an error, by reason.", ["reason"], registry=self.registry
         )
@@ -146,6 +148,20 @@ class EngineCollector(Collector):
         yield from _counters(current.name, current.stats)
         yield from _finished(current.name, current.stats)
         yield from _model(current.name, current.info)
+
+
+class UsageCollector(Collector):
+    """What requests consumed, as their answers told or would have told: the sum of a gateway's ledger."""
+
+    def __init__(self, usage: UsageLog) -> None:
+        self._usage = usage
+
+    def collect(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily("octavo_usage_tokens", "Tokens of ended requests, as billed.", labels=["kind"])
+        tokens.add_metric(["prompt"], self._usage.prompt_tokens)
+        tokens.add_metric(["cached"], self._usage.cached_tokens)
+        tokens.add_metric(["output"], self._usage.output_tokens)
+        yield tokens
 
 
 def _gauges(model: str, info: ModelInfo, stats: EngineStats) -> Iterator[Metric]:

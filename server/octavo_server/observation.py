@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from octavo_engine.messages import LoadProgress
@@ -48,6 +50,11 @@ def router(replica: Replica) -> APIRouter:
     async def version() -> Response:
         """The version of Octavo."""
         return JsonResponse({"version": VERSION})
+
+    @routes.get("/usage")
+    async def usage(ids: Annotated[str, Query(max_length=8_192)] = "") -> Response:
+        """What ended requests consumed, by the ids their gateway gave them (comma separated)."""
+        return JsonResponse(replica.usage.report(ids.split(",")))
 
     @routes.get("/load")
     async def load() -> Response:

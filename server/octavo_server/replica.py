@@ -22,6 +22,7 @@ from octavo_server.served_model import ServedModel
 from octavo_server.settings import ServeSettings
 from octavo_server.telemetry import Telemetry
 from octavo_server.text_pool import TextPool
+from octavo_server.usage_log import UsageLog
 
 VERSION = version("octavo")
 T = TypeVar("T")
@@ -38,7 +39,8 @@ class Replica:
         self.engine = engine
         self.lifecycle = Lifecycle()
         self.text = TextPool()
-        self.metrics = Metrics(self._snapshot, VERSION, settings.max_num_seqs)
+        self.usage = UsageLog()
+        self.metrics = Metrics(self._snapshot, VERSION, settings.max_num_seqs, self.usage)
         self.telemetry = Telemetry(settings.otlp_endpoint, VERSION)
         self._load_tokenizer = load_tokenizer
         self._served: ServedModel | None = None

@@ -87,6 +87,9 @@ class OpenAIReplica:
         if path.startswith("/health"):
             await _answer(send, 200 if self.ready else 503, b"{}")
             return
+        if path == "/usage":
+            await _answer(send, 404, b"{}")
+            return
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
         self.received.append(Received(path, headers, body))
         self.running += 1

@@ -19,32 +19,51 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 
 
+class ReplicaProcess:
+    """One process; `start` returns when it is ready."""
+
+    def __init__(self, engine: dict[str, Any] | None = None, **settings: Any) -> None:
+        self._arguments = [
+            json.dumps(engine or {}),
+            json.dumps({"port": 0, "served_model_names": ["fake-model"], **settings}),
+        ]
+        self.lines: list[str] = []
+        self.url = ""
+
+    def start(self) -> None:
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-m", "fakes.fake_replica", *self._arguments], cwd=TESTS, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        while not self.url:
+            self.lines.append(process.stderr.readline())
+            assert self.lines[-1], "".join(self.lines)
+            found = re.search(r"listening on (http://\S+)", self.lines[-1])
+            self.url = found[1] if found else ""
+        self._reader = threading.Thread(target=lambda: self.lines.extend(process.stderr or ()), daemon=True)
+        self._reader.start()
+        while not _is_ready(self.url):
+            assert process.poll() is None, "".join(self.lines)
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when all it wrote was read."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+
 @contextlib.contextmanager
 def replica_process(engine: dict[str, Any] | None = None, **settings: Any) -> Iterator[str]:
     """Yield the HTTP address once it is ready."""
-    arguments = [json.dumps(engine or {}), json.dumps({"port": 0, "served_model_names": ["fake-model"], **settings})]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fakes.fake_replica", *arguments], cwd=TESTS, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    lines: list[str] = []
+    process = ReplicaProcess(engine, **settings)
+    process.start()
     try:
-        url = None
-        while url is None:
-            lines.append(process.stderr.readline())
-            assert lines[-1], "".join(lines)
-            found = re.search(r"listening on (http://\S+)", lines[-1])
-            url = found[1] if found else None
-        threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
-        while not _is_ready(url):
-            assert process.poll() is None, "".join(lines)
-            time.sleep(0.05)
-        yield url
-        assert "Traceback" not in "".join(lines)
-        assert "failed with" not in "".join(lines), "".join(lines)
+        yield process.url
+        assert "Traceback" not in "".join(process.lines)
+        assert "failed with" not in "".join(process.lines), "".join(process.lines)
     finally:
         process.kill()
-        process.wait()
 
 
 def free_port() -> int:

@@ -63,6 +63,21 @@ class UpstreamPool:
         if self._sweep is None:
             self._sweep = loop.call_later(self._keep_alive_s, self._drop_stale)
 
+    async def get(self, endpoint: Endpoint, target: str, max_bytes: int) -> tuple[int, bytes]:
+        """A small document of a replica: status and body; (0, b"") when it is larger. Raises `UpstreamError`."""
+        host, port, _ = endpoint.address
+        connection = await self.connect(endpoint)
+        try:
+            head = await connection.send(f"GET {target} HTTP/1.1\r\nhost: {host}:{port}\r\n\r\n".encode(), b"")
+            body = bytearray()
+            while chunk := await connection.read():
+                body += chunk
+                if len(body) > max_bytes:
+                    return 0, b""
+            return head.status, bytes(body)
+        finally:
+            self.give_back(endpoint, connection)
+
     def forget(self, endpoint: Endpoint) -> None:
         """Close the idle connections to a replica, because one of them has proved dead."""
         for connection in self._idle.pop(endpoint.address, ()):

@@ -80,6 +80,7 @@ def sequence_requests(
                     cache_salt=salt,
                     priority=priority,
                     continues_prompt=continues_prompt,
+                    shares_prompt=sibling > 0,
                     operation="text_completion" if continues_prompt else "chat",
                 )
             )
