@@ -10,7 +10,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.embedding import EmbeddingQueue
-from octavo_engine.errors import InvalidRequestError, QueueFullError, RequestFailedError
+from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullError, RequestFailedError
 from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
@@ -45,7 +45,14 @@ from octavo_engine.tokenizer.load import load_tokenizer
 
 _FAILURES = {
     NOT_FINITE: "the model produced NaN or infinite logits for this request",
-    ALL_EXCLUDED: "the request's constraints exclude every token (allowed_token_ids, bad_words, logit_bias)",
+    ALL_EXCLUDED: "together with the request's other constraints every token is excluded",
+}
+# Settings that exclude tokens and their names in requests, the likeliest culprit first.
+_EXCLUDING = {
+    "allowed_token_ids": "allowed_token_ids",
+    "structured": "structured",
+    "bad_words_ids": "bad_words",
+    "logit_bias": "logit_bias",
 }
 
 
@@ -221,7 +228,7 @@ class EngineCore:
         started = self._clock()
         parts, failed = run_isolated(self._runner, batch, self.pool)
         for seq, error in failed:
-            self._fail(seq, f"the model could not compute this request: {error}")
+            self._fail(seq, RequestFailedError(f"the model could not compute this request: {error}"))
         for part, logits in parts:
             self._sample(part, logits)
         if not failed:
@@ -290,8 +297,7 @@ class EngineCore:
     def _append(self, seq: Seq, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a sampled token, report it, and end the sequence if it is the last one."""
         if token < 0:
-            by_request = token == ALL_EXCLUDED and seq.sampler.failure is None
-            self._fail(seq, seq.sampler.failure or _FAILURES[token], kind="InvalidRequestError" if by_request else None)
+            self._fail(seq, seq.sampler.failure or _no_token(seq, token))
             return
         constraint = seq.sampler.constraint
         if constraint is not None and not self._follow(seq, constraint, token):
@@ -342,8 +348,8 @@ class EngineCore:
         """Move a constraint past a token; a grammar that breaks down ends its request."""
         try:
             constraint.accept(token)
-        except RequestFailedError as error:
-            self._fail(seq, str(error))
+        except InvalidRequestError as error:
+            self._fail(seq, error)
             return False
         return True
 
@@ -356,9 +362,10 @@ class EngineCore:
             num_top = [seq.sampling.prompt_logprobs or 0] * len(targets)
             seq.prompt_logprobs.extend(token_logprobs(logits[: len(targets)], targets, num_top))
 
-    def _finish(self, seq: Seq, reason: FinishReason, error: str | None = None, error_kind: str | None = None) -> None:
-        """End a sequence without a new token."""
+    def _finish(self, seq: Seq, reason: FinishReason, error: OctavoError | None = None) -> None:
+        """End a sequence without a new token. The caller gets an `InvalidRequestError` as such."""
         self._end(seq, reason)
+        by_request = isinstance(error, InvalidRequestError)
         self._outputs.append(
             SequenceOutput(
                 request_id=seq.request_id,
@@ -366,22 +373,28 @@ class EngineCore:
                 finish_reason=reason,
                 num_cached_tokens=seq.num_cached_tokens,
                 num_preemptions=seq.num_preemptions,
-                error=error,
-                error_kind=error_kind,
+                error=None if error is None else str(error),
+                error_kind=InvalidRequestError.__name__ if by_request else None,
+                error_param=error.param if isinstance(error, InvalidRequestError) else None,
             )
         )
 
-    def _fail(self, seq: Seq, message: str, kind: str | None = None) -> None:
-        """End a sequence whose computation went wrong; nothing it wrote to the cache is given to others.
-
-        `kind` names the class in `errors` that the caller gets, where it is not the engine's own failure.
-        """
+    def _fail(self, seq: Seq, error: OctavoError) -> None:
+        """End a sequence whose computation went wrong; nothing it wrote to the cache is given to others."""
         self.pool.unpublish(seq.table.blocks)
-        self._finish(seq, FinishReason.ERROR, message, kind)
+        self._finish(seq, FinishReason.ERROR, error)
 
     def _end(self, seq: Seq, reason: FinishReason) -> None:
         self.scheduler.finish(seq)
         self._finished[reason.value] += 1
+
+
+def _no_token(seq: Seq, failure: int) -> OctavoError:
+    """Why the sampler found no token for a sequence."""
+    if failure != ALL_EXCLUDED:
+        return RequestFailedError(_FAILURES[failure])
+    param = next((name for field, name in _EXCLUDING.items() if getattr(seq.sampling, field)), "min_tokens")
+    return InvalidRequestError(f"{param}: {_FAILURES[failure]}", param)
 
 
 def effective_max_model_len(model: ModelInfo) -> int:

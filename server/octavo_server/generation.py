@@ -15,7 +15,7 @@ from octavo_engine.messages import FinishReason, SequenceOutput, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.caller import Caller
-from octavo_server.errors import INTERNAL_ERROR, ApiError, from_engine_error
+from octavo_server.errors import INTERNAL_ERROR, ApiError, bad_request, from_engine_error
 from octavo_server.metrics import RequestLatencies
 from octavo_server.telemetry import SequenceFacts, SequenceTimes, Telemetry
 
@@ -34,6 +34,7 @@ class SequenceRequest:
     continues_prompt: bool = False  # the text is appended to the prompt's own
     shares_prompt: bool = False  # with a sibling that the prompt is already counted for
     operation: str = "text_completion"  # in the words of the GenAI semantic conventions
+    structured_param: str = ""  # the caller's name for what constrains the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class Generator:
                 if finish is not None:
                     return
         except OctavoError as error:
-            raise from_engine_error(error) from error
+            raise _in_callers_words(from_engine_error(error), request.structured_param) from error
         finally:
             await _close(outputs)
             if self._telemetry.enabled:
@@ -228,6 +229,12 @@ def _raise_failure(output: SequenceOutput) -> None:
         raise ApiError(504, "The request's deadline passed before it finished.", reason="deadline")
     if output.finish_reason is FinishReason.ERROR:
         raise ApiError(500, INTERNAL_ERROR, reason="engine_error")
+
+
+def _in_callers_words(error: ApiError, structured_param: str) -> ApiError:
+    if error.param != "structured" or not structured_param:
+        return error
+    return bad_request(f"{structured_param}: {error.message.partition(': ')[2]}", structured_param)
 
 
 async def _close(outputs: AsyncIterator[SequenceOutput]) -> None:

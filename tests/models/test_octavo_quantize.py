@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from models.tiny_checkpoints import SIZES, load, paged_logits, random_prompts, reference_logits, write_checkpoint
+from models.tiny_checkpoints import (
+    SIZES,
+    load,
+    paged_logits,
+    random_prompts,
+    reference_logits,
+    write_checkpoint,
+    write_tokenizer,
+)
 from octavo_engine.errors import ConfigError, ModelLoadError
 from octavo_engine.quantize.layout import Format
 from octavo_engine.quantize.pipeline import QuantizeOptions, quantize_model
@@ -30,13 +36,6 @@ def source(tmp_path: Path) -> Path:
     write_checkpoint(folder, hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE))
     write_tokenizer(folder)
     return folder
-
-
-def write_tokenizer(folder: Path) -> None:
-    vocab = {"<unk>": 0} | {char: index + 1 for index, char in enumerate(string.printable)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def quantized(source: Path, **options: object) -> tuple[Path, QuantizationReport]:

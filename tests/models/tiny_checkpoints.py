@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.loader.load import load_runner
@@ -44,6 +46,14 @@ def write_checkpoint(path: Path, model_type: type, config: Any, seed: int = 0, *
                 parameter.copy_(torch.randn_like(parameter) * (1.5 / parameter.shape[-1] ** 0.5))
     model.save_pretrained(path, **save)
     return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single printable characters beside the checkpoint."""
+    vocab = {"<unk>": 0} | {char: index + 1 for index, char in enumerate(string.printable)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def load(path: Path, **settings: Any) -> TorchModelRunner:

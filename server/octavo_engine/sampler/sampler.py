@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo_engine.errors import RequestFailedError
+from octavo_engine.errors import InvalidRequestError, RequestFailedError
 from octavo_engine.messages import TokenLogprobs
 from octavo_engine.sampler.argmax import row_max
 from octavo_engine.sampler.device import sample_on_device
@@ -99,11 +99,11 @@ def _process(row: torch.Tensor, state: SamplerState) -> None:
     """Apply a request's processors; whatever goes wrong in them is that request's failure and nobody else's."""
     try:
         process_row(row, state)
-    except RequestFailedError as error:
-        state.failure = str(error)
+    except InvalidRequestError as error:
+        state.failure = error
         row.fill_(float("nan"))
     except Exception as error:
         # The message could hold text of the request; logs never do.
         logger.error("the logit processors of a request failed with %s", type(error).__name__)
-        state.failure = "the request's sampling settings could not be applied"
+        state.failure = RequestFailedError("the request's sampling settings could not be applied")
         row.fill_(float("nan"))

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from octavo_engine.errors import OctavoError
 from octavo_engine.sampling_params import SamplingParams
 
 GREEDY_TEMPERATURE = 1e-5
@@ -20,10 +21,10 @@ class TokenConstraint(Protocol):
         """Nothing may follow."""
 
     def mask(self, row: torch.Tensor) -> None:
-        """Exclude from `row` ([vocab_size] float32) every token that cannot come next. Raises `RequestFailedError`."""
+        """Exclude from `row` ([vocab_size] float32) every token that cannot come next. Raises `InvalidRequestError`."""
 
     def accept(self, token: int) -> None:
-        """Move on past a chosen token. Raises `RequestFailedError` when the language cannot be followed any further."""
+        """Move on past a chosen token. Raises `InvalidRequestError` when nothing more can be followed."""
 
 
 class SamplerState:
@@ -61,7 +62,7 @@ class SamplerState:
         self.num_prompt_tokens = num_prompt_tokens
         self.end_token_ids = sorted(end_token_ids | set(params.stop_token_ids))
         self.constraint = constraint
-        self.failure: str | None = None
+        self.failure: OctavoError | None = None
         self.is_greedy = params.temperature < GREEDY_TEMPERATURE
         self.has_processors = self.has_penalties or bool(
             params.logit_bias or params.allowed_token_ids or params.bad_words_ids or params.min_tokens or constraint

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from octavo_engine.errors import InvalidRequestError, RequestFailedError
+from octavo_engine.errors import InvalidRequestError
 from octavo_engine.sampling_params import StructuredOutput
 from octavo_engine.tokenizer.interface import Tokenizer
 
 MAX_CACHED = 64
+# What compiling and one token may cost: tenths of a second and tens of MiB, where the library's own limits let a
+# single expression take five times that. Schemas of real use need a hundredth of it.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=50_000, max_grammar_size=200_000, max_lexer_states=50_000
+)
 # Room for indented JSON, and an end to a model that would write white space for ever.
 DEFAULT_WHITESPACE = r"[ \n\r\t]{0,24}"
 
@@ -45,7 +50,7 @@ class GrammarConstraint:
         """The compiler bounds what a grammar may cost while it is followed, too."""
         if self._matcher.is_error():
             reason = self._matcher.get_error().splitlines()[0][:200]
-            raise RequestFailedError(f"structured: the grammar cannot be followed any further: {reason}")
+            raise InvalidRequestError(f"structured: the grammar cannot be followed any further: {reason}", "structured")
 
 
 class GrammarCompiler:
@@ -70,7 +75,7 @@ class GrammarCompiler:
     def _build(self, structured: StructuredOutput) -> LLMatcher:
         field, grammar = _source(structured)
         is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
-        matcher = None if is_error else LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = None if is_error else LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher is None or matcher.is_error():
             complaint = messages[0] if is_error else (matcher.get_error() if matcher is not None else "")
             raise InvalidRequestError(f"structured.{field}: {_first_lines(complaint)}", "structured")

@@ -19,9 +19,9 @@ from octavo_server.generation import Delta, SequenceRequest
 from octavo_server.oip.sampling import read_sampling
 from octavo_server.oip.statistics import ModelStatistics
 from octavo_server.oip.tensors import Tensor, TensorSpec
-from octavo_server.openai.constraints import Constraint, requested_constraint
+from octavo_server.openai.constraints import requested_constraint
 from octavo_server.openai.sampling import sampling_params
-from octavo_server.openai.sequences import start_sequences, truncate
+from octavo_server.openai.sequences import truncate
 from octavo_server.replica import Replica
 from octavo_server.served_model import ServedModel
 
@@ -178,9 +178,9 @@ class ServedV2Model:
     async def _generate(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
         options = _Options.read(request.inputs)
         replica, served = self._replica, self.served
-        sequence, constraint = await replica.text.run(self._sequence, request, options, caller)
+        sequence = await replica.text.run(self._sequence, request, options, caller)
         collected = _Collected(len(sequence.prompt_token_ids), options)
-        deltas = await start_sequences(replica.generator, [sequence], constraint)
+        deltas = await replica.generator.start([sequence])
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 collected.add(delta)
@@ -191,9 +191,7 @@ class ServedV2Model:
             prefix = _text(request.inputs, served) if options.prepends_input else ""
             yield InferResponse(collected.tensors(prefix + collected.text))
 
-    def _sequence(
-        self, request: InferRequest, options: _Options, caller: Caller
-    ) -> tuple[SequenceRequest, Constraint | None]:
+    def _sequence(self, request: InferRequest, options: _Options, caller: Caller) -> SequenceRequest:
         served = self.served
         text = _text(request.inputs, served)
         fields = read_sampling(options.sampling)
@@ -211,7 +209,7 @@ class ServedV2Model:
             logprobs=0 if options.wants_logprobs else None,
             structured=None if constraint is None else constraint.structured,
         )
-        sequence = SequenceRequest(
+        return SequenceRequest(
             index=0,
             request_id=f"v2-{uuid.uuid4().hex}",
             prompt_token_ids=ids,
@@ -220,8 +218,8 @@ class ServedV2Model:
             cache_salt=caller.cache_salt(fields.cache_salt),
             priority=caller.priority if caller.priority is not None else fields.priority or 0,
             continues_prompt=True,
+            structured_param="" if constraint is None else constraint.param,
         )
-        return sequence, constraint
 
     async def _embed(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
         vectors = await self._replica.embedder.embed_texts(

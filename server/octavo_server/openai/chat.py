@@ -33,7 +33,6 @@ from octavo_server.openai.sequences import (
     UsageCounter,
     check_stream_options,
     sequence_requests,
-    start_sequences,
     truncate,
 )
 from octavo_server.parsers.answer import AnswerParser
@@ -114,8 +113,8 @@ async def start_chat(
     identity = ResponseIdentity.new(prefix, served, model, request.request_id)
     n = request.n or 1
     usage = UsageCounter([prompt], n, log_fields)
-    sequences = sequence_requests([prompt], n, identity, request, caller)
-    deltas = await start_sequences(replica.generator, sequences, constraint)
+    sequences = sequence_requests([prompt], n, identity, request, caller, constraint)
+    deltas = await replica.generator.start(sequences)
     answers = [
         ChatAnswer(
             _answer_parser(served, request, names, opens_thoughts),

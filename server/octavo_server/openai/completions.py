@@ -34,7 +34,6 @@ from octavo_server.openai.sequences import (
     check_stream_options,
     collect,
     sequence_requests,
-    start_sequences,
     truncate,
 )
 from octavo_server.openai.texts import TextInput, text_inputs
@@ -67,8 +66,8 @@ def router(replica: Replica) -> APIRouter:
         identity = ResponseIdentity.new("cmpl", served, model, request.request_id)
         log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
         usage = UsageCounter(prompts, best_of, log_fields)
-        sequences = sequence_requests(prompts, best_of, identity, request, caller, continues_prompt=True)
-        deltas = await start_sequences(replica.generator, sequences, constraint)
+        sequences = sequence_requests(prompts, best_of, identity, request, caller, constraint, continues_prompt=True)
+        deltas = await replica.generator.start(sequences)
         renderer = _Renderer(served, request, identity, prompts, best_of)
         if request.stream:
             events = guarded(

@@ -14,8 +14,8 @@ from msgspec import UNSET
 from octavo_engine.messages import FinishReason, TokenLogprobs
 from octavo_engine.sampling_params import SamplingParams
 from octavo_server.caller import Caller
-from octavo_server.errors import ApiError, bad_request
-from octavo_server.generation import Delta, DeltaStream, Generator, SequenceRequest
+from octavo_server.errors import bad_request
+from octavo_server.generation import Delta, DeltaStream, SequenceRequest
 from octavo_server.limits import LIMITS
 from octavo_server.openai.constraints import Constraint
 from octavo_server.openai.request_types import SamplingFields, StreamOptions
@@ -55,6 +55,7 @@ def sequence_requests(
     identity: ResponseIdentity,
     fields: SamplingFields,
     caller: Caller,
+    constraint: Constraint | None,
     *,
     continues_prompt: bool = False,
 ) -> list[SequenceRequest]:
@@ -82,6 +83,7 @@ def sequence_requests(
                     continues_prompt=continues_prompt,
                     shares_prompt=sibling > 0,
                     operation="text_completion" if continues_prompt else "chat",
+                    structured_param="" if constraint is None else constraint.param,
                 )
             )
     return requests
@@ -201,16 +203,3 @@ def check_stream_options(fields: SamplingFields) -> StreamOptions:
             if getattr(fields, name) is not None:
                 raise bad_request(f"{name}: only allowed when stream is true", name)
     return fields.stream_options or StreamOptions()
-
-
-async def start_sequences(
-    generator: Generator, requests: Sequence[SequenceRequest], constraint: Constraint | None
-) -> DeltaStream:
-    """Begin the sequences; a grammar the engine cannot compile is reported under the caller's own field."""
-    try:
-        return await generator.start(requests)
-    except ApiError as error:
-        if error.param != "structured" or constraint is None:
-            raise
-        complaint = error.message.partition(": ")[2] or error.message
-        raise bad_request(f"{constraint.param}: {complaint}", constraint.param) from None

@@ -283,7 +283,9 @@ def test_a_runner_that_fails_on_everything_ends_the_engine() -> None:
 def test_constraints_that_leave_no_token_are_told_to_the_caller() -> None:
     core = engine()
     core.add(request("a", [1], allowed_token_ids=[5], bad_words_ids=[[5]]))
-    assert "exclude every token" in (run(core)["a"][-1].error or "")
+    last = run(core)["a"][-1]
+    assert last.error_param == "allowed_token_ids"
+    assert "every token is excluded" in (last.error or "")
 
 
 def test_prompt_logprobs_are_those_of_the_model_in_any_chunking() -> None:

@@ -12,7 +12,7 @@ from char_tokenizer import CharTokenizer
 from fake_runner import FakeRunner, greedy
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
-from octavo_engine.errors import InvalidRequestError, RequestFailedError
+from octavo_engine.errors import InvalidRequestError
 from octavo_engine.messages import AddRequest, FinishReason, SequenceOutput
 from octavo_engine.sampling_params import MAX_GRAMMAR_CHARS, SamplingParams, StructuredOutput
 from octavo_engine.structured.grammar import MAX_CACHED, GrammarCompiler
@@ -183,7 +183,7 @@ def test_the_cache_of_grammars_is_bounded_and_copies_are_independent() -> None:
     first = compiler.compile(StructuredOutput(regex="ab"))
     first.accept(TOKENIZER.encode("a")[0])
     second = compiler.compile(StructuredOutput(regex="ab"))
-    with pytest.raises(RequestFailedError, match="cannot be followed"):
+    with pytest.raises(InvalidRequestError, match="cannot be followed"):
         second.accept(TOKENIZER.encode("b")[0])
     for i in range(3 * MAX_CACHED):
         compiler.compile(StructuredOutput(regex=f"a{{{i + 1}}}"))
