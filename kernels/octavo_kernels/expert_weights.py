@@ -43,20 +43,24 @@ class ExpertWeight:
 def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     """One weight with the rows of all, or None where they are of different forms.
 
-    Every form keeps tensors whose first dimension is the output row, and numbers that describe the format; a form
-    with a scale for the whole tensor cannot be joined.
+    Every form keeps tensors that count the output rows in its `ROW_DIMENSION`, and numbers that describe the format; a
+    form with a scale for the whole tensor cannot be joined.
     """
     first = weights[0]
     if not dataclasses.is_dataclass(first) or any(type(weight) is not type(first) for weight in weights):
         return None
     joined: dict[str, Any] = {}
+    rows = first.ROW_DIMENSION
     for field in dataclasses.fields(first):
         values = [getattr(weight, field.name) for weight in weights]
         if not isinstance(values[0], torch.Tensor):
             if any(value != values[0] for value in values):
                 return None
-        elif any(value.shape[0] != weight.shape[0] for value, weight in zip(values, weights, strict=True)):
+        elif any(
+            value.dim() <= rows or value.shape[rows] != weight.shape[0]
+            for value, weight in zip(values, weights, strict=True)
+        ):
             return None
         else:  # bytes, because torch joins no float8 on some devices
-            joined[field.name] = torch.cat([value.view(torch.uint8) for value in values]).view(values[0].dtype)
+            joined[field.name] = torch.cat([value.view(torch.uint8) for value in values], rows).view(values[0].dtype)
     return dataclasses.replace(first, **joined)

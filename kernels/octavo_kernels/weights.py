@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -17,7 +17,12 @@ from octavo_kernels.gguf_types import GGMLType
 
 
 class QuantizedWeight(ABC):
-    """A weight matrix [out_features, in_features] kept in fewer bits."""
+    """A weight matrix [out_features, in_features] kept in fewer bits.
+
+    ROW_DIMENSION: which dimension of every tensor it holds counts the output rows.
+    """
+
+    ROW_DIMENSION: ClassVar[int] = 0
 
     @property
     @abstractmethod

@@ -10,11 +10,13 @@ import typer
 if TYPE_CHECKING:
     from octavo_kernels.triton.autotune import Finding
     from octavo_kernels.triton.tuning import Table
+    from octavo_kernels.triton.workloads import Workload
 
 
 def tune(
     only: Annotated[str, typer.Option(help="Tune on workloads whose name contains this text.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder to write to instead of the user's cache.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that compile candidates beforehand.")] = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the workloads and exit.")] = False,
 ) -> None:
     """Measure kernel configurations on this GPU and keep the fastest.
@@ -40,11 +42,41 @@ def tune(
         return
     name = torch.cuda.get_device_name()
     typer.echo(f"Tuning {len(chosen)} workloads on {name}")
+    _compile(chosen, jobs)
     found = autotune.tune(chosen, torch.device("cuda"), lambda run: timing.time_call(run).median_s, _report)
     path = (output or tuning.user_dir()) / tuning.file_name(name)
     merged = _merged(path, found)
     tuning.write_table(path, name, {"torch": torch.__version__, "triton": triton.__version__}, merged)
     typer.echo(f"{sum(len(keys) for keys in found.values())} configurations better than the defaults, in {path}")
+
+
+def _compile(chosen: list[Workload], jobs: int) -> None:
+    """Compile every candidate with `jobs` processes, each with a share of each workload's candidates."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from rich.progress import track
+
+    tasks = [(workload.name, shard) for workload in chosen for shard in range(_SHARDS)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        done = pool.map(_compile_shard, tasks)
+        total = sum(track(done, description="Compiling candidates", total=len(tasks)))
+    typer.echo(f"{total} candidates compiled")
+
+
+_SHARDS = 4
+
+
+def _compile_shard(task: tuple[str, int]) -> int:
+    import torch
+
+    from octavo_kernels.triton import autotune, workloads
+
+    name, shard = task
+    workload = next(workload for workload in workloads.workloads() if workload.name == name)
+    compiled = autotune.compile_candidates(workload, torch.device("cuda"), shard, _SHARDS)
+    torch.cuda.empty_cache()
+    return compiled
 
 
 def _merged(path: Path, found: Table) -> Table:

@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 
 from octavo_kernels import ops
-from octavo_kernels.triton.environment import NO_QUANT, quantization_of, quantize_rows, runs_here, sigmoid, tanh
+from octavo_kernels.triton.environment import (
+    NO_QUANT,
+    quantization_of,
+    quantize_rows,
+    row_codes,
+    row_scale,
+    runs_here,
+    sigmoid,
+    tanh,
+)
 
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
@@ -46,15 +55,27 @@ def _gated_quantize_kernel(
     x_ptr, out_ptr, scale_ptr, x_stride, dim, alpha, limit,
     KIND: tl.constexpr, QUANT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Two passes over a row, the second from the cache: holding a long row in registers leaves too few programs."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    x_row = x_ptr + row * x_stride
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, dim, BLOCK):
+        largest = tl.maximum(largest, tl.abs(_gated(x_row, start, dim, alpha, limit, KIND, BLOCK)))
+    scale = row_scale(tl.max(largest, axis=0), QUANT)
+    for start in range(0, dim, BLOCK):
+        y = _gated(x_row, start, dim, alpha, limit, KIND, BLOCK)
+        columns = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + row * dim + columns, row_codes(y, scale, QUANT), mask=columns < dim)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _gated(x_row, start, dim, alpha, limit, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
     mask = columns < dim
-    gate = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + row * x_stride + dim + columns, mask=mask, other=0.0).to(tl.float32)
-    y = tl.where(mask, activate(gate, up, alpha, limit, KIND), 0.0)
-    codes, scale = quantize_rows(y[None, :], QUANT)
-    tl.store(out_ptr + row * dim + columns[None, :], codes, mask=mask[None, :])
-    tl.store(scale_ptr + row + tl.arange(0, 1), scale)
+    gate = tl.load(x_row + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_row + dim + columns, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, activate(gate, up, alpha, limit, KIND), 0.0)
 
 
 @triton.jit
@@ -79,17 +100,17 @@ def _quantizable(x: torch.Tensor, dtype: torch.dtype) -> bool:
 @ops.silu_and_mul.register("triton", supports=_ok)
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """One launch; bound by 1.5 * gate_up.nbytes."""
-    return _gated(gate_up, SILU.value)
+    return _launch_gated(gate_up, SILU.value)
 
 
 @ops.gelu_and_mul.register("triton", supports=_ok)
 def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    return _gated(gate_up, GELU.value)
+    return _launch_gated(gate_up, GELU.value)
 
 
 @ops.clamped_swiglu_and_mul.register("triton", supports=lambda gate_up, alpha, limit: _ok(gate_up))
 def clamped_swiglu_and_mul(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    return _gated(gate_up, CLAMPED.value, alpha, limit)
+    return _launch_gated(gate_up, CLAMPED.value, alpha, limit)
 
 
 @ops.silu_and_mul_quantize.register("triton", supports=_quantizable)
@@ -97,7 +118,7 @@ def silu_and_mul_quantize(gate_up: torch.Tensor, dtype: torch.dtype) -> tuple[to
     rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, dim), dtype=dtype, device=gate_up.device)
     scale = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
-    block = triton.next_power_of_2(dim)
+    block = min(4096, triton.next_power_of_2(dim))
     _gated_quantize_kernel[(rows,)](
         gate_up, out, scale, gate_up.stride(0), dim, 0.0, 0.0,
         KIND=SILU.value, QUANT=quantization_of(dtype), BLOCK=block, num_warps=_warps(block),
@@ -118,7 +139,7 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     return out, scale
 
 
-def _gated(gate_up: torch.Tensor, kind: int, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
+def _launch_gated(gate_up: torch.Tensor, kind: int, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
     rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, dim), dtype=gate_up.dtype, device=gate_up.device)
     block = min(2048, triton.next_power_of_2(dim))

@@ -28,7 +28,8 @@ from octavo_kernels.triton.unpack import FP8_IN_BF16, FP8_IN_FP16
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
 MIN_TILES = 2  # a split of fewer key tiles costs more in merging than it gains
-WAVES = 2  # programs wanted for each multiprocessor
+RESIDENT_WARPS = 12  # that a multiprocessor holds at a time: the registers of a decode allow no more
+START_TILES = 3
 SHORT_QUERY = 16  # up to this many new tokens a sequence is read like a decode (speculative verification)
 
 
@@ -276,14 +277,26 @@ def _block_q(problem: Problem, config: LaunchConfig) -> int:
 
 
 def _splits(problem: Problem, part: Part, config: LaunchConfig) -> int:
-    """Enough splits to fill the device, no more than there are keys for."""
+    """How many programs share the keys of a query block: the fewest that come within 5 % of the least time."""
     if config.splits:
         return config.splits
     visible = min(part.max_seq_len, problem.sliding_window or part.max_seq_len) - part.min_key
     tiles = triton.cdiv(max(1, visible), config.block_n)
     programs = _query_blocks(problem, part, config) * problem.num_kv_heads
-    wanted = WAVES * multiprocessors(problem.query.device) // programs
-    return max(1, min(wanted, tiles // MIN_TILES, MAX_SPLITS))
+    slots = RESIDENT_WARPS // config.num_warps * multiprocessors(problem.query.device)
+    return best_splits(programs, tiles, slots, MAX_SPLITS)
+
+
+@functools.lru_cache(4096)
+def best_splits(programs: int, tiles: int, slots: int, most: int) -> int:
+    """Splits of `programs` that each fold `tiles` tiles, when `slots` run at a time. The time of a choice is counted in
+    tiles: whole waves of programs, each with the tiles of a split and a start that costs as much as START_TILES."""
+    times = {
+        splits: triton.cdiv(programs * splits, slots) * (triton.cdiv(tiles, splits) + START_TILES)
+        for splits in range(1, max(1, min(tiles // MIN_TILES, most)) + 1)
+    }
+    least = min(times.values())
+    return next(splits for splits, time in times.items() if time <= 1.05 * least)
 
 
 def _partials(query: torch.Tensor, splits: int) -> Partials:

@@ -101,17 +101,27 @@ def to_fp8(x):
 
 
 @triton.jit
-def quantize_rows(x, KIND: tl.constexpr):
-    """Symmetric codes with one scale a row. x: [rows, columns] float32 -> (codes, scale [rows])."""
-    largest = tl.max(tl.abs(x), axis=1)
-    limit = INT8_MAX if KIND == INT8 else FP8_MAX
-    scale = tl.where(largest > 0, tl.div_rn(largest, limit), 1.0)
-    scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+def row_scale(largest, KIND: tl.constexpr):
+    """The scale of rows whose largest size is `largest`, 1 for rows of zeros."""
+    return tl.where(largest > 0, tl.div_rn(largest, INT8_MAX if KIND == INT8 else FP8_MAX), 1.0)
+
+
+@triton.jit
+def row_codes(x, scale, KIND: tl.constexpr):
+    """Codes of float32 x under `scale`, which broadcasts to x."""
+    scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     if KIND == INT8:
         codes = tl.minimum(tl.maximum(round_half_even(scaled), -INT8_MAX), INT8_MAX).to(tl.int8)
     else:
         codes = to_fp8(tl.minimum(tl.maximum(scaled, -FP8_MAX), FP8_MAX))
-    return codes, scale
+    return codes
+
+
+@triton.jit
+def quantize_rows(x, KIND: tl.constexpr):
+    """Symmetric codes with one scale a row. x: [rows, columns] float32 -> (codes, scale [rows])."""
+    scale = row_scale(tl.max(tl.abs(x), axis=1), KIND)
+    return row_codes(x, scale[:, None], KIND), scale
 
 
 @triton.jit

@@ -1,19 +1,24 @@
 """One storage for every integer-quantized weight on the GPU, made once from GGUF blocks or from `IntWeight`.
 
-A weight is (code * scale - minimum), where scale is `scales[n, k / group]`, times `super_scales[n, k / 256]` in GGML's
+A weight is (code * scale - minimum), where scale is `scales[k / group, n]`, times `super_scales[k / 256, n]` in GGML's
 K formats, and minimum likewise. Codes are kept in 4 bits, 4 + 2 bits (Q6_K) or 8 bits; the parts lie in separate,
-dense arrays, so that a warp reads whole lines of each. All conversions are exact.
+dense arrays. All conversions are exact.
 
 In the 4-bit forms byte b of a row holds two codes `half` inputs apart: with c = b // half and j = b % half, the low
 nibble belongs to input 2 * half * c + j and the high one to the input `half` further. That is GGML's own order
 (half 16 in Q4_0, 32 in Q4_K, 64 in Q6_K), so its bytes are only moved.
+
+The bytes of a row are cut into segments, short enough that all low (and all high) codes of a segment share one scale,
+and segments of neighbouring rows lie side by side: a tile of rows is one dense piece of memory for every segment, and
+a product needs one scale for each row and segment.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,17 +27,20 @@ from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight
 
 SUPER_BLOCK = 256
+MAX_SEGMENT = 64
 _TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight(QuantizedWeight):
-    """codes: [out, in / 2] uint8, or [out, in] int8 or uint8. high: [out, in / 4] uint8, the two upper bits of Q6_K.
+    """codes: [segments, out, segment bytes] uint8 or int8. high: [in / 64, out, 16] uint8, the two upper bits of Q6_K.
 
-    scales, minima: [out, in / group], floating, or integers to be multiplied with super_scales and super_minima
-    [out, in / 256] float32-able. offset: subtracted from every code. float4: codes are E2M1 numbers (MXFP4), taken
+    scales, minima: [in / group, out], floating, or integers to be multiplied with super_scales and super_minima
+    [in / 256, out] float32-able. offset: subtracted from every code. float4: codes are E2M1 numbers (MXFP4), taken
     as twice their value.
     """
+
+    ROW_DIMENSION: ClassVar[int] = 1
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -50,7 +58,12 @@ class PackedWeight(QuantizedWeight):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.in_features
+        return self.codes.shape[1], self.in_features
+
+    @property
+    def segment(self) -> int:
+        """Bytes of a row that lie together."""
+        return self.codes.shape[2]
 
     @property
     def device(self) -> torch.device:
@@ -83,26 +96,41 @@ class PackedWeight(QuantizedWeight):
 
     def _codes(self) -> torch.Tensor:
         if self.bits == 8:
-            return self.codes
+            return _in_rows(self.codes)
         if self.float4:
             values = torch.tensor(_TWICE_E2M1, dtype=torch.int8, device=self.device)
             return values[self._nibbles().long()]
         return self._nibbles()
 
     def _nibbles(self) -> torch.Tensor:
-        rows = self.codes.shape[0]
-        halves = self.codes.view(rows, -1, 1, self.half)
+        rows = self.shape[0]
+        halves = _in_rows(self.codes).view(rows, -1, 1, self.half)
         codes = torch.cat((halves & 15, halves >> 4), dim=2).view(rows, self.in_features)
         if self.high is not None:
             shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device).view(1, 1, 4, 1)
-            upper = ((self.high.view(rows, -1, 1, 32) >> shifts) & 3).view(rows, self.in_features)
+            upper = ((_in_rows(self.high).view(rows, -1, 1, 32) >> shifts) & 3).view(rows, self.in_features)
             codes = codes | (upper << 4)
         return codes
 
     def _wide(self, fine: torch.Tensor, coarse: torch.Tensor | None) -> torch.Tensor:
         if coarse is None:
-            return fine.float()
-        return fine.float() * coarse.float().repeat_interleave(SUPER_BLOCK // self.group, 1)
+            return fine.t().float()
+        return fine.t().float() * coarse.t().float().repeat_interleave(SUPER_BLOCK // self.group, 1)
+
+
+def segment_bytes(group: int, half: int) -> int:
+    """The longest segment: at most 64 bytes, inside one group and one half."""
+    return math.gcd(group, half or MAX_SEGMENT, MAX_SEGMENT)
+
+
+def in_segments(rows: torch.Tensor, segment: int) -> torch.Tensor:
+    """[out, bytes] -> [bytes / segment, out, segment]."""
+    return rows.view(rows.shape[0], -1, segment).transpose(0, 1).contiguous()
+
+
+def _in_rows(segments: torch.Tensor) -> torch.Tensor:
+    """[segments, out, bytes of each] -> [out, bytes]."""
+    return segments.transpose(0, 1).flatten(1)
 
 
 def pack_gguf(weight: GGUFWeight) -> PackedWeight | None:
@@ -117,16 +145,39 @@ def pack_gguf(weight: GGUFWeight) -> PackedWeight | None:
 
 def pack_int(weight: IntWeight) -> PackedWeight:
     """The packed form of `IntWeight`: nibbles `group / 2` apart, zeros as minima."""
-    scales, group = weight.scales.contiguous(), weight.group_size
-    minima = (weight.scales.float() * weight.zeros).contiguous() if weight.zeros is not None else None
+    scales, group = weight.scales, weight.group_size
+    minima = weight.scales.float() * weight.zeros if weight.zeros is not None else None
     offset = 0 if weight.zeros is not None else weight.symmetric_zero
     if weight.bits == 8:
-        return PackedWeight(weight.codes.contiguous(), scales, weight.shape[1], 8, group, offset, weight.format,
-                            minima=minima)  # fmt: skip
+        return _packed(weight.codes, scales, weight.shape[1], 8, group, offset, weight.format, minima=minima)
     half = min(64, group // 2)
     pairs = weight.codes.view(weight.shape[0], -1, 2, half)
-    codes = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1).contiguous()
-    return PackedWeight(codes, scales, weight.shape[1], 4, group, offset, weight.format, half=half, minima=minima)
+    codes = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
+    return _packed(codes, scales, weight.shape[1], 4, group, offset, weight.format, half=half, minima=minima)
+
+
+def _packed(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    in_features: int,
+    bits: int,
+    group: int,
+    offset: int,
+    source: str,
+    *,
+    half: int = 0,
+    float4: bool = False,
+    high: torch.Tensor | None = None,
+    minima: torch.Tensor | None = None,
+    super_scales: torch.Tensor | None = None,
+    super_minima: torch.Tensor | None = None,
+) -> PackedWeight:
+    """From parts whose first dimension is the output row."""
+    turned = [None if x is None else x.t().contiguous() for x in (minima, super_scales, super_minima)]
+    return PackedWeight(
+        in_segments(codes.contiguous(), segment_bytes(group, half)), scales.t().contiguous(), in_features, bits, group,
+        offset, source, half, float4, None if high is None else in_segments(high, 16), *turned,
+    )  # fmt: skip
 
 
 Blocks = torch.Tensor  # [out, blocks in a row, bytes of a block] uint8
@@ -142,17 +193,17 @@ def _rows(part: torch.Tensor) -> torch.Tensor:
 
 
 def _q4_0(blocks: Blocks, columns: int) -> PackedWeight:
-    return PackedWeight(_rows(blocks[..., 2:]), _halves(blocks, 0), columns, 4, 32, 8, "Q4_0", half=16)
+    return _packed(_rows(blocks[..., 2:]), _halves(blocks, 0), columns, 4, 32, 8, "Q4_0", half=16)
 
 
 def _q4_1(blocks: Blocks, columns: int) -> PackedWeight:
     minima = -_halves(blocks, 2)
-    return PackedWeight(_rows(blocks[..., 4:]), _halves(blocks, 0), columns, 4, 32, 0, "Q4_1", half=16, minima=minima)
+    return _packed(_rows(blocks[..., 4:]), _halves(blocks, 0), columns, 4, 32, 0, "Q4_1", half=16, minima=minima)
 
 
 def _q8_0(blocks: Blocks, columns: int) -> PackedWeight:
     codes = _rows(blocks[..., 2:]).view(torch.int8)
-    return PackedWeight(codes, _halves(blocks, 0), columns, 8, 32, 0, "Q8_0")
+    return _packed(codes, _halves(blocks, 0), columns, 8, 32, 0, "Q8_0")
 
 
 def _q5(blocks: Blocks, columns: int, high_at: int, minima: torch.Tensor | None, name: str) -> PackedWeight:
@@ -161,8 +212,8 @@ def _q5(blocks: Blocks, columns: int, high_at: int, minima: torch.Tensor | None,
     upper = ((blocks[..., high_at : high_at + 4].unsqueeze(-1) >> shifts) & 1).flatten(2) << 4
     low = blocks[..., high_at + 4 :]
     codes = torch.cat((low & 15, low >> 4), dim=-1) | upper
-    return PackedWeight(_rows(codes), _halves(blocks, 0), columns, 8, 32, 16 if minima is None else 0, name,
-                        minima=minima)  # fmt: skip
+    return _packed(_rows(codes), _halves(blocks, 0), columns, 8, 32, 16 if minima is None else 0, name,
+                   minima=minima)  # fmt: skip
 
 
 def _q5_0(blocks: Blocks, columns: int) -> PackedWeight:
@@ -183,8 +234,8 @@ def _k_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _q4_k(blocks: Blocks, columns: int) -> PackedWeight:
     scales, minima = _k_scales_and_minima(blocks[..., 4:16])
-    return PackedWeight(_rows(blocks[..., 16:]), scales, columns, 4, 32, 0, "Q4_K", half=32, minima=minima,
-                        super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
+    return _packed(_rows(blocks[..., 16:]), scales, columns, 4, 32, 0, "Q4_K", half=32, minima=minima,
+                   super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
 
 
 def _q5_k(blocks: Blocks, columns: int) -> PackedWeight:
@@ -193,20 +244,20 @@ def _q5_k(blocks: Blocks, columns: int) -> PackedWeight:
     upper = ((blocks[..., 16:48].unsqueeze(-2) >> planes) & 1) << 4
     low = blocks[..., 48:].unflatten(-1, (4, 1, 32))
     codes = torch.cat((low & 15, low >> 4), dim=-2).flatten(2, 3) | upper
-    return PackedWeight(_rows(codes), scales, columns, 8, 32, 0, "Q5_K", minima=minima,
-                        super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
+    return _packed(_rows(codes), scales, columns, 8, 32, 0, "Q5_K", minima=minima,
+                   super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
 
 
 def _q6_k(blocks: Blocks, columns: int) -> PackedWeight:
     scales = _rows(blocks[..., 192:208]).view(torch.int8)
-    return PackedWeight(_rows(blocks[..., :128]), scales, columns, 6, 16, 32, "Q6_K", half=64,
-                        high=_rows(blocks[..., 128:192]), super_scales=_halves(blocks, 208))  # fmt: skip
+    return _packed(_rows(blocks[..., :128]), scales, columns, 6, 16, 32, "Q6_K", half=64,
+                   high=_rows(blocks[..., 128:192]), super_scales=_halves(blocks, 208))  # fmt: skip
 
 
 def _mxfp4(blocks: Blocks, columns: int) -> PackedWeight:
     """The scale is a power of two, exact in bfloat16; halved because codes count in halves."""
     scales = torch.exp2(blocks[..., 0].float() - 128.0).to(torch.bfloat16)
-    return PackedWeight(_rows(blocks[..., 1:]), scales, columns, 4, 32, 0, "MXFP4", half=16, float4=True)
+    return _packed(_rows(blocks[..., 1:]), scales, columns, 4, 32, 0, "MXFP4", half=16, float4=True)
 
 
 _PACKERS: dict[GGMLType, Callable[[Blocks, int], PackedWeight]] = {

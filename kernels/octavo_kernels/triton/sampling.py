@@ -158,6 +158,61 @@ def _sample_kernel(
 
 
 @triton.jit
+def _plain_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, counters_ptr, values_ptr, tokens_ptr,
+    vocab, stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows that draw from all tokens, or greedily: the best token of a part of the row, with its noise, +inf where a
+    logit is not finite. Grid: (rows, parts)."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    if _plain(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row), vocab) == 0:
+        return
+    greedy = temperature < GREEDY_TEMPERATURE
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = _scaled(logits_ptr + row * stride, columns, vocab, tl.where(greedy, 1.0, 1.0 / temperature))
+    spoiled = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0) > 0
+    if greedy == 0:
+        noise = gumbel_noise(
+            uniform_bits(tl.load(seeds_ptr + row), columns, tl.load(counters_ptr + row), SAMPLE_STREAM)
+        )
+        x = tl.where(x > float("-inf"), x + noise, x)
+    top, place = tl.max(x, axis=0, return_indices=True)
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(values_ptr + part, tl.where(spoiled, float("inf"), top))
+    tl.store(tokens_ptr + part, tl.program_id(1) * BLOCK + place)
+
+
+@triton.jit
+def _plain(temperature, top_k, top_p, min_p, vocab):
+    return (temperature < GREEDY_TEMPERATURE) | (((top_k <= 0) | (top_k >= vocab)) & (top_p >= 1.0) & (min_p <= 0.0))
+
+
+@triton.jit
+def _plain_choice_kernel(
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, values_ptr, tokens_ptr, out_ptr, vocab, parts,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The best of a row's parts; of equal ones the first."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    if _plain(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row), vocab) == 0:
+        return
+    best, token = best_part(values_ptr + row * parts, tokens_ptr + row * parts, parts, PARTS)
+    token = tl.where(best == float("-inf"), ALL_EXCLUDED, token)
+    tl.store(out_ptr + row, tl.where(best == float("inf"), NOT_FINITE, token).to(tl.int64))
+
+
+@triton.jit
+def best_part(values_ptr, tokens_ptr, parts, PARTS: tl.constexpr):
+    """(largest value, its token) of a row's parts; of equal ones the first."""
+    i = tl.arange(0, PARTS)
+    values = tl.load(values_ptr + i, mask=i < parts, other=float("-inf"))
+    best, place = tl.max(values, axis=0, return_indices=True)
+    return best, tl.load(tokens_ptr + place)
+
+
+@triton.jit
 def _penalties_kernel(
     logits_ptr, counts_ptr, prompt_ptr, slots_ptr, repetition_ptr, presence_ptr, frequency_ptr,
     vocab, words, stride, BLOCK: tl.constexpr,
@@ -210,11 +265,11 @@ def _logprobs_kernel(logits_ptr, tokens_ptr, logprob_ptr, rank_ptr, vocab, strid
 
 
 @triton.jit
-def _verify_kernel(
-    target_ptr, draft_ptr, tokens_ptr, num_drafts_ptr, seeds_ptr, counters_ptr, out_ptr, width, vocab,
-    ONE_HOT: tl.constexpr, BLOCK: tl.constexpr,
+def _accept_kernel(
+    target_ptr, draft_ptr, tokens_ptr, num_drafts_ptr, seeds_ptr, counters_ptr, accepted_ptr, out_ptr, width, vocab,
+    ONE_HOT: tl.constexpr,
 ):  # fmt: skip
-    """One sequence a program: walk the drafts until one is rejected, then draw its replacement."""
+    """One sequence a program: walk the drafts until one is rejected."""
     seq = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.maximum(tl.load(num_drafts_ptr + seq), 0), width - 1)
     seed = tl.load(seeds_ptr + seq)
@@ -235,26 +290,42 @@ def _verify_kernel(
             accepted += 1
         else:
             going = 0
-    rejected = accepted < count
-    best = float("-inf")
-    chosen = 0
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocab
-        p = tl.load(target_ptr + (seq * width + accepted) * vocab + columns, mask=inside, other=0.0).to(tl.float32)
-        if rejected:
-            if ONE_HOT:
-                token = tl.load(tokens_ptr + seq * (width - 1) + accepted)
-                p = tl.where(columns == token, 0.0, p)
-            else:
-                q = tl.load(draft_ptr + (seq * (width - 1) + accepted) * vocab + columns, mask=inside, other=0.0)
-                p = tl.maximum(p - q.to(tl.float32), 0.0)
-        noise = gumbel_noise(uniform_bits(seed, columns, counter + accepted, RECOVER_STREAM))
-        x = tl.where(inside & (p > 0), tl.log(tl.where(p > 0, p, 1.0)) + noise, float("-inf"))
-        top, place = tl.max(x, axis=0, return_indices=True)
-        chosen = tl.where(top > best, start + place, chosen)
-        best = tl.maximum(best, top)
-    tl.store(out_ptr + seq * width + accepted, chosen)
+    tl.store(accepted_ptr + seq, accepted)
+
+
+@triton.jit
+def _recover_kernel(
+    target_ptr, draft_ptr, tokens_ptr, num_drafts_ptr, seeds_ptr, counters_ptr, accepted_ptr, values_ptr, best_ptr,
+    width, vocab, ONE_HOT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token after the accepted ones: the best of a part of the vocabulary, with noise. Grid: (sequences, parts)."""
+    seq = tl.program_id(0).to(tl.int64)
+    count = tl.minimum(tl.maximum(tl.load(num_drafts_ptr + seq), 0), width - 1)
+    accepted = tl.load(accepted_ptr + seq)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocab
+    p = tl.load(target_ptr + (seq * width + accepted) * vocab + columns, mask=inside, other=0.0).to(tl.float32)
+    if accepted < count:  # rejected: draw from what the draft does not cover
+        if ONE_HOT:
+            token = tl.load(tokens_ptr + seq * (width - 1) + accepted)
+            p = tl.where(columns == token, 0.0, p)
+        else:
+            q = tl.load(draft_ptr + (seq * (width - 1) + accepted) * vocab + columns, mask=inside, other=0.0)
+            p = tl.maximum(p - q.to(tl.float32), 0.0)
+    position = tl.load(counters_ptr + seq) + accepted
+    noise = gumbel_noise(uniform_bits(tl.load(seeds_ptr + seq), columns, position, RECOVER_STREAM))
+    x = tl.where(inside & (p > 0), tl.log(tl.where(p > 0, p, 1.0)) + noise, float("-inf"))
+    top, place = tl.max(x, axis=0, return_indices=True)
+    part = seq * tl.num_programs(1) + tl.program_id(1)
+    tl.store(values_ptr + part, top)
+    tl.store(best_ptr + part, tl.program_id(1) * BLOCK + place)
+
+
+@triton.jit
+def _recover_choice_kernel(accepted_ptr, values_ptr, best_ptr, out_ptr, width, parts, PARTS: tl.constexpr):
+    seq = tl.program_id(0).to(tl.int64)
+    _best, token = best_part(values_ptr + seq * parts, best_ptr + seq * parts, parts, PARTS)
+    tl.store(out_ptr + seq * width + tl.load(accepted_ptr + seq), token.to(tl.int64))
 
 
 def _float_rows(logits: torch.Tensor) -> bool:
@@ -271,11 +342,22 @@ def sample(
     seeds: torch.Tensor,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """Four launches. Filtered rows read the vocabulary once, others twice; the few that need the full search up to
-    22 times."""
+    """Six launches. Filtered rows and rows without a filter read the vocabulary once, spread over many programs; the
+    few that need the full search up to 22 times, in one program each."""
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     sample_candidates(logits, temperature, top_k, top_p, min_p, seeds, counters, out)
+    parts = triton.cdiv(vocab, SCAN)
+    values = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
+    tokens = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
+    _plain_kernel[(rows, parts)](
+        logits, temperature, top_k, top_p, min_p, seeds, counters, values, tokens, vocab, logits.stride(0),
+        BLOCK=SCAN, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    _plain_choice_kernel[(rows,)](
+        temperature, top_k, top_p, min_p, values, tokens, out, vocab, parts,
+        PARTS=triton.next_power_of_2(parts), num_warps=1,
+    )  # fmt: skip
     _sample_kernel[(rows,)](
         logits, temperature, top_k, top_p, min_p, seeds, counters, out, vocab, logits.stride(0),
         BLOCK=BLOCK, SCAN=SCAN, num_warps=NUM_WARPS,
@@ -336,11 +418,19 @@ def verify_drafts(
     seeds: torch.Tensor,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """One launch; the host learns the accepted counts only when it reads the result."""
+    """Three launches; the host learns the accepted counts only when it reads the result."""
     sequences, width, vocab = target.shape
     out = torch.empty((sequences, width), dtype=torch.int64, device=target.device)
-    _verify_kernel[(sequences,)](
-        target, draft, draft_tokens, num_drafts, seeds, counters, out, width, vocab,
-        ONE_HOT=draft is None, BLOCK=SCAN, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    accepted = torch.empty(sequences, dtype=torch.int32, device=target.device)
+    parts = triton.cdiv(vocab, SCAN)
+    values = torch.empty((sequences, parts), dtype=torch.float32, device=target.device)
+    best = torch.empty((sequences, parts), dtype=torch.int32, device=target.device)
+    drafts = (target, draft, draft_tokens, num_drafts, seeds, counters, accepted)
+    _accept_kernel[(sequences,)](*drafts, out, width, vocab, ONE_HOT=draft is None, num_warps=1)
+    _recover_kernel[(sequences, parts)](
+        *drafts, values, best, width, vocab, ONE_HOT=draft is None, BLOCK=SCAN, num_warps=NUM_WARPS
+    )
+    _recover_choice_kernel[(sequences,)](
+        accepted, values, best, out, width, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
+    )
     return out

@@ -262,6 +262,15 @@ def _products() -> list[Workload]:
 
         return prepare
 
+    def dense(rows: int, outputs: int, inputs: int) -> Callable[[torch.device], Call]:
+        def prepare(device: torch.device) -> Call:
+            x, weight = _randn(device, rows, inputs), _randn(device, outputs, inputs)
+            peer = ("cuBLAS bf16", lambda: torch.nn.functional.linear(x, weight))
+            moved = weight.nbytes + 2 * rows * (inputs + outputs)
+            return Call(lambda: ops.linear(x, weight), moved, 2 * rows * outputs * inputs, (peer,))
+
+        return prepare
+
     def scaled(dtype: torch.dtype, rows: int) -> Callable[[torch.device], Call]:
         def prepare(device: torch.device) -> Call:
             x, weight = _randn(device, rows, HIDDEN, dtype=dtype), _randn(device, HIDDEN, HIDDEN, dtype=dtype)
@@ -282,7 +291,10 @@ def _products() -> list[Workload]:
         for blockwise in (False, True)
         for m in (1, 64, 4096)
     ]
+    shapes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (VOCAB, 4096))  # an 8B layer, and its head
+    wide = [Workload(f"dense {m} rows {n}x{k}", dense(m, n, k)) for m in (1, 16, 64) for n, k in shapes]
     return [
+        *wide,
         *small,
         Workload("int4-g128 4096 rows", packed("int4-g128", 4096, 14336, 4096)),
         *fp8,
@@ -294,36 +306,39 @@ def _products() -> list[Workload]:
 def random_packed(kind: str, device: torch.device, outputs: int, inputs: int) -> PackedWeight:
     """A packed weight of random codes and small scales."""
 
-    def codes(columns: int, dtype: torch.dtype = torch.uint8, high: int = 256) -> torch.Tensor:
+    def codes(columns: int, segment: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         low = -128 if dtype == INT8 else 0
-        return torch.randint(low, low + high, (outputs, columns), dtype=dtype, device=device)
+        shape = (columns // segment, outputs, segment)
+        return torch.randint(low, low + 256, shape, dtype=dtype, device=device)
+
+    def whole(columns: int, high: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.randint(0, high, (columns, outputs), dtype=dtype, device=device)
 
     def scales(columns: int) -> torch.Tensor:
-        return (torch.rand(outputs, columns, device=device) / 100).half()
+        return (torch.rand(columns, outputs, device=device) / 100).half()
 
     match kind:
         case "int4-g128":
             group = inputs // 128
             minima = scales(group).float()
-            return PackedWeight(codes(inputs // 2), scales(group), inputs, 4, 128, 0, kind, half=64, minima=minima)
+            return PackedWeight(codes(inputs // 2, 64), scales(group), inputs, 4, 128, 0, kind, half=64, minima=minima)
         case "Q4_0":
-            return PackedWeight(codes(inputs // 2), scales(inputs // 32), inputs, 4, 32, 8, kind, half=16)
+            return PackedWeight(codes(inputs // 2, 16), scales(inputs // 32), inputs, 4, 32, 8, kind, half=16)
         case "Q4_K":
             fine, coarse = inputs // 32, inputs // 256
-            weight = PackedWeight(codes(inputs // 2), codes(fine, high=64), inputs, 4, 32, 0, kind, half=32)
-            return replace(
-                weight, minima=codes(fine, high=64), super_scales=scales(coarse), super_minima=scales(coarse)
-            )
+            weight = PackedWeight(codes(inputs // 2, 32), whole(fine, 64), inputs, 4, 32, 0, kind, half=32)
+            return replace(weight, minima=whole(fine, 64), super_scales=scales(coarse), super_minima=scales(coarse))
         case "Q6_K":
-            weight = PackedWeight(codes(inputs // 2), codes(inputs // 16, INT8), inputs, 6, 16, 32, kind, half=64)
-            return replace(weight, high=codes(inputs // 4), super_scales=scales(inputs // 256))
+            fine = whole(inputs // 16, 128, INT8)
+            weight = PackedWeight(codes(inputs // 2, 16), fine, inputs, 6, 16, 32, kind, half=64)
+            return replace(weight, high=codes(inputs // 4, 16), super_scales=scales(inputs // 256))
         case "Q8_0":
-            return PackedWeight(codes(inputs, INT8), scales(inputs // 32), inputs, 8, 32, 0, kind)
+            return PackedWeight(codes(inputs, 32, INT8), scales(inputs // 32), inputs, 8, 32, 0, kind)
         case "MXFP4":
             scale = scales(inputs // 32).bfloat16()
-            return PackedWeight(codes(inputs // 2), scale, inputs, 4, 32, 0, kind, half=16, float4=True)
+            return PackedWeight(codes(inputs // 2, 16), scale, inputs, 4, 32, 0, kind, half=16, float4=True)
         case "int8":
-            return PackedWeight(codes(inputs, INT8), scales(1).float(), inputs, 8, inputs, 0, kind)
+            return PackedWeight(codes(inputs, 64, INT8), scales(1).float(), inputs, 8, inputs, 0, kind)
     raise ValueError(f"no packed form named {kind!r}")
 
 
