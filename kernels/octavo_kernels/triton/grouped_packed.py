@@ -35,13 +35,14 @@ def _grouped_packed_kernel(
     x_row = row // ROWS_EACH
     x_rows = x_ptr + x_row * x_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, tl.cdiv(segments, UNROLL)):
+    for step in range(tl.cdiv(segments, UNROLL)):
         for i in tl.static_range(UNROLL):
             segment = step * UNROLL + i
             acc = add_segment(
                 acc, x_rows, row < tl.where(segment < segments, assignments, 0), sums_ptr, x_row, x_count, codes_ptr,
                 high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, segment, weight_row,
-                n < tl.where(segment < segments, out_features, 0), weight_rows, BITS, HALF, OFFSET, GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, LANES, FLOAT4, LOW_ASM, HIGH_ASM,
+                n < tl.where(segment < segments, out_features, 0), weight_rows, BITS, HALF, OFFSET,
+                GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, LANES, FLOAT4, LOW_ASM, HIGH_ASM,
             )  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + group * out_features + n, mask=n_valid, other=0.0).to(tl.float32)[None, :]

@@ -267,5 +267,5 @@ def _twice(number: torch.Tensor, value: float) -> str:
     """A 16-bit float's bits in both halves of a register."""
     if number.item() != value:
         raise ValueError(f"{value} is not exact in {number.dtype}")
-    bits = number.view(torch.int16).item() & 0xFFFF
+    bits = int(number.view(torch.int16).item()) & 0xFFFF
     return f"{bits * 0x10001:#010x}"

@@ -329,8 +329,8 @@ def random_packed(kind: str, device: torch.device, outputs: int, inputs: int) ->
             weight = PackedWeight(codes(inputs // 2, 32), whole(fine, 64), inputs, 4, 32, 0, kind, half=32)
             return replace(weight, minima=whole(fine, 64), super_scales=scales(coarse), super_minima=scales(coarse))
         case "Q6_K":
-            fine = whole(inputs // 16, 128, INT8)
-            weight = PackedWeight(codes(inputs // 2, 16), fine, inputs, 6, 16, 32, kind, half=64)
+            small = whole(inputs // 16, 128, INT8)
+            weight = PackedWeight(codes(inputs // 2, 16), small, inputs, 6, 16, 32, kind, half=64)
             return replace(weight, high=codes(inputs // 4, 16), super_scales=scales(inputs // 256))
         case "Q8_0":
             return PackedWeight(codes(inputs, 32, INT8), scales(inputs // 32), inputs, 8, 32, 0, kind)
