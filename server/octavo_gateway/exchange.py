@@ -15,6 +15,7 @@ from octavo_gateway.errors import (
     RequestTimeoutError,
     UpstreamDeadlineError,
 )
+from octavo_gateway.http_protocol import CLIENT, ClientConnection
 from octavo_gateway.registry import Endpoint
 from octavo_gateway.tenancy import Identity
 
@@ -31,6 +32,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: Headers = scope["headers"]
+        self.client: ClientConnection = scope[CLIENT]
         self.started_at = clock()
         self.request_id = headers.request_id(header(self.headers, b"x-request-id"))
         self.trace = headers.trace_of(header(self.headers, b"traceparent"))
@@ -57,7 +59,6 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._task = asyncio.current_task()
-        self._watcher: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -77,7 +78,9 @@ class Exchange:
         declared = header(self.headers, b"content-length")
         if declared is not None and (not declared.isdigit() or int(declared) > limit):
             raise BodyTooLargeError(f"The body is larger than {limit} bytes.")
-        message = await self._next_message(timeout_s)
+        message = await (self._receive() if self.client.body_complete else self._next_message(timeout_s))
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
         if not message.get("more_body", False):
             body: bytes = message.get("body", b"")
             if len(body) > limit:
@@ -108,10 +111,8 @@ class Exchange:
 
     def watch(self, timeout_s: float) -> None:
         """From here on a disconnect or the total deadline stops this exchange."""
-        self._watcher = asyncio.ensure_future(self._watch_client())
-        self._timer = asyncio.get_running_loop().call_later(
-            timeout_s, self.stop, UpstreamDeadlineError(f"The request took longer than {timeout_s:g} s.")
-        )
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._late, timeout_s)
+        self.client.watch(self._client_gone)
 
     def stop(self, cause: BaseException) -> None:
         """End the exchange from outside; whatever it waits for is cancelled."""
@@ -121,17 +122,17 @@ class Exchange:
 
     def unwatch(self) -> None:
         """Stop listening; called once at the end."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        self.client.unwatch()
         if self._timer is not None:
             self._timer.cancel()
         if self.cause is not None and self._task is not None:
             self._task.uncancel()
 
-    async def _watch_client(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            continue
+    def _client_gone(self) -> None:
         self.stop(ClientGoneError())
+
+    def _late(self, timeout_s: float) -> None:
+        self.stop(UpstreamDeadlineError(f"The request took longer than {timeout_s:g} s."))
 
     # ---- output
 
@@ -146,6 +147,13 @@ class Exchange:
             self.first_byte_at = self._clock()
         self.bytes_sent += len(data)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def push(self, data: bytes) -> bool:
+        """As `write` from a callback, in an event stream: False when the client reads slowly."""
+        if not self.bytes_sent:
+            self.first_byte_at = self._clock()
+        self.bytes_sent += len(data)
+        return self.client.write(data)
 
     async def finish(self) -> None:
         """Send the end of the body."""

@@ -88,9 +88,12 @@ def request_head(
     return b"".join(lines)
 
 
-def response_headers(upstream: Headers, own: Headers) -> Headers:
-    """What the client gets: the replica's headers without hop-by-hop and internal ones, then the gateway's own."""
-    drop = NOT_RETURNED
+def response_headers(upstream: Headers, own: Headers, *, is_stream: bool = False) -> Headers:
+    """What the client gets: the replica's headers without hop-by-hop and internal ones, then the gateway's own.
+
+    A stream loses its length: events may be taken out of it or added, so it goes out in chunks.
+    """
+    drop = NOT_RETURNED | {b"content-length"} if is_stream else NOT_RETURNED
     for name, value in upstream:
         if name == b"connection":
             drop = drop | {token.strip().lower() for token in value.split(b",")}

@@ -279,7 +279,9 @@ class Proxy:
             return
         if not exchange.started:
             exchange.streaming = is_stream
-            await exchange.start(head.status, headers.response_headers(head.headers, self._own(exchange, lease)))
+            await exchange.start(
+                head.status, headers.response_headers(head.headers, self._own(exchange, lease), is_stream=is_stream)
+            )
         try:
             await relay_answer(exchange, connection, head, request.meter, self._settings.idle_timeout)
         except UpstreamError as error:

@@ -46,12 +46,16 @@ async def refusal_in_stream(exchange: Exchange, connection: UpstreamConnection) 
 async def _relay_events(
     exchange: Exchange, connection: UpstreamConnection, head: ResponseHead, meter: UsageMeter, idle: _IdleTimer
 ) -> None:
+    """Events go from socket to socket inside one callback: no task wakes for them."""
     relay = EventRelay()
-    while data := await connection.read():
+
+    def pass_on(data: bytes) -> bool:
         idle.touch()
         events = meter.feed_events(relay.feed(data))
-        if events:
-            await exchange.write(events)
+        return exchange.push(events) if events else True
+
+    exchange.client.on_writable = connection.resume
+    await connection.relay(pass_on)
     if rest := relay.rest():
         await exchange.write(rest)
     if not head.framed and head.status == 200 and exchange.path in ENDS_WITH_DONE and not relay.done:

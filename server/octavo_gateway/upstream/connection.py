@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -58,14 +58,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._buffered = 0
         self._paused = False
+        self._sink: Callable[[bytes], bool] | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._head: ResponseHead | None = None
         self._complete = True
-        self._error: UpstreamError | None = None
+        self._error: Exception | None = None
         self._keep_alive = False
         self.requests = 0
         self.idle_since = 0.0
@@ -90,6 +91,29 @@ class UpstreamConnection(asyncio.Protocol):
             await self._wait()
         return self._head
 
+    async def relay(self, sink: Callable[[bytes], bool]) -> None:
+        """Hand the body to `sink` as it arrives, inside the callback that received it, until its end.
+
+        After `sink` returned False nothing more is read until `resume`. Raises `UpstreamError` if the body breaks off,
+        and what `sink` raises.
+        """
+        self._sink = sink
+        try:
+            if self._chunks:
+                self._drain(sink)
+            while not self._complete and self._error is None:
+                await self._wait()
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._sink = None
+
+    def resume(self) -> None:
+        """Read on after a pause."""
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
     async def read(self) -> bytes:
         """The next bytes of the body, all that are there; b"" at its end. Raises `UpstreamError` if it breaks off."""
         while not self._chunks:
@@ -98,12 +122,8 @@ class UpstreamConnection(asyncio.Protocol):
             if self._complete:
                 return b""
             await self._wait()
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._buffered = 0
-        if self._paused and self._transport is not None:
-            self._paused = False
-            self._transport.resume_reading()
+        data = self._take()
+        self.resume()
         return data
 
     def abort(self) -> None:
@@ -133,7 +153,26 @@ class UpstreamConnection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _fail(self, error: UpstreamError) -> None:
+    def _take(self) -> bytes:
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        return data
+
+    def _drain(self, sink: Callable[[bytes], bool]) -> None:
+        try:
+            if not sink(self._take()):
+                self._pause()
+        except Exception as error:  # a callback has no caller to tell: `relay` raises it
+            self._fail(error)
+            self.abort()
+
+    def _pause(self) -> None:
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _fail(self, error: Exception) -> None:
         if self._error is None:
             self._error = error
         self._wake()
@@ -154,9 +193,14 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(BrokenResponseError(f"sent no valid HTTP ({type(error).__name__})"))
             self.abort()
             return
-        if self._buffered > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        if self._sink is not None:
+            if self._chunks:
+                self._drain(self._sink)
+            if self._complete:
+                self._wake()
+            return
+        if self._buffered > HIGH_WATER_BYTES:
+            self._pause()
         self._wake()
 
     def eof_received(self) -> bool:
