@@ -32,7 +32,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: Headers = scope["headers"]
-        self.client: ClientConnection = scope[CLIENT]
+        self.client: ClientConnection = scope.pop(CLIENT)  # left there it would close a cycle
         self.started_at = clock()
         self.request_id = headers.request_id(header(self.headers, b"x-request-id"))
         self.trace = headers.trace_of(header(self.headers, b"traceparent"))
@@ -58,7 +58,8 @@ class Exchange:
         self._clock = clock
         self._receive = receive
         self._send = send
-        self._task = asyncio.current_task()
+        self.loop = self.client.loop  # asking for the running loop costs a system call each time
+        self._task = asyncio.current_task(self.loop)
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -111,7 +112,7 @@ class Exchange:
 
     def watch(self, timeout_s: float) -> None:
         """From here on a disconnect or the total deadline stops this exchange."""
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._late, timeout_s)
+        self._timer = self.loop.call_later(timeout_s, self._late, timeout_s)
         self.client.watch(self._client_gone)
 
     def stop(self, cause: BaseException) -> None:

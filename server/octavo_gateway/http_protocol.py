@@ -25,10 +25,11 @@ BODY = (
 class ClientConnection:
     """The client's side of one request, for what ASGI has no words for. Used from callbacks, so nothing here waits."""
 
-    __slots__ = ("_cycle", "_on_gone", "on_writable")
+    __slots__ = ("_cycle", "_on_gone", "loop", "on_writable")
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
         self._cycle = cycle
+        self.loop = loop
         self._on_gone: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
 
@@ -116,7 +117,7 @@ def bounded_protocol(max_header_bytes: int, header_timeout_s: float) -> type[Htt
             self._stop_timer()
             if not self._refused:
                 super().on_headers_complete()
-                client = ClientConnection(self.cycle)
+                client = ClientConnection(self.cycle, self.loop)
                 self._clients = (*(c for c in self._clients if not c.answered), client)
                 cast(dict[str, object], self.scope)[CLIENT] = client
 

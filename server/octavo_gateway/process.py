@@ -92,7 +92,7 @@ def _calm_the_collector() -> None:
     to no cycles behind, collections may be rare. Both shorten the pauses that streams would feel."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 20)
+    gc.set_threshold(5_000, 10, 20)
 
 
 def _stop_on_signals() -> asyncio.Event:

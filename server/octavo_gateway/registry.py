@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
@@ -41,9 +42,14 @@ class Endpoint:
     @property
     def address(self) -> tuple[str, int, bool]:
         """(host, port, uses TLS)."""
-        parts = urlsplit(self.url)
-        tls = parts.scheme == "https"
-        return parts.hostname or "", parts.port or (443 if tls else 80), tls
+        return _address(self.url)
+
+
+@lru_cache(maxsize=4_096)
+def _address(url: str) -> tuple[str, int, bool]:
+    parts = urlsplit(url)
+    tls = parts.scheme == "https"
+    return parts.hostname or "", parts.port or (443 if tls else 80), tls
 
 
 @dataclass(frozen=True, slots=True)

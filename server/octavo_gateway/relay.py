@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from octavo_gateway.errors import UpstreamDeadlineError
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.sse import EventRelay
@@ -76,7 +74,7 @@ class _IdleTimer:
     __slots__ = ("_at", "_exchange", "_handle", "_loop", "_timeout_s")
 
     def __init__(self, exchange: Exchange, timeout_s: float) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = exchange.loop
         self._exchange = exchange
         self._timeout_s = timeout_s
         self._at = self._loop.time()

@@ -69,12 +69,21 @@ class UpstreamConnection(asyncio.Protocol):
         self._error: Exception | None = None
         self._keep_alive = False
         self.requests = 0
-        self.idle_since = 0.0
+        self._idle_since = 0.0
 
     @property
     def reusable(self) -> bool:
         """True when another request may be written to this connection."""
         return self._complete and self._error is None and self._transport is not None and self._keep_alive
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since `rest`."""
+        return self._loop.time() - self._idle_since
+
+    def rest(self) -> None:
+        """Note that the connection is idle from now on."""
+        self._idle_since = self._loop.time()
 
     async def send(self, head: bytes, body: bytes) -> ResponseHead:
         """Write one request and wait for the answer's head. Raises `UpstreamError`."""
@@ -207,7 +216,7 @@ class UpstreamConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self._transport = self._parser = None
         if not self._complete:
             if self._head is not None and not self._head.framed and exc is None:
                 self._complete = True

@@ -40,13 +40,11 @@ class UpstreamPool:
         """An idle connection, or a new one. Raises `ConnectError`."""
         address = endpoint.address
         idle = self._idle.get(address)
-        if idle:
-            horizon = asyncio.get_running_loop().time() - self._keep_alive_s
-            while idle:
-                connection = idle.pop()
-                if connection.reusable and connection.idle_since > horizon:
-                    return connection
-                connection.abort()
+        while idle:
+            connection = idle.pop()
+            if connection.reusable and connection.idle_s < self._keep_alive_s:
+                return connection
+            connection.abort()
         return await self._open(endpoint.id, address)
 
     def give_back(self, endpoint: Endpoint, connection: UpstreamConnection) -> None:
@@ -55,13 +53,12 @@ class UpstreamPool:
             connection.abort()
             return
         idle = self._idle.setdefault(endpoint.address, deque())
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
+        connection.rest()
         idle.append(connection)
         if len(idle) > self._max_idle:
             idle.popleft().abort()
         if self._sweep is None:
-            self._sweep = loop.call_later(self._keep_alive_s, self._drop_stale)
+            self._sweep = asyncio.get_running_loop().call_later(self._keep_alive_s, self._drop_stale)
 
     async def get(self, endpoint: Endpoint, target: str, max_bytes: int) -> tuple[int, bytes]:
         """A small document of a replica: status and body; (0, b"") when it is larger. Raises `UpstreamError`."""
@@ -108,12 +105,12 @@ class UpstreamPool:
         return connection
 
     def _drop_stale(self) -> None:
-        loop = asyncio.get_running_loop()
-        horizon = loop.time() - self._keep_alive_s
         for address in list(self._idle):
             idle = self._idle[address]
-            while idle and (idle[0].idle_since <= horizon or not idle[0].reusable):
+            while idle and (idle[0].idle_s >= self._keep_alive_s or not idle[0].reusable):
                 idle.popleft().abort()
             if not idle:
                 del self._idle[address]
-        self._sweep = loop.call_later(self._keep_alive_s, self._drop_stale) if self._idle else None
+        self._sweep = None
+        if self._idle:
+            self._sweep = asyncio.get_running_loop().call_later(self._keep_alive_s, self._drop_stale)
