@@ -68,12 +68,14 @@ async def condition(client: KubeClient, namespace: str, type_: str, kind: Kind =
     return next((c for c in conditions if c["type"] == type_), {})
 
 
-async def reaches(client: KubeClient, namespace: str, type_: str, status: str, reason: str = "") -> dict[str, Any]:
+async def reaches(
+    client: KubeClient, namespace: str, type_: str, status: str, reason: str = "", timeout_s: float = WAIT_S
+) -> dict[str, Any]:
     async def check() -> Any:
         seen = await condition(client, namespace, type_)
         return seen if seen.get("status") == status and reason in ("", seen.get("reason")) else None
 
-    found: dict[str, Any] = await until(check, f"{type_} is {status} {reason}")
+    found: dict[str, Any] = await until(check, f"{type_} is {status} {reason}", timeout_s)
     return found
 
 

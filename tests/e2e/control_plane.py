@@ -34,15 +34,20 @@ LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 START_TIMEOUT_S = 60.0
 
 
-def missing_reason() -> str:
-    """Why no control plane can be started here; empty if it can."""
+def missing_reason(*more: str) -> str:
+    """Why no control plane can be started here, or which of `more` programs is absent; empty if all is there."""
     folder = os.environ.get("KUBEBUILDER_ASSETS")
     if not folder:
         return "KUBEBUILDER_ASSETS is not set: no Kubernetes API server to test against (see CONTRIBUTING.md)"
-    absent = [name for name in ("etcd", "kube-apiserver") if not (Path(folder) / name).exists()]
+    absent = [name for name in ("etcd", "kube-apiserver", *more) if not program(name)]
     if absent:
         return f"KUBEBUILDER_ASSETS={folder} lacks {', '.join(absent)}"
     return "" if shutil.which("openssl") else "openssl is not installed"
+
+
+def program(name: str) -> str | None:
+    """Where a program is: in KUBEBUILDER_ASSETS, else on the path."""
+    return shutil.which(name, path=os.environ["KUBEBUILDER_ASSETS"]) or shutil.which(name)
 
 
 @dataclass

@@ -103,9 +103,8 @@ def decide(signals: Signals, policy: ScalingPolicy, history: History, now: float
         outcome, wanted = _Outcome(kept, Reason.METRICS_STALE, Guard.STALE_METRICS), signals.current
     else:
         outcome, wanted = _scale(signals, policy, learned, load, (queue, slo), (least, most), stale, now)
-    return _decision(
-        signals, fresh, stale, load, (queue, slo), outcome, schedule, _remember(learned, signals, outcome, wanted, now)
-    )
+    history = _remember(learned, signals, outcome, wanted, now)
+    return _decision(signals, policy, fresh, stale, load, (queue, slo), outcome, schedule, history)
 
 
 def _scale(
@@ -258,6 +257,7 @@ def _remember(history: History, signals: Signals, outcome: _Outcome, wanted: int
 
 def _decision(
     signals: Signals,
+    policy: ScalingPolicy,
     fresh: tuple[ReplicaSample, ...],
     stale: int,
     load: Demand,
@@ -289,13 +289,24 @@ def _decision(
         stale=stale,
         schedule=schedule,
     )
-    return replace(decision, message=_message(signals.current, decision))
+    return replace(decision, message=_message(signals, policy, decision))
 
 
-def _message(current: int, decision: Decision) -> str:
+def _message(signals: Signals, policy: ScalingPolicy, decision: Decision) -> str:
+    """What changed and why: every signal beside its target, and the guard that changed the result."""
+    current = signals.current
     change = f"{current} to {decision.replicas}" if decision.replicas != current else f"{current}"
-    queue = f"{decision.waiting:.0f} waiting + {decision.held} held"
-    use = "" if decision.kv_utilization is None else f", KV {decision.kv_utilization:.0%}"
-    guard = f"; {decision.guard.value} limits" if decision.guard is not Guard.NONE else ""
     counts = f"{decision.ready} ready" + (f", {decision.pending} pending" if decision.pending else "")
-    return f"{change} replicas ({counts}): {decision.reason.value}: {queue}, {decision.running:.0f} running{use}{guard}"
+    seen = [f"{decision.waiting:.0f} waiting + {decision.held} held" + _target(policy.queue_target, " a replica")]
+    seen.append(f"{decision.running:.0f} running" + _target(policy.concurrency_target, " a replica"))
+    if decision.kv_utilization is not None:
+        kv_target = None if policy.kv_target is None else 100 * policy.kv_target
+        seen.append(f"KV {decision.kv_utilization:.0%}" + _target(kv_target, "%"))
+    if signals.ttft is not None and policy.ttft_target_s is not None:
+        seen.append(f"first token p95 {signals.ttft.p95_s:.2g} s" + _target(policy.ttft_target_s, " s"))
+    guard = f"; {decision.guard.value} limits" if decision.guard is not Guard.NONE else ""
+    return f"{change} replicas ({counts}): {decision.reason.value}: {', '.join(seen)}{guard}"
+
+
+def _target(value: float | None, unit: str) -> str:
+    return "" if value is None else f" (target {value:g}{unit})"

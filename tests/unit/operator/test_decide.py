@@ -251,10 +251,11 @@ def test_estimates_survive_a_restart_and_nonsense_does_not() -> None:
     assert (broken.kbar, broken.service_s, broken.capacity_tokens) == (None, None, None)
 
 
-def test_the_message_names_what_was_seen_and_what_limited_it() -> None:
+def test_the_message_names_what_was_seen_each_target_and_what_limited_it() -> None:
     decision = run(replace(samples(2, 10_000.0, running=40, kv=1.0), held=3), replace(POLICY, max_replicas=2))
     assert decision.message == (
-        "2 replicas (2 ready): KVCacheUtilization: 0 waiting + 3 held, 80 running, KV 100%; MaxReplicas limits"
+        "2 replicas (2 ready): KVCacheUtilization: 0 waiting + 3 held (target 4 a replica), 80 running, "
+        "KV 100% (target 75%); MaxReplicas limits"
     )
 
 
