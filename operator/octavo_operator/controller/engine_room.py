@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from octavo_operator.controller.adapters import AdapterLoop
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
@@ -54,6 +55,7 @@ class EngineRoom:
         ]
         pod_scopes = scopes if None in scopes else tuple({*scopes, settings.own_namespace})
         self.informers += [Informer(client, self.store, POD, PODS, self._child_changed, s) for s in pod_scopes]
+        self._listed_at = time.monotonic()  # when our own kinds were last listed in full
 
     async def run(self) -> None:
         """Work until cancelled. Nothing is written before every watch has listed once."""
@@ -86,29 +88,52 @@ class EngineRoom:
             self._wake_namespace(None)
 
     async def relist(self) -> None:
-        """Look at every object of our own kinds anew: what a watch that went silent did not tell is taken up here."""
+        """Look at every object of our own kinds anew: what a watch that went silent did not tell is taken up here.
+
+        Raises `ApiError` of the first kind that could not be listed, after the others were.
+        """
+        failures = []
         for kind in OWN_KINDS:
             for scope in (self.settings.namespaces or (None,)) if kind.namespaced else (None,):
-                answer = await self.client.list_objects(kind, scope)
-                items = [{"apiVersion": kind.api_version, "kind": kind.kind, **item} for item in answer["items"]]
-                known = {key_of(obj): obj["metadata"].get("resourceVersion") for obj in self.store.all(kind)}
-                for gone in self.store.replace(kind, items, scope):
-                    self.see(kind, gone, deleted=True)
-                for obj in items:
-                    if known.get(key_of(obj)) != obj["metadata"].get("resourceVersion"):
-                        self.see(kind, obj, deleted=False)
+                try:
+                    await self._relist_kind(kind, scope)
+                except ApiError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+        self._listed_at = time.monotonic()
+
+    async def _relist_kind(self, kind: Kind, scope: str | None) -> None:
+        """What the watch told while the list was under way is newer than the list, and stays."""
+        before = self._versions(kind, scope)
+        answer = await self.client.list_objects(kind, scope)
+        listed = {key_of(item): item for item in answer["items"]}
+        now = self._versions(kind, scope)
+        for key in now.keys() - listed.keys():
+            obj = self.store.get(kind, *key)
+            if obj is not None and before.get(key) == now[key]:
+                self.see(kind, obj, deleted=True)
+        for key, item in listed.items():
+            if now.get(key) == before.get(key) != item["metadata"].get("resourceVersion"):
+                self.see(kind, {"apiVersion": kind.api_version, "kind": kind.kind, **item}, deleted=False)
+
+    def _versions(self, kind: Kind, scope: str | None) -> dict[Key, str]:
+        """The version of every object of a kind (in a namespace) that is known."""
+        known = {key_of(obj): str(obj["metadata"].get("resourceVersion")) for obj in self.store.all(kind)}
+        return {key: version for key, version in known.items() if scope in (None, key[0])}
 
     async def _relist_forever(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.resync_s)
+            await asyncio.sleep(self.settings.relist_s)
             try:
                 await self.relist()
             except ApiError as error:
                 log.warning("resources could not be listed anew: %s", error)
 
     def silence_s(self) -> float:
-        """Seconds since the most silent watch last heard of the API server."""
-        return max((informer.silence_s() for informer in self.informers), default=0.0)
+        """Seconds since the API server last answered the most neglected of our questions, watches and lists alike."""
+        listed = time.monotonic() - self._listed_at
+        return max(listed, *(informer.silence_s() for informer in self.informers))
 
     def _child_changed(self, kind: Kind, obj: Object) -> None:
         labels = obj["metadata"].get("labels") or {}

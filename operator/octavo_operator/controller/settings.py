@@ -23,11 +23,12 @@ class OperatorSettings:
     scaling_interval_s: float = 5.0
     scrape_timeout_s: float = 2.0
     scrape_concurrency: int = 64
-    resync_s: float = 300.0
+    resync_s: float = 300.0  # every service is looked at anew this often
+    relist_s: float = 60.0  # our own kinds are listed this often: a watch that went silent is no blindness
     gateway_url: str = ""
     engine_image: str | None = None
     health_port: int = 8081  # 0 takes a free one
-    watch_stale_s: float = 150.0
+    watch_stale_s: float = 110.0
 
     @classmethod
     def own_namespace_default(cls) -> str:
