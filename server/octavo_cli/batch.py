@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from octavo_cli.openai_client import error_message, open_session
+from octavo_cli.openai_client import open_session
+from octavo_server.batches.lines import BatchFileError, BatchRequest, finished_ids, read_request, result
 
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/score", "/v1/rerank")
 _RETRIED = (408, 429, 502, 503, 504)
 _LONGEST_WAIT_S = 30.0
-
-
-class BatchFileError(Exception):
-    """A line of the input is no batch request; the message names file and line."""
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """One line of the input."""
-
-    custom_id: str
-    url: str
-    body: dict[str, Any]
 
 
 @dataclass
@@ -93,39 +79,16 @@ def read_requests(path: Path, model: str | None = None) -> Iterator[BatchRequest
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        request = _request(line, where)
+        try:
+            request = read_request(line)
+        except BatchFileError as error:
+            raise BatchFileError(f"{where}: {error}") from error
         if request.custom_id in seen:
             raise BatchFileError(f"{where}: custom_id {request.custom_id!r} is used twice")
         seen.add(request.custom_id)
         if model is not None:
             request.body["model"] = model
-        request.body.pop("stream", None)
-        request.body.pop("stream_options", None)
         yield request
-
-
-def finished_ids(path: Path, *, retry_failed: bool = False) -> set[str]:
-    """Ids whose results the output holds. A line cut short by a crash is dropped from the file."""
-    if not path.exists():
-        return set()
-    text = path.read_text(encoding="utf-8")
-    complete, _, cut = text.rpartition("\n")
-    done: set[str] = set()
-    kept: list[str] = []
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            result = json.loads(line)
-            failed = result["error"] is not None
-            custom_id = str(result["custom_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BatchFileError(f"{path}, line {number}: is no batch result; name another output file") from error
-        if failed and retry_failed:
-            continue
-        done.add(custom_id)
-        kept.append(line)
-    if cut or len(kept) != len(complete.splitlines()):
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return done
 
 
 async def _run(
@@ -142,11 +105,11 @@ async def _run(
 
         async def worker(http: aiohttp.ClientSession) -> None:
             for request in queue:
-                result = await _send(http, base_url, request, attempts)
-                sink.write(json.dumps(result, ensure_ascii=False) + "\n")
+                line = await _send(http, base_url, request, attempts)
+                sink.write(json.dumps(line, ensure_ascii=False) + "\n")
                 sink.flush()
-                tally.succeeded += result["error"] is None
-                tally.failed += result["error"] is not None
+                tally.succeeded += line["error"] is None
+                tally.failed += line["error"] is not None
                 progress.advance(bar)
 
         async with open_session(api_key) as http:
@@ -170,41 +133,7 @@ async def _send(http: aiohttp.ClientSession, base_url: str, request: BatchReques
             break
         if attempt + 1 < attempts:
             await asyncio.sleep(wait_s)
-    return _result(request, status, body, request_id)
-
-
-def _result(request: BatchRequest, status: int, body: str, request_id: str) -> dict[str, Any]:
-    try:
-        content: Any = json.loads(body)
-    except ValueError:
-        content = None
-    failed = status != 200 or content is None
-    answered = None if status == 0 else {"status_code": status, "request_id": request_id, "body": content}
-    return {
-        "id": f"batch_req_{uuid.uuid4().hex}",
-        "custom_id": request.custom_id,
-        "response": answered,
-        "error": {"code": str(status), "message": error_message(body)} if failed else None,
-    }
-
-
-def _request(line: str, where: str) -> BatchRequest:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise BatchFileError(f"{where}: is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BatchFileError(f"{where}: must be a JSON object")
-    custom_id, url, body = value.get("custom_id"), value.get("url"), value.get("body")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise BatchFileError(f"{where}: custom_id: must be a string that is not empty")
-    if value.get("method", "POST") != "POST":
-        raise BatchFileError(f"{where}: method: must be POST")
-    if url not in ROUTES:
-        raise BatchFileError(f"{where}: url: must be one of {', '.join(ROUTES)}, got {url!r}")
-    if not isinstance(body, dict):
-        raise BatchFileError(f"{where}: body: must be a JSON object")
-    return BatchRequest(custom_id, url, body)
+    return result(request, status, body, request_id)
 
 
 def _seconds(text: str | None, default: float) -> float:

@@ -42,6 +42,10 @@ def serve(
     chat_template: Annotated[
         str | None, _option("--chat-template", help="Jinja file that replaces the model's template.", panel=_MODEL)
     ] = None,
+    batch_folder: Annotated[
+        str | None,
+        _option("--batch-folder", help="Folder for /v1/files and /v1/batches; without it they are off.", panel=_SERVER),
+    ] = None,
     model_repository: Annotated[
         str | None,
         _option("--model-repository", help="Folder of NAME/VERSION/model.onnx, served over v2 as well.", panel=_MODEL),

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo_server import observation
+from octavo_server.batches import routes as batches
 from octavo_server.boundary import RequestBoundary
 from octavo_server.errors import INTERNAL_ERROR, ApiError
 from octavo_server.oip import http as open_inference
@@ -28,6 +29,7 @@ def build_app(replica: Replica, repository: Repository | None = None) -> Request
     app = FastAPI(title="Octavo", version=VERSION, redoc_url=None, telemetry=untraced)
     for face in (observation, models, chat, completions, responses, tokens, embeddings, ranking):
         app.include_router(face.router(replica))
+    app.include_router(batches.router(replica.batches))
     app.include_router(open_inference.router(replica, repository or Repository(replica)))
     add_openapi(app)
 
@@ -47,7 +49,7 @@ def build_app(replica: Replica, repository: Repository | None = None) -> Request
         replica.metrics.rejected("internal_error")
         return _error_response(request.url.path, ApiError(500, INTERNAL_ERROR))
 
-    return RequestBoundary(
+    boundary = RequestBoundary(
         app,
         lifecycle=replica.lifecycle,
         metrics=replica.metrics,
@@ -57,6 +59,9 @@ def build_app(replica: Replica, repository: Repository | None = None) -> Request
         max_body_bytes=replica.settings.max_body_bytes,
         request_timeout_s=replica.settings.request_timeout,
     )
+    if replica.batches is not None:
+        replica.batches.runner.bind(boundary)
+    return boundary
 
 
 def render_error(path: str, error: ApiError) -> bytes:

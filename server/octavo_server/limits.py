@@ -39,6 +39,9 @@ class Limits:
     model_name_chars: int = 512
     embed_inputs: int = 2_048
     detokenize_tokens: int = 4_000_000
+    stored_files: int = 1_000  # of one tenant
+    open_batches: int = 100  # of one tenant
+    batch_lines: int = 50_000
     error_message_chars: int = 2_000
     characters_per_token: int = 256  # no prompt of more characters than this times the context can fit
     json_depth: int = 64

@@ -11,6 +11,7 @@ from typing import TypeVar
 from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDeadError
 from octavo_engine.tokenizer.interface import Tokenizer
+from octavo_server.batches.service import Batches
 from octavo_server.embedding import Embedder
 from octavo_server.errors import unavailable
 from octavo_server.generation import Generator
@@ -38,6 +39,7 @@ class Replica:
         self.settings = settings
         self.engine = engine
         self.lifecycle = Lifecycle()
+        self.batches = Batches.open(settings.batch_folder, self.lifecycle)
         self.text = TextPool()
         self.usage = UsageLog()
         self.metrics = Metrics(self._snapshot, VERSION, settings.max_num_seqs, self.usage)
@@ -68,6 +70,8 @@ class Replica:
         self._generator = Generator(self.engine, tokenizer, latencies, self.telemetry, self._served.name)
         self._embedder = Embedder(self.engine, self._served, self.text)
         self.lifecycle.become_ready()
+        if self.batches is not None:
+            self.batches.runner.resume()
 
     @property
     def served(self) -> ServedModel:
@@ -98,6 +102,8 @@ class Replica:
 
     async def close(self, timeout_s: float) -> None:
         """End the engine process and the threads."""
+        if self.batches is not None:
+            await self.batches.runner.close()
         self.text.close()
         await self.engine.shutdown(timeout_s)
         await asyncio.to_thread(self.telemetry.shutdown)

@@ -55,9 +55,9 @@ async def _run(settings: ServeSettings, make_engine: EngineFactory, load_tokeniz
     except ConfigError as error:
         return _fail(str(error))
     signals = _Signals()
-    replica = Replica(settings, make_engine(settings.engine_config()), load_tokenizer)
-    repository = Repository(replica)
     try:
+        replica = Replica(settings, make_engine(settings.engine_config()), load_tokenizer)
+        repository = Repository(replica)
         grpc_server = await _start_grpc(replica, repository)
     except ConfigError as error:
         listener.close()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo_cli.batch import BatchFileError, finished_ids, read_requests
+from octavo_cli.batch import read_requests
+from octavo_server.batches.lines import BatchFileError, finished_ids
 
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "stream": True}}
 
