@@ -113,7 +113,7 @@ class Gateway:
         if accounts.ledger is not None:
             accounts.collector = UsageCollector(self.pool, clock)
         self._pages = Pages(self)
-        self.metrics.watch(registry, self.loads, self.dispatcher.signals)
+        self.metrics.watch(registry, self.loads, self.dispatcher.signals, self.dispatcher.tracks)
 
     # ---- for the process around it
 

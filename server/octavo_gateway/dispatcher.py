@@ -11,9 +11,10 @@ import contextlib
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from octavo_gateway.canary import CanaryShare, Track, TrackRecord, track_of
 from octavo_gateway.errors import ModelNotFoundError, NoReplicaInTimeError, QueueFullError
 from octavo_gateway.load import LoadBook
 from octavo_gateway.outliers import OutlierDetector
@@ -51,6 +52,7 @@ class Lease:
     pending_tokens: float = 0.0  # of the prompt, until the first byte of the answer
     held_s: float = 0.0
     released: bool = False
+    failed: bool | None = None  # None while it is not known whether the replica served it well
 
     @property
     def endpoint(self) -> Endpoint:
@@ -70,6 +72,7 @@ class _Line:
 
     queue: FairQueue[_Waiter]
     signals: ModelSignals = field(default_factory=ModelSignals)
+    share: CanaryShare = field(default_factory=CanaryShare)
     waiting: dict[int, Ticket[_Waiter]] = field(default_factory=dict)  # insertion ordered: the first is the oldest
 
 
@@ -107,11 +110,12 @@ class Dispatcher:
     ) -> Lease | None:
         """A lease right now, or None when the request would have to wait."""
         entry = self._current(entry)
-        line = self._lines.get(entry.name)
-        if line is not None and len(line.queue) > 0:
+        line = self._line(entry)
+        if len(line.queue) > 0:
             return None
         candidates = self._candidates(entry)
-        return self._grant(entry, candidates, route, excluded) if candidates else None
+        offered = line.share.offer(entry, candidates)
+        return self._grant(entry, offered, candidates, route, excluded) if offered else None
 
     async def acquire(
         self, entry: ModelEntry, route: RouteRequest, turn: Turn, excluded: frozenset[str] = frozenset()
@@ -133,6 +137,8 @@ class Dispatcher:
         self._prompt_done(lease)
         self._loads.end(lease.endpoint.id)
         line = self._line(lease.entry)
+        if lease.failed is not None and lease.entry.canary_weight is not None:
+            line.share.tracks[track_of(lease.endpoint)].ended(failed=lease.failed)
         line.signals.in_flight -= 1
         if len(line.queue):
             self._drain(lease.entry.name)
@@ -143,7 +149,10 @@ class Dispatcher:
         """The replica of this lease has begun to answer."""
         self._prompt_done(lease)
         self._outliers.success(lease.endpoint.id)
-        self._line(lease.entry).signals.first_byte(self._clock() - lease.leased_at)
+        line, took_s = self._line(lease.entry), self._clock() - lease.leased_at
+        line.signals.first_byte(took_s)
+        if lease.entry.canary_weight is not None:
+            line.share.tracks[track_of(lease.endpoint)].first_byte(took_s)
 
     def _prompt_done(self, lease: Lease) -> None:
         self._loads.answered(lease.endpoint.id, lease.pending_tokens)
@@ -152,10 +161,12 @@ class Dispatcher:
     def completed(self, lease: Lease) -> None:
         """The replica of this lease has answered in full."""
         now = self._clock()
+        lease.failed = bool(lease.failed)
         self._line(lease.entry).signals.completed(now, now - lease.leased_at)
 
     def failed(self, lease: Lease) -> bool:
         """The replica of this lease failed it. True when that ejects the replica for a while."""
+        lease.failed = True
         return self._outliers.failure(lease.endpoint.id, self._clock())
 
     def abandoned(self, lease: Lease) -> None:
@@ -185,6 +196,11 @@ class Dispatcher:
             oldest_held_s=now - oldest.enqueued_at if oldest else 0.0,
             ready=len(entry.ready) if entry else 0,
         )
+
+    def tracks(self, model: str) -> Mapping[Track, TrackRecord]:
+        """How the revisions of a model fare beside each other; empty for one that had no request yet."""
+        line = self._lines.get(model)
+        return line.share.tracks if line is not None else {}
 
     def position(self, model: str) -> int:
         """How many requests wait for this model."""
@@ -279,7 +295,8 @@ class Dispatcher:
             return
         while len(line.queue):
             candidates = self._candidates(entry)
-            if not candidates:
+            offered = line.share.offer(entry, candidates)
+            if not offered:
                 return
             ticket = line.queue.pop(self._clock())
             if ticket is None:
@@ -287,7 +304,8 @@ class Dispatcher:
             self._forget(line, ticket)
             waiter = ticket.payload
             if not waiter.granted.done():
-                waiter.granted.set_result(self._grant(entry, candidates, waiter.route, waiter.excluded))
+                lease = self._grant(entry, offered, candidates, waiter.route, waiter.excluded)
+                waiter.granted.set_result(lease)
 
     def _candidates(self, entry: ModelEntry) -> list[Candidate]:
         """Ready, not ejected, below the saturation line."""
@@ -296,19 +314,28 @@ class Dispatcher:
         return [c for c in candidates if not c.load.saturated(entry.saturation)]
 
     def _grant(
-        self, entry: ModelEntry, candidates: Sequence[Candidate], route: RouteRequest, excluded: frozenset[str]
+        self,
+        entry: ModelEntry,
+        offered: Sequence[Candidate],
+        candidates: Sequence[Candidate],
+        route: RouteRequest,
+        excluded: frozenset[str],
     ) -> Lease:
-        """Prefer a replica that has not failed this request and has the adapter loaded; each wish fails open."""
+        """Prefer a replica that has not failed this request, of either track, and has the adapter loaded; each wish
+        fails open."""
         if excluded:
-            candidates = [c for c in candidates if c.endpoint.id not in excluded] or candidates
+            untried = [c for c in offered if c.endpoint.id not in excluded]
+            offered = untried or [c for c in candidates if c.endpoint.id not in excluded] or offered
         if route.adapter is not None:
-            candidates = [c for c in candidates if route.adapter in c.endpoint.adapters] or candidates
-        choice = self._router.choose(entry.strategy, candidates, route)
+            offered = [c for c in offered if route.adapter in c.endpoint.adapters] or offered
+        choice = self._router.choose(entry.strategy, offered, route)
         fresh = 1.0 - choice.matched_blocks / len(route.prefix) if route.prefix else 1.0
         pending_tokens = route.prompt_tokens * fresh
         self._loads.begin(choice.endpoint.id, pending_tokens)
         self._outliers.chosen(choice.endpoint.id)
-        self._line(entry).signals.in_flight += 1
+        line = self._line(entry)
+        line.signals.in_flight += 1
+        line.share.granted(entry, choice.endpoint)
         return Lease(entry, choice, self._clock(), pending_tokens)
 
     def _line(self, entry: ModelEntry) -> _Line:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from octavo_gateway.canary import FIRST_BYTE_BOUNDS_S, Track, TrackRecord
 from octavo_gateway.load import LoadBook
 from octavo_gateway.registry import EndpointState, Registry
 from octavo_gateway.signals import GatewaySignals
 from octavo_gateway.usage import Ledger
+
+Tracks = Callable[[str], Mapping[Track, TrackRecord]]
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
@@ -75,9 +79,12 @@ class Metrics:
             if count:
                 self._tokens.labels(model, kind).inc(count)
 
-    def watch(self, registry: Registry, loads: LoadBook, signals: Callable[[str], GatewaySignals]) -> None:
+    def watch(
+        self, registry: Registry, loads: LoadBook, signals: Callable[[str], GatewaySignals], tracks: Tracks
+    ) -> None:
         """Export the live view of models and replicas, read when scraped."""
         self.registry.register(_LiveView(registry, loads, signals))
+        self.registry.register(_CanaryView(registry, tracks))
 
     def watch_ledger(self, ledger: Ledger) -> None:
         """Export how the ledger gets on with its database, read when scraped."""
@@ -140,6 +147,36 @@ class _LedgerView(Collector):
             "Bytes of usage records that wait for the ledger's database.",
             value=self._ledger.spool_bytes,
         )
+
+
+class _CanaryView(Collector):
+    """Both tracks of every model that has a canary, for whoever judges it."""
+
+    def __init__(self, registry: Registry, tracks: Tracks) -> None:
+        self._registry = registry
+        self._tracks = tracks
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["model", "namespace", "track"]
+        requests = CounterMetricFamily("octavo_gateway_track_requests", "Attempts on a revision.", labels=labels)
+        errors = CounterMetricFamily("octavo_gateway_track_errors", "Attempts that it failed.", labels=labels)
+        first_byte = HistogramMetricFamily(
+            "octavo_gateway_track_first_byte_seconds", "From its request to its first byte.", labels=labels
+        )
+        for entry in self._registry.snapshot.models.values():
+            if entry.canary_weight is None:
+                continue
+            for track, record in self._tracks(entry.name).items():
+                values = [entry.name, entry.namespace, track.value]
+                requests.add_metric(values, record.requests)
+                errors.add_metric(values, record.errors)
+                bounds = [*map(str, FIRST_BYTE_BOUNDS_S), "+Inf"]
+                buckets = list(zip(bounds, accumulate(record.buckets), strict=True))
+                first_byte.add_metric(values, buckets, record.seconds)
+        yield from (requests, errors, first_byte)
 
 
 _SIGNALS = {

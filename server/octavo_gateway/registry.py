@@ -38,6 +38,7 @@ class Endpoint:
     weight: float = 1.0
     adapters: frozenset[str] = frozenset()
     revision: str = ""
+    canary: bool = False  # of a revision on trial beside the one that serves
 
     @property
     def address(self) -> tuple[str, int, bool]:
@@ -97,6 +98,7 @@ class ModelEntry:
     scale_to_zero: bool = False
     desired_replicas: int | None = None
     scaling_reason: str = ""
+    canary_weight: int | None = None  # percent of requests for canary endpoints; None when no canary runs
 
     @property
     def ready(self) -> tuple[Endpoint, ...]:

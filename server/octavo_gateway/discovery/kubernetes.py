@@ -27,6 +27,7 @@ SETTLE_S = 0.05
 
 GROUP = "serving.octavo.dev"
 SERVICE_LABEL = f"{GROUP}/inferenceservice"
+TRACK_LABEL = f"{GROUP}/track"
 ROUTE_SELECTOR = f"{GROUP}/route=true"
 POD_SELECTOR = f"{SERVICE_LABEL},app.kubernetes.io/component=engine"
 ROUTE_KEY = "route.json"
@@ -77,6 +78,7 @@ def _entry(config_map: Item, route: dict[str, Any], pods: Iterable[Item], servic
         retry=RetryPolicy(int(retry.get("attempts", 2)), retry.get("perTryTimeoutSeconds")),
         scale_to_zero=bool(route.get("scaleToZero")),
         desired_replicas=None if desired is None else int(desired),
+        canary_weight=None if route.get("canary") is None else int(route["canary"]["weight"]),
         scaling_reason=str(decision.get("message") or decision.get("reason") or ""),
     )
 
@@ -94,9 +96,10 @@ def _endpoint(pod: Item, port: int) -> Endpoint | None:
     else:
         state = EndpointState.READY if ready else EndpointState.STARTING
     place = annotated or (f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
-    revision = meta.get("labels", {}).get("pod-template-hash", "")
+    labels = meta.get("labels", {})
+    revision, canary = labels.get("pod-template-hash", ""), labels.get(TRACK_LABEL) == "canary"
     name = f"{meta['namespace']}/{meta['name']}"
-    return Endpoint(name, f"http://{place}", state, adapters=_adapters(meta), revision=revision)
+    return Endpoint(name, f"http://{place}", state, adapters=_adapters(meta), revision=revision, canary=canary)
 
 
 def _adapters(meta: Item) -> frozenset[str]:
