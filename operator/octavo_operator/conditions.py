@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo_operator.adapters import AdapterState
+from octavo_operator.api.operations import Canary
+from octavo_operator.canary import Phase, Trial, canary_weight
 from octavo_operator.faults import Fault, find_fault
 from octavo_operator.judgement import Judgement, timestamp
 
@@ -180,12 +182,28 @@ def _progressing(judgement: Judgement) -> _Verdict:
     deployment = judgement.observation.deployment
     if deployment is None:
         return _Verdict("Progressing", "Unknown", "NotCreated")
+    if judgement.trial is not None and judgement.service.spec.rollout.canary is not None:
+        return _trial(judgement.trial, judgement.service.spec.rollout.canary)
     if deployment.deadline_exceeded:
         message = "no progress within spec.rollout.progressDeadlineSeconds; the old replicas serve on"
         return _Verdict("Progressing", "False", "DeadlineExceeded", message)
     if deployment.rolling:
         return _Verdict("Progressing", "True", "RollingOut", f"{deployment.updated} of {deployment.wanted} are new")
     return _Verdict("Progressing", "False", "Complete")
+
+
+def _trial(trial: Trial, canary: Canary) -> _Verdict:
+    share = f"revision {trial.revision} gets {canary_weight(trial, canary)} % of the requests"
+    match trial.phase:
+        case Phase.ROLLED_BACK:
+            message = f"revision {trial.revision} was taken back: {trial.failing}; the former one serves on"
+            return _Verdict("Progressing", "False", "CanaryRolledBack", message)
+        case Phase.PROMOTING:
+            return _Verdict("Progressing", "True", "CanaryPromoting", f"revision {trial.revision} takes over")
+        case Phase.STARTING:
+            share += "; the replicas of this step start"
+    problem = f"; it does not go on: {trial.failing}" if trial.failing else ""
+    return _Verdict("Progressing", "True", f"CanaryStep{trial.step + 1}", share + problem)
 
 
 def _scaling_active(judgement: Judgement, previous: Mapping[str, Any]) -> _Verdict:
@@ -204,6 +222,10 @@ def _scaling_active(judgement: Judgement, previous: Mapping[str, Any]) -> _Verdi
 
 def _degraded(judgement: Judgement, fault: Fault | None) -> _Verdict:
     ready, needed = len(judgement.observation.ready), _needed(judgement)
+    trial = judgement.trial
+    if trial is not None and trial.phase is Phase.ROLLED_BACK:
+        message = f"{trial.failing}; change the spec, or remove spec.rollout.canary to roll it out nevertheless"
+        return _Verdict("Degraded", "True", "CanaryRolledBack", message)
     if fault is not None and judgement.observation.ready:
         return _Verdict("Degraded", "True", fault.reason, fault.message)
     if judgement.refusal is not None and judgement.observation.ready:

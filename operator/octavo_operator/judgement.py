@@ -11,6 +11,7 @@ from octavo_operator.adapters import AdapterView
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.autoscale.decide import Decision
 from octavo_operator.autoscale.observer import Capacity
+from octavo_operator.canary import Trial
 from octavo_operator.fit import Fit
 from octavo_operator.observation import Observation
 from octavo_operator.plan import Plan, Unplannable
@@ -46,6 +47,8 @@ class Judgement:
     revision: str = ""  # of the pods that are wanted
     adapters: tuple[AdapterView, ...] = ()
     fit: Fit | None = None
+    trial: Trial | None = None
+    wanted: int | None = None  # replicas of the whole service; what its Deployment says when None
     not_estimated: str = ""  # why there is no `fit`
 
     @property

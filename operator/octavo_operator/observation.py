@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from octavo_operator.render.labels import ENGINE_CONTAINER
+from octavo_operator.render.labels import CANARY, ENGINE_CONTAINER, REVISION_ANNOTATION, TRACK_LABEL
 
 Raw = Mapping[str, Any]
 
@@ -33,6 +33,7 @@ class PodView:
     exit_message: str = ""
     unscheduled_message: str = ""
     template_hash: str = ""
+    canary: bool = False  # of a revision on trial
 
     @property
     def counts(self) -> bool:
@@ -64,6 +65,7 @@ class DeploymentView:
     failure_reason: str = ""  # why pods cannot be created: quota, admission
     failure_message: str = ""
     deadline_exceeded: bool = False
+    revision: str = ""  # of the pod template that the operator rendered
 
     @property
     def rolling(self) -> bool:
@@ -77,6 +79,7 @@ class Observation:
 
     deployment: DeploymentView | None = None
     pods: tuple[PodView, ...] = ()
+    canary: DeploymentView | None = None  # of a revision on trial
 
     @property
     def ready(self) -> tuple[PodView, ...]:
@@ -92,10 +95,14 @@ class Observation:
         return tuple(p for p in self.pods if p.counts and not p.ready and not p.failing and not p.unschedulable)
 
 
-def observe(deployment: Raw | None, pods: Iterable[Raw]) -> Observation:
+def observe(deployment: Raw | None, pods: Iterable[Raw], canary: Raw | None = None) -> Observation:
     """The observation of a service."""
     views = sorted((pod_view(pod) for pod in pods), key=lambda pod: pod.name)
-    return Observation(None if deployment is None else deployment_view(deployment), tuple(views))
+    return Observation(
+        None if deployment is None else deployment_view(deployment),
+        tuple(views),
+        None if canary is None else deployment_view(canary),
+    )
 
 
 def pod_view(pod: Raw, container: str = ENGINE_CONTAINER) -> PodView:
@@ -107,6 +114,7 @@ def pod_view(pod: Raw, container: str = ENGINE_CONTAINER) -> PodView:
     ended = (engine.get("state") or {}).get("terminated") or (engine.get("lastState") or {}).get("terminated") or {}
     scheduled, ready = conditions.get("PodScheduled", {}), conditions.get("Ready", {})
     is_ready = ready.get("status") == "True"
+    labels = metadata.get("labels") or {}
     unscheduled = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", "SchedulingGated")
     return PodView(
         name=metadata["name"],
@@ -125,7 +133,8 @@ def pod_view(pod: Raw, container: str = ENGINE_CONTAINER) -> PodView:
         exit_reason=ended.get("reason") or "",
         exit_message=ended.get("message") or "",
         unscheduled_message=scheduled.get("message", "") if unscheduled else "",
-        template_hash=(metadata.get("labels") or {}).get("pod-template-hash", ""),
+        template_hash=labels.get("pod-template-hash", ""),
+        canary=labels.get(TRACK_LABEL) == CANARY,
     )
 
 
@@ -146,6 +155,7 @@ def deployment_view(deployment: Raw) -> DeploymentView:
         failure_reason=failure.get("reason", "") if failed else "",
         failure_message=failure.get("message", "") if failed else "",
         deadline_exceeded=progress.get("reason") == "ProgressDeadlineExceeded",
+        revision=(deployment["metadata"].get("annotations") or {}).get(REVISION_ANNOTATION, ""),
     )
 
 

@@ -7,11 +7,14 @@ from statistics import median
 from typing import Any
 
 from octavo_operator.adapters import AdapterView
+from octavo_operator.api.inference_service import InferenceService
+from octavo_operator.api.operations import Canary
 from octavo_operator.autoscale.decide import Decision
+from octavo_operator.canary import Phase, Trial, canary_weight
 from octavo_operator.conditions import MAX_MESSAGE, service_conditions
 from octavo_operator.faults import find_fault, last_line
 from octavo_operator.judgement import Judgement, timestamp
-from octavo_operator.observation import PodView
+from octavo_operator.observation import PodView, seconds
 from octavo_operator.render.labels import SERVICE_LABEL
 
 HISTORY_LENGTH = 10
@@ -24,13 +27,13 @@ def service_status(judgement: Judgement) -> Status:
     """The status of a service; fields that are not known are left out. Times move only when what they tell moves."""
     service, observation, plan = judgement.service, judgement.observation, judgement.plan
     previous = judgement.previous()
-    deployment = observation.deployment
+    deployment, canary = observation.deployment, observation.canary
     status: Status = {
         "observedGeneration": service.metadata.generation,
-        "replicas": deployment.replicas if deployment else 0,
+        "replicas": sum(view.replicas for view in (deployment, canary) if view),
         "readyReplicas": len(observation.ready),
-        "desiredReplicas": deployment.wanted if deployment else 0,
-        "updatedReplicas": deployment.updated if deployment else 0,
+        "desiredReplicas": _desired(judgement),
+        "updatedReplicas": newest.updated if (newest := canary or deployment) else 0,
         "selector": f"{SERVICE_LABEL}={service.name}",
         "conditions": service_conditions(judgement, previous),
         "model": _model(judgement),
@@ -49,6 +52,8 @@ def service_status(judgement: Judgement) -> Status:
         status["scaling"] = _scaling(judgement, judgement.decision, previous.get("scaling") or {})
     elif previous.get("scaling"):
         status["scaling"] = previous["scaling"]
+    if (trial := judgement.trial) is not None and service.spec.rollout.canary is not None:
+        status["canary"] = _canary(trial, service.spec.rollout.canary)
     if judgement.adapters:
         status["adapters"] = [_adapter(view) for view in judgement.adapters]
     if revisions := _revisions(judgement):
@@ -95,19 +100,45 @@ def _adapter(view: AdapterView) -> dict[str, Any]:
     return {**entry, "message": view.message[:MAX_MESSAGE]} if view.message else entry
 
 
+def _desired(judgement: Judgement) -> int:
+    deployment = judgement.observation.deployment
+    if judgement.trial is not None and judgement.wanted is not None:
+        return judgement.wanted
+    return deployment.wanted if deployment else 0
+
+
+def _canary(trial: Trial, canary: Canary) -> dict[str, Any]:
+    entry = {
+        "revision": trial.revision,
+        "phase": trial.phase.value,
+        "step": trial.step,
+        "weight": canary_weight(trial, canary),
+        "since": timestamp(trial.since),
+    }
+    return {**entry, "message": trial.failing[:MAX_MESSAGE]} if trial.failing else entry
+
+
+def restored_trial(service: InferenceService) -> Trial | None:
+    """The trial that the last status told of."""
+    told = service.status.canary if service.status else None
+    if told is None:
+        return None
+    return Trial(told.revision, Phase(told.phase), told.step, seconds(told.since) or 0.0, told.message)
+
+
 def _revisions(judgement: Judgement) -> list[dict[str, Any]]:
     """Revisions that have pods, by the name of their ReplicaSet, with the percent of requests that each gets."""
-    groups: dict[str, list[PodView]] = {}
-    for pod in judgement.observation.pods:
-        if pod.counts and pod.template_hash:
-            groups.setdefault(pod.template_hash, []).append(pod)
-    ready = len(judgement.observation.ready)
+    pods = [pod for pod in judgement.observation.pods if pod.counts and pod.template_hash]
+    canary = judgement.service.spec.rollout.canary
+    weight = canary_weight(judgement.trial, canary) if judgement.trial and canary else 0
+    shares = {True: weight, False: 100 - weight}  # by whether a pod is on trial
     revisions = []
-    for template_hash, pods in sorted(groups.items()):
-        serving = sum(pod.ready for pod in pods)
-        weight = round(100 * serving / ready) if ready else 0
+    for template_hash, on_trial in sorted({(pod.template_hash, pod.canary) for pod in pods}):
+        serving = sum(pod.ready for pod in pods if pod.template_hash == template_hash)
+        of_track = sum(pod.ready for pod in pods if pod.canary == on_trial)
+        share = round(shares[on_trial] * serving / of_track) if of_track else 0
         name = f"{judgement.service.name}-{template_hash}"
-        revisions.append({"name": name, "weight": weight, "readyReplicas": serving})
+        revisions.append({"name": name, "weight": share, "readyReplicas": serving})
     return revisions[:MAX_REVISIONS]
 
 

@@ -128,6 +128,23 @@ class RevisionStatus(Observed):
     """Its ready replicas."""
 
 
+class CanaryStatus(Observed):
+    """A new revision on trial."""
+
+    revision: str
+    """Which revision, by the hash of its pod template."""
+    phase: str
+    """Starting, Running, Promoting or RolledBack."""
+    step: int = 0
+    """Step of spec.rollout.canary, counted from 0."""
+    weight: int = 0
+    """Percent of requests that it gets."""
+    since: Time
+    """When the phase began."""
+    message: str = ""
+    """Why it does not go on, or was taken back."""
+
+
 class AdapterStatus(Observed):
     """One LoRA adapter."""
 
@@ -170,5 +187,7 @@ class InferenceServiceStatus(Observed):
     """What the autoscaler sees and did."""
     revisions: Annotated[list[RevisionStatus], Field(max_length=16)] = []
     """Revisions that have pods."""
+    canary: CanaryStatus | None = None
+    """A new revision on trial."""
     adapters: Annotated[list[AdapterStatus], Field(max_length=128)] = []
     """LoRA adapters."""

@@ -12,6 +12,7 @@ MODEL_CACHE = Kind(API_VERSION, "ModelCache", "modelcaches")
 INFERENCE_TENANT = Kind(API_VERSION, "InferenceTenant", "inferencetenants", namespaced=False)
 
 DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
+CONTROLLER_REVISION = Kind("apps/v1", "ControllerRevision", "controllerrevisions")
 POD = Kind("v1", "Pod", "pods")
 EVENT = Kind("v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
@@ -27,6 +28,7 @@ CHILDREN = (
     Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     DEPLOYMENT,
+    CONTROLLER_REVISION,
     CLAIM,
     JOB,
 )

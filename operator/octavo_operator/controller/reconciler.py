@@ -18,11 +18,22 @@ from octavo_operator.api.serving_runtime import ClusterServingRuntime, ServingRu
 from octavo_operator.api.validation import parse
 from octavo_operator.autoscale.decide import Decision
 from octavo_operator.autoscale.observer import Capacity
+from octavo_operator.canary import (
+    News,
+    Phase,
+    Trial,
+    advance,
+    canary_weight,
+    news,
+    split_replicas,
+)
+from octavo_operator.canary_meter import CanaryMeter, trial_view
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.kinds import (
     CHILDREN,
     CLUSTER_SERVING_RUNTIME,
+    CONTROLLER_REVISION,
     DEPLOYMENT,
     INFERENCE_SERVICE,
     MODEL_CACHE,
@@ -35,16 +46,18 @@ from octavo_operator.controller.store import Key, Store
 from octavo_operator.desired import Runtime, with_presets
 from octavo_operator.diff import reconcile, stamped
 from octavo_operator.judgement import Judgement, Scaling
-from octavo_operator.observation import Observation, observe
+from octavo_operator.observation import Observation, deployment_view, observe
 from octavo_operator.plan import Facts, Plan, Unplannable, plan
 from octavo_operator.plan.runtime import choose_runtime
-from octavo_operator.plan.values import ModelClaim
-from octavo_operator.render import Owner, render_plan
+from octavo_operator.plan.values import ModelClaim, Workload
+from octavo_operator.render import CanaryRender, Owner, render_plan
+from octavo_operator.render.deployment import Kept, canary_name, kept_name
 from octavo_operator.render.labels import SERVICE_LABEL
 from octavo_operator.render.model_cache import claim_name, model_path
-from octavo_operator.render.revision import revision_of
+from octavo_operator.render.pod import pod_template
+from octavo_operator.render.revision import revision_of, template_revision
 from octavo_operator.routes import RouteView
-from octavo_operator.status import HISTORY_LENGTH, Status, service_status, without_change
+from octavo_operator.status import HISTORY_LENGTH, Status, restored_trial, service_status, without_change
 
 log = logging.getLogger("octavo.operator")
 SCALING_STATUS_EVERY_S = 30.0
@@ -66,6 +79,10 @@ class ServiceState:
     route: RouteView | None = None
     adapters: tuple[AdapterView, ...] = ()
     adapters_loading: bool = False
+    trial: Trial | None = None
+    meter: CanaryMeter = field(default_factory=CanaryMeter)
+    wanted: int | None = None  # replicas of the whole service, those of a canary among them
+    untold: tuple[News, ...] = ()
     status_written: float = 0.0
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
 
@@ -100,12 +117,14 @@ class Reconciler:
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             self.states.pop(key, None)
             return None
-        state = self.states.setdefault(key, ServiceState(status_written=self._now()))
         try:
             service = parse(InferenceService, raw)
         except ManifestErrors as wrong:
             await self._refuse_unreadable(raw, wrong)
             return None
+        state = self.states.get(key)
+        if state is None:
+            state = self.states[key] = ServiceState(status_written=self._now(), trial=restored_trial(service))
         refusal: Unplannable | None = None
         apply_error = ""
         failure: ApiError | None = None
@@ -132,11 +151,14 @@ class Reconciler:
             capacity=state.capacity,
             revision=state.revision,
             adapters=state.adapters,
+            trial=state.trial,
+            wanted=state.wanted,
         )
         await self._write_status(raw, service_status(judgement), state)
         if failure is not None:
             raise failure
-        return self._settings.resync_s
+        on_trial = state.trial is not None and state.trial.phase is not Phase.ROLLED_BACK
+        return self._settings.scaling_interval_s if on_trial else self._settings.resync_s
 
     def plan(self, service: InferenceService) -> tuple[Plan, str]:
         """The plan of a service and the kind of its runtime. Raises `Unplannable`."""
@@ -147,15 +169,17 @@ class Reconciler:
     def observe(self, key: Key) -> Observation:
         """What is seen of a service."""
         namespace, name = key
-        deployment = self._store.get(DEPLOYMENT, namespace, name)
-        return observe(deployment, self._store.labelled(POD, namespace, SERVICE_LABEL, name))
+        deployment, canary = (self._store.get(DEPLOYMENT, namespace, found) for found in (name, canary_name(name)))
+        return observe(deployment, self._store.labelled(POD, namespace, SERVICE_LABEL, name), canary)
 
     async def _apply(self, raw: Object, service: InferenceService, state: ServiceState) -> str:
         """Write what differs. Returns why the API server refused an object, if it did."""
         if state.plan is None or (state.plan.waiting_for and not self._exists(service)):
             return ""
         owner = Owner(raw["kind"], service.name, raw["metadata"]["uid"])
-        rendered = render_plan(state.plan, owner, self._replicas(service, state))
+        state.wanted = self._replicas(service, state)
+        replicas, canary = self._try_out(service, state, state.plan.workloads[0])
+        rendered = render_plan(state.plan, owner, replicas, canary)
         state.revision = revision_of(rendered)
         desired = stamped(rendered)
         changes = reconcile(desired, self._observed(service), owner.uid)
@@ -176,6 +200,34 @@ class Reconciler:
             log.info("deleted %s %s/%s", obj["kind"], service.namespace, metadata["name"])
         return ""
 
+    def _try_out(
+        self, service: InferenceService, state: ServiceState, workload: Workload
+    ) -> tuple[int, CanaryRender | None]:
+        """(replicas of the service's own Deployment, the revision on trial beside it)."""
+        key, canary = (service.namespace, service.name), service.spec.rollout.canary
+        replicas = workload.replicas.initial if state.wanted is None else state.wanted
+        before, state.trial = state.trial, None
+        if canary is not None:
+            wanted = template_revision(pod_template(workload))
+            view = trial_view(self.observe(key), wanted, replicas, state.meter)
+            state.trial = advance(before, view, canary, self._now())
+        if told := news(before, state.trial, canary):
+            state.untold = (*state.untold, told)
+        if canary is None or state.trial is None:
+            return replicas, None
+        own, on_trial = split_replicas(state.trial, canary, replicas)
+        kept = None if state.trial.phase is Phase.PROMOTING else self._kept(key)
+        return own, CanaryRender(canary_weight(state.trial, canary), on_trial, kept)
+
+    def _kept(self, key: Key) -> Kept:
+        """The template that serves: as it was remembered when the trial began, else as it runs now."""
+        running = self._store.get(DEPLOYMENT, *key) or {}
+        revision = deployment_view(running).revision
+        remembered = self._store.get(CONTROLLER_REVISION, key[0], kept_name(key[1], revision))
+        template = remembered["data"]["template"] if remembered else running["spec"]["template"]
+        about = {name: value for name, value in template["metadata"].items() if name != "creationTimestamp"}
+        return Kept(revision, {**template, "metadata": about})
+
     def _keep(self, kind: Kind, applied: Object) -> None:
         """Take up what the server answered, so that the next look does not write again before the watch tells."""
         if kind in CHILDREN:
@@ -194,6 +246,8 @@ class Reconciler:
         if existing is None:
             return workload.replicas.initial
         current = int((existing.get("spec") or {}).get("replicas", workload.replicas.initial))
+        if state.trial is not None:  # its Deployment has only a part of them
+            current = state.wanted or (service.status.desired_replicas if service.status else current)
         return min(max(current, workload.replicas.min), workload.replicas.max)
 
     def _observed(self, service: InferenceService) -> Iterator[Object]:
@@ -254,6 +308,9 @@ class Reconciler:
         for scaling in reversed(state.scalings[: state.untold_scalings]):
             await self._events.tell(raw, "Scaled", scaling.reason)
         state.untold_scalings = 0
+        for item in state.untold:
+            await self._events.tell(raw, item.reason, item.message, warning=item.warning)
+        state.untold = ()
         for condition in status["conditions"]:
             type_, told = condition["type"], (condition["status"], condition["reason"])
             if type_ not in ("Ready", "RuntimeResolved", "Degraded") or state.conditions.get(type_) == told:

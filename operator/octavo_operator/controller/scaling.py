@@ -23,7 +23,7 @@ from octavo_operator.controller.replicas import can_be_reached, replica_url
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.judgement import Scaling
-from octavo_operator.observation import Observation
+from octavo_operator.observation import DeploymentView, Observation
 from octavo_operator.plan.values import Workload
 from octavo_operator.render.labels import COMPONENT
 from octavo_operator.routes import route_view
@@ -81,6 +81,9 @@ class ScalingLoop:
         workload = state.plan.workloads[0]
         route = route_view(gateways.pages, gateways.count, workload.model_name, workload.namespace)
         news, state.route = route != state.route, route
+        if state.trial is not None:
+            state.meter.begin(state.trial.revision, state.trial.step)
+            state.meter.add(gateways.by_pod, workload.model_name, workload.namespace)
         if self._store.get(DEPLOYMENT, *key) is not None:
             observation = self._reconciler.observe(key)
             observer = self._observer(key, workload, state.revision)
@@ -115,7 +118,7 @@ class ScalingLoop:
         held, arrivals = gateway_signals(gateways, workload)
         times = start_seconds(observation.pods)
         signals = observer.signals(
-            current=deployment.wanted if deployment else 0,
+            current=_wanted(state, deployment),
             ready=[pod.name for pod in observation.ready],
             pending=len(observation.pending),
             unschedulable=len(observation.unschedulable),
@@ -165,9 +168,11 @@ class ScalingLoop:
     async def _gateway_pages(self, http: aiohttp.ClientSession) -> Gateways:
         """Metrics of every gateway of the installation; one that does not answer is left out this time."""
         pods = self._store.labelled(POD, self._settings.own_namespace, COMPONENT, "gateway")
-        urls = [f"{replica_url(pod, GATEWAY_PORT)}/metrics" for pod in pods if can_be_reached(pod)]
-        texts = await asyncio.gather(*(self._page(http, url) for url in urls))
-        return Gateways(len(urls), [parse_page(text, self._now()) for text in texts if text is not None])
+        urls = {p["metadata"]["name"]: f"{replica_url(p, GATEWAY_PORT)}/metrics" for p in pods if can_be_reached(p)}
+        texts = await asyncio.gather(*(self._page(http, url) for url in urls.values()))
+        now = self._now()
+        answers = {name: parse_page(text, now) for name, text in zip(urls, texts, strict=True) if text is not None}
+        return Gateways(len(urls), answers)
 
     async def _page(self, http: aiohttp.ClientSession, url: str) -> str | None:
         """A metrics page; None when the replica does not answer in time."""
@@ -185,13 +190,24 @@ class ScalingLoop:
 
 @dataclass(frozen=True)
 class Gateways:
-    """How many gateways there are, and the pages of those that answered."""
+    """How many gateways there are, and the pages of those that answered, by pod."""
 
     count: int
-    pages: list[Page]
+    by_pod: dict[str, Page]
+
+    @property
+    def pages(self) -> list[Page]:
+        return list(self.by_pod.values())
 
 
 GATEWAY_PORT = 9090  # its metrics port
+
+
+def _wanted(state: ServiceState, deployment: DeploymentView | None) -> int:
+    """Replicas that the service wants now; while a revision is on trial, its Deployment has only a part of them."""
+    if state.trial is not None and state.wanted is not None:
+        return state.wanted
+    return deployment.wanted if deployment else 0
 
 
 def _is_news(before: Decision | None, now: Decision) -> bool:

@@ -12,15 +12,18 @@ ROUTE_KEY = "route.json"
 ROUTE_LABEL = "serving.octavo.dev/route"
 
 
-def config_map(workload: Workload) -> dict[str, Any]:
+def config_map(workload: Workload, canary_weight: int | None = None) -> dict[str, Any]:
     """The ConfigMap `NAME-route`; gateways find it by its label."""
+    told = route(workload)
+    if canary_weight is not None:
+        told["canary"] = {"weight": canary_weight}
     meta = metadata(workload, f"{workload.name}-route")
     meta["labels"] = {**dict(meta["labels"]), ROUTE_LABEL: "true"}  # type: ignore[call-overload]
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": meta,
-        "data": {ROUTE_KEY: json.dumps(route(workload), indent=1, sort_keys=True)},
+        "data": {ROUTE_KEY: json.dumps(told, indent=1, sort_keys=True)},
     }
 
 

@@ -6,6 +6,8 @@ from octavo_operator.api.base import GROUP
 from octavo_operator.plan.values import Workload
 
 SERVICE_LABEL = f"{GROUP}/inferenceservice"
+TRACK_LABEL = f"{GROUP}/track"  # on pods of a revision that is on trial
+CANARY = "canary"
 REVISION_ANNOTATION = f"{GROUP}/revision"  # of the pod template that a workload was rendered with
 ADAPTERS_ANNOTATION = f"{GROUP}/adapters"  # on a pod: paths by name of the LoRA adapters that were loaded there
 COMPONENT = "app.kubernetes.io/component"
