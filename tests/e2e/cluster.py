@@ -15,6 +15,8 @@ from e2e import control_plane
 from e2e.control_plane import ControlPlane
 from octavo_operator.controller.client import ApiError, Kind, KubeClient
 from octavo_operator.controller.kinds import INFERENCE_SERVICE
+from octavo_operator.controller.run import Operator
+from octavo_operator.controller.settings import OperatorSettings
 
 ROOT = Path(__file__).parents[2]
 CRD = Kind("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False)
@@ -85,3 +87,14 @@ async def is_gone(client: KubeClient, kind: Kind, namespace: str, name: str) -> 
     except ApiError as error:
         return error.is_missing
     return False
+
+
+def run_operator(namespace: str, **changes: Any) -> Operator:
+    """The operator in a thread, quick to look again."""
+    settings = OperatorSettings(
+        namespaces=(namespace,), own_namespace=namespace, scaling_interval_s=0.3, scrape_timeout_s=0.5, **changes
+    )
+    operator = Operator(settings)
+    operator.start()
+    assert operator.ready.wait(20), "kopf did not become ready"
+    return operator

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from e2e import control_plane
-from e2e.cluster import NAMESPACE, install_crds
+from e2e.cluster import NAMESPACE, install_crds, run_operator
 from e2e.control_plane import ControlPlane, FakeNode
 from octavo_operator.controller.client import KubeClient
+from octavo_operator.controller.run import Operator
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +45,10 @@ async def namespace(client: KubeClient) -> str:
     name = f"e2e-{uuid.uuid4().hex[:8]}"
     await client.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     return name
+
+
+@pytest.fixture
+def operator(client: KubeClient, namespace: str, node: FakeNode) -> Iterator[Operator]:
+    operator = run_operator(namespace)
+    yield operator
+    operator.stop()

@@ -211,6 +211,7 @@ class FakeNode:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.faults: dict[str, dict[str, Any]] = {}  # InferenceService to the status its pods shall show
+        self.canary_faults: dict[str, dict[str, Any]] = {}  # the same for pods of a revision on trial
         self.annotations: dict[str, dict[str, str]] = {}  # InferenceService to annotations its pods shall carry
 
     def start(self) -> None:
@@ -274,7 +275,8 @@ class FakeNode:
         wanted = self.annotations.get(service, {})
         if wanted and not wanted.items() <= (metadata.get("annotations") or {}).items():
             await client.patch(POD, namespace, name, {"metadata": {"annotations": wanted}})
-        status = self.faults.get(service) or _running(pod)
+        on_trial = (metadata.get("labels") or {}).get("serving.octavo.dev/track") == "canary"
+        status = (on_trial and self.canary_faults.get(service)) or self.faults.get(service) or _running(pod)
         if any((pod.get("status") or {}).get(k) != v for k, v in status.items() if k == "containerStatuses"):
             await client.patch_status(POD, namespace, name, {**(pod.get("status") or {}), **status})
 

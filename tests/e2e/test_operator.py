@@ -5,14 +5,25 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from e2e import control_plane
-from e2e.cluster import EVENT, PDB, SERVICE, SMOLLM2, WAIT_S, condition, is_gone, manifest, reaches, until
+from e2e.cluster import (
+    EVENT,
+    PDB,
+    SERVICE,
+    SMOLLM2,
+    WAIT_S,
+    condition,
+    is_gone,
+    manifest,
+    reaches,
+    run_operator,
+    until,
+)
 from e2e.control_plane import ControlPlane, FakeNode
 from octavo_operator.controller.client import ApiError, Kind, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, MODEL_CACHE
@@ -24,23 +35,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(bool(control_plane.missing_reason()), reason=control_plane.missing_reason()),
 ]
-
-
-def run_operator(namespace: str, **changes: Any) -> Operator:
-    settings = OperatorSettings(
-        namespaces=(namespace,), own_namespace=namespace, scaling_interval_s=0.3, scrape_timeout_s=0.5, **changes
-    )
-    operator = Operator(settings)
-    operator.start()
-    assert operator.ready.wait(20), "kopf did not become ready"
-    return operator
-
-
-@pytest.fixture
-def operator(client: KubeClient, namespace: str, node: FakeNode) -> Iterator[Operator]:
-    operator = run_operator(namespace)
-    yield operator
-    operator.stop()
 
 
 async def test_applying_the_example_yields_deployment_service_and_honest_status(
