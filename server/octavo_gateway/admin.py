@@ -26,9 +26,8 @@ Page = Callable[[dict[str, str]], Awaitable[bytes]]
 
 
 class AdminApi:
-    """ASGI application. /metrics and /health need no token: network policy guards the port; the rest needs it.
-
-    Without a token there is nothing but metrics and health.
+    """ASGI application. /metrics, /health and /tenants, which the operator reads, need no token: network policy guards
+    the port. The rest needs it, and without one there is nothing else.
     """
 
     def __init__(self, gateway: Gateway, token: str | None) -> None:
@@ -47,6 +46,9 @@ class AdminApi:
         method, path = scope["method"], scope["path"]
         if method == "GET" and path == "/metrics":
             await respond(send, 200, self._gateway.metrics.page(), TEXT)
+            return
+        if method == "GET" and path == "/tenants":
+            await respond(send, 200, self._readings())
             return
         if method == "GET" and path.startswith("/health"):
             ready = path != "/health/ready" or (self._gateway.registry.synced and not self._gateway.leaving)
@@ -70,6 +72,13 @@ class AdminApi:
             raise RouteNotFoundError(f"There is no {scope['method']} {scope['path'][:200]} here.")
         query = {name: values[-1] for name, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
         return await page(query)
+
+    def _readings(self) -> bytes:
+        """How each InferenceTenant was read, for its status; names and counts, no key and no hash of one."""
+        directory = self._gateway.accounts.directory
+        readings = directory.readings if directory is not None else ()
+        told = [{"name": r.name, "generation": r.generation, "keys": r.keys, "problem": r.problem} for r in readings]
+        return json.dumps({"enforced": directory is not None, "tenants": told}).encode()
 
     async def _tenants(self, query: dict[str, str]) -> bytes:
         directory = self._gateway.accounts.directory

@@ -14,6 +14,7 @@ from octavo_operator.controller.kinds import (
     CHILDREN,
     CLUSTER_SERVING_RUNTIME,
     INFERENCE_SERVICE,
+    INFERENCE_TENANT,
     MODEL_CACHE,
     POD,
     SERVING_RUNTIME,
@@ -23,12 +24,13 @@ from octavo_operator.controller.reconciler import Reconciler
 from octavo_operator.controller.scaling import ScalingLoop
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store, key_of
+from octavo_operator.controller.tenants import TenantLoop
 from octavo_operator.controller.work_queue import WorkQueue
 from octavo_operator.render.labels import MANAGED_BY, MANAGER, PART_OF, SERVICE_LABEL
 from octavo_operator.render.model_cache import CACHE_LABEL
 
 log = logging.getLogger("octavo.operator")
-OWN_KINDS = (INFERENCE_SERVICE, SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME, MODEL_CACHE)
+OWN_KINDS = (INFERENCE_SERVICE, SERVING_RUNTIME, CLUSTER_SERVING_RUNTIME, MODEL_CACHE, INFERENCE_TENANT)
 OURS = f"{MANAGED_BY}={MANAGER}"
 PODS = f"{PART_OF}=octavo"
 
@@ -46,6 +48,7 @@ class EngineRoom:
         self.services: WorkQueue[Key] = WorkQueue(self.reconciler.reconcile, settings.workers)
         self.cache_queue: WorkQueue[Key] = WorkQueue(self.caches.reconcile, 1)
         self.scaling = ScalingLoop(client, self.reconciler, self.store, settings, self.services.add)
+        self.tenants = TenantLoop(client, self.store, settings)
         self.adapters = AdapterLoop(client, self.reconciler, self.store, settings, self.services.add)
         scopes: tuple[str | None, ...] = settings.namespaces or (None,)
         self.informers = [
@@ -69,6 +72,7 @@ class EngineRoom:
             group.create_task(self.cache_queue.run())
             group.create_task(self.scaling.run())
             group.create_task(self.adapters.run())
+            group.create_task(self.tenants.run())
             group.create_task(self._relist_forever())
 
     def see(self, kind: Kind, obj: Object, deleted: bool) -> None:

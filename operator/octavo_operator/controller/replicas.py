@@ -1,10 +1,11 @@
-"""Where a replica answers HTTP."""
+"""Where replicas and gateways answer HTTP."""
 
 from __future__ import annotations
 
 from octavo_operator.controller.client import Object
 
 ADDRESS_ANNOTATION = "serving.octavo.dev/address"  # host:port of a replica that is no pod, in development and tests
+GATEWAY_PORT = 9090  # metrics port of a gateway
 
 
 def can_be_reached(pod: Object) -> bool:

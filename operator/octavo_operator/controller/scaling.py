@@ -19,7 +19,7 @@ from octavo_operator.autoscale.signals import ReplicaSample
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
 from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler, ServiceState
-from octavo_operator.controller.replicas import can_be_reached, replica_url
+from octavo_operator.controller.replicas import GATEWAY_PORT, can_be_reached, replica_url
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.judgement import Scaling
@@ -198,9 +198,6 @@ class Gateways:
     @property
     def pages(self) -> list[Page]:
         return list(self.by_pod.values())
-
-
-GATEWAY_PORT = 9090  # its metrics port
 
 
 def _wanted(state: ServiceState, deployment: DeploymentView | None) -> int:

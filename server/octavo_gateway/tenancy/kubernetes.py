@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from octavo_gateway.discovery.kube_api import ApiServer, Item, Watched, follow
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.tenancy.source import Secrets, to_tenant
-from octavo_gateway.tenancy.tenant import Tenant, TenantDirectory
+from octavo_gateway.tenancy.tenant import Reading, Tenant, TenantDirectory
 from octavo_operator.api.inference_tenant import InferenceTenant
 
 log = logging.getLogger("octavo.gateway.tenancy")
@@ -29,25 +29,34 @@ def build_from_cluster(resources: Iterable[Item], secrets: Iterable[Item]) -> Te
     """
     values: Secrets = {str(s["metadata"]["name"]): _texts(s.get("data") or {}) for s in secrets}
     tenants: list[Tenant] = []
+    problems: dict[str, str] = {}
+    generations: dict[str, int] = {}
     for item in resources:
         name = item["metadata"]["name"]
+        generations[name] = int(item["metadata"].get("generation") or 0)
         try:
             resource = InferenceTenant.model_validate({k: v for k, v in item.items() if k != "status"})
             tenants.append(to_tenant(resource, values, "kubernetes"))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
-            log.error("kubernetes: InferenceTenant %s: %s: %s", name, where, first["msg"])
+            problems[name] = f"{where}: {first['msg']}"
         except ConfigError as error:
-            log.error("%s", error)
+            problems[name] = str(error)
     holders: dict[bytes, set[str]] = {}
     for tenant in tenants:
         for key in tenant.keys:
             holders.setdefault(key.digest, set()).add(tenant.name)
     disputed = {digest for digest, names in holders.items() if len(names) > 1}
-    if disputed:
-        log.error("kubernetes: %d API keys belong to several tenants and are refused", len(disputed))
-    return TenantDirectory(_without(tenant, disputed) for tenant in tenants)
+    for tenant in tenants:
+        if lost := sum(key.digest in disputed for key in tenant.keys):
+            problems[tenant.name] = f"{lost} of its keys belong to other tenants too and are refused"
+    for name, problem in problems.items():
+        log.error("kubernetes: InferenceTenant %s: %s", name, problem)
+    opening = {tenant.name: _without(tenant, disputed) for tenant in tenants}
+    counts = {name: len(tenant.keys) for name, tenant in opening.items()}
+    readings = (Reading(n, g, counts.get(n, 0), problems.get(n, "")) for n, g in sorted(generations.items()))
+    return TenantDirectory(opening.values(), readings)
 
 
 def _without(tenant: Tenant, disputed: set[bytes]) -> Tenant:

@@ -64,6 +64,16 @@ class Identity:
     key_name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How one InferenceTenant was read: its generation, how many keys open something, and what is wrong with it."""
+
+    name: str
+    generation: int
+    keys: int = 0
+    problem: str = ""
+
+
 class TenantDirectory:
     """Tenants by name, and by key. Immutable: a change makes a new one.
 
@@ -71,7 +81,9 @@ class TenantDirectory:
     taken tells nothing useful about any stored key.
     """
 
-    def __init__(self, tenants: Iterable[Tenant] = ()) -> None:
+    def __init__(self, tenants: Iterable[Tenant] = (), readings: Iterable[Reading] = ()) -> None:
+        """`readings` are of the resources that the tenants come from, for the operator."""
+        self.readings = tuple(readings)
         self.tenants = {tenant.name: tenant for tenant in tenants}
         self._by_prefix: dict[bytes, list[tuple[bytes, Identity]]] = {}
         for tenant in self.tenants.values():
