@@ -24,7 +24,8 @@ def find_fault(observation: Observation) -> Fault | None:
     """The fault that keeps the service from its wanted replicas, the most telling one first; None if there is none."""
     if observation.deployment is not None and observation.deployment.failure_message:
         return _creation_fault(observation.deployment)
-    pods = [pod for pod in observation.pods if pod.counts and not pod.ready]
+    members = (*observation.pods, *observation.workers)
+    pods = [pod for pod in members if pod.counts and not pod.ready]
     for find in (_scheduling_fault, _image_fault, _engine_fault, _probe_fault):
         for pod in pods:
             fault = find(pod)

@@ -7,9 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from octavo_operator.render.labels import CANARY, ENGINE_CONTAINER, REVISION_ANNOTATION, TRACK_LABEL
+from octavo_operator.render.labels import (
+    CANARY,
+    COMPONENT,
+    ENGINE_CONTAINER,
+    GROUP_LABEL,
+    REVISION_ANNOTATION,
+    TRACK_LABEL,
+    WORKER,
+)
 
 Raw = Mapping[str, Any]
+LWS_GROUP_LABEL = "leaderworkerset.sigs.k8s.io/group-index"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,9 @@ class PodView:
     unscheduled_message: str = ""
     template_hash: str = ""
     canary: bool = False  # of a revision on trial
+    worker: bool = False  # a node of a replica that spans several, but not the one that serves
+    group: str = ""  # which replica that is
+    owner: str = ""  # name of the controller
 
     @property
     def counts(self) -> bool:
@@ -80,6 +92,7 @@ class Observation:
     deployment: DeploymentView | None = None
     pods: tuple[PodView, ...] = ()
     canary: DeploymentView | None = None  # of a revision on trial
+    workers: tuple[PodView, ...] = ()  # the other nodes of replicas that span several
 
     @property
     def ready(self) -> tuple[PodView, ...]:
@@ -87,22 +100,32 @@ class Observation:
 
     @property
     def unschedulable(self) -> tuple[PodView, ...]:
-        return tuple(p for p in self.pods if p.counts and p.unschedulable)
+        """Replicas without a node to run on, or with too few."""
+        stuck = {p.group for p in self.workers if p.counts and p.unschedulable}
+        return tuple(p for p in self.pods if p.counts and (p.unschedulable or (p.group and p.group in stuck)))
 
     @property
     def pending(self) -> tuple[PodView, ...]:
         """Replicas on their way: neither ready, nor failing, nor without a node to run on."""
-        return tuple(p for p in self.pods if p.counts and not p.ready and not p.failing and not p.unschedulable)
+        stuck = self.unschedulable
+        return tuple(p for p in self.pods if p.counts and not p.ready and not p.failing and p not in stuck)
 
 
 def observe(deployment: Raw | None, pods: Iterable[Raw], canary: Raw | None = None) -> Observation:
-    """The observation of a service."""
-    views = sorted((pod_view(pod) for pod in pods), key=lambda pod: pod.name)
+    """The observation of a service whose replicas are single pods, or those of a LeaderWorkerSet."""
+    replicas, workers = split_pods(pods)
     return Observation(
         None if deployment is None else deployment_view(deployment),
-        tuple(views),
+        replicas,
         None if canary is None else deployment_view(canary),
+        workers,
     )
+
+
+def split_pods(pods: Iterable[Raw]) -> tuple[tuple[PodView, ...], tuple[PodView, ...]]:
+    """(those that serve, the other nodes of replicas that span several), by name."""
+    views = sorted((pod_view(pod) for pod in pods), key=lambda pod: pod.name)
+    return tuple(v for v in views if not v.worker), tuple(v for v in views if v.worker)
 
 
 def pod_view(pod: Raw, container: str = ENGINE_CONTAINER) -> PodView:
@@ -133,8 +156,11 @@ def pod_view(pod: Raw, container: str = ENGINE_CONTAINER) -> PodView:
         exit_reason=ended.get("reason") or "",
         exit_message=ended.get("message") or "",
         unscheduled_message=scheduled.get("message", "") if unscheduled else "",
-        template_hash=labels.get("pod-template-hash", ""),
+        template_hash=labels.get("pod-template-hash") or labels.get("controller-revision-hash", ""),
         canary=labels.get(TRACK_LABEL) == CANARY,
+        worker=labels.get(COMPONENT) == WORKER,
+        group=labels.get(GROUP_LABEL) or labels.get(LWS_GROUP_LABEL, ""),
+        owner=next((r["name"] for r in metadata.get("ownerReferences") or [] if r.get("controller")), ""),
     )
 
 

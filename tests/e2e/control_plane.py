@@ -211,6 +211,7 @@ class FakeNode:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.faults: dict[str, dict[str, Any]] = {}  # InferenceService to the status its pods shall show
+        self.pod_faults: dict[str, dict[str, Any]] = {}  # the same by the uid of a pod
         self.canary_faults: dict[str, dict[str, Any]] = {}  # the same for pods of a revision on trial
         self.annotations: dict[str, dict[str, str]] = {}  # InferenceService to annotations its pods shall carry
 
@@ -276,7 +277,8 @@ class FakeNode:
         if wanted and not wanted.items() <= (metadata.get("annotations") or {}).items():
             await client.patch(POD, namespace, name, {"metadata": {"annotations": wanted}})
         on_trial = (metadata.get("labels") or {}).get("serving.octavo.dev/track") == "canary"
-        status = (on_trial and self.canary_faults.get(service)) or self.faults.get(service) or _running(pod)
+        fault = self.pod_faults.get(metadata["uid"]) or (on_trial and self.canary_faults.get(service))
+        status = fault or self.faults.get(service) or _running(pod)
         if any((pod.get("status") or {}).get(k) != v for k, v in status.items() if k == "containerStatuses"):
             await client.patch_status(POD, namespace, name, {**(pod.get("status") or {}), **status})
 

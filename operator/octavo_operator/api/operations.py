@@ -215,3 +215,5 @@ class Parallelism(Part):
     """Copies of the attention part within one replica."""
     expert: bool = False
     """Spread the experts of a mixture over the accelerators."""
+    nodes: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Nodes of one replica; as many as its accelerators need, given resources per node, when omitted."""

@@ -224,6 +224,16 @@ class MetricMap(Part):
     """Counter of generated tokens."""
 
 
+class MultiNode(Part):
+    """Further arguments where a replica spans nodes. Every node has MASTER_ADDR, MASTER_PORT, NODE_RANK and NNODES in
+    its environment, and $(NAME) in an argument is replaced by them."""
+
+    leader_args: Annotated[list[Argument], Field(max_length=32)] = []
+    """For the first node, which serves."""
+    worker_args: Annotated[list[Argument], Field(max_length=32)] = []
+    """For the others."""
+
+
 class AdapterApi(Part):
     """Where an engine takes and gives up LoRA adapters while it runs; for supports.adapters Dynamic."""
 
@@ -273,6 +283,8 @@ class ServingRuntimeSpec(Part):
     """Images by device."""
     scaling: RuntimeScaling = RuntimeScaling()
     """Who sets the number of engine workers."""
+    multi_node: MultiNode = MultiNode()
+    """Further arguments where a replica spans nodes."""
     adapter_api: AdapterApi = AdapterApi()
     """Where the engine takes LoRA adapters while it runs."""
     metrics: MetricMap = MetricMap()

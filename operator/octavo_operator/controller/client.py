@@ -95,6 +95,16 @@ class KubeClient:
         path = kind.path(metadata.get("namespace"), metadata["name"])
         return await self._call("PATCH", path, params=params, body=obj, content_type=_APPLY)
 
+    async def serves(self, kind: Kind) -> bool:
+        """Whether the cluster has this kind."""
+        try:
+            found = await self._call("GET", f"/apis/{kind.api_version}")
+        except ApiError as error:
+            if error.is_missing:
+                return False
+            raise
+        return any(resource["name"] == kind.plural for resource in found.get("resources") or [])
+
     async def create(self, kind: Kind, obj: Object) -> Object:
         return await self._call("POST", kind.path(obj["metadata"].get("namespace")), body=obj)
 

@@ -16,6 +16,7 @@ from octavo_operator.controller.kinds import (
     INFERENCE_SERVICE,
     INFERENCE_TENANT,
     MODEL_CACHE,
+    OPTIONAL_CHILDREN,
     POD,
     SERVING_RUNTIME,
 )
@@ -63,6 +64,7 @@ class EngineRoom:
     async def run(self) -> None:
         """Work until cancelled. Nothing is written before every watch has listed once."""
         async with asyncio.TaskGroup() as group:
+            await self._find_optional_kinds()
             for informer in self.informers:
                 group.create_task(informer.run())
             for informer in self.informers:
@@ -74,6 +76,23 @@ class EngineRoom:
             group.create_task(self.adapters.run())
             group.create_task(self.tenants.run())
             group.create_task(self._relist_forever())
+
+    async def _find_optional_kinds(self) -> None:
+        """Watch what a cluster need not have, where it has it; what is installed later is found at the next start."""
+        for kind in OPTIONAL_CHILDREN:
+            try:
+                found = await self.client.serves(kind)
+            except ApiError as error:
+                log.warning(
+                    "%s: the API server did not say whether it has them (%s); going on without", kind.plural, error
+                )
+                continue
+            if found:
+                self.reconciler.optional_kinds |= {kind}
+                self.informers += [
+                    Informer(self.client, self.store, kind, OURS, self._child_changed, scope)
+                    for scope in self.settings.namespaces or (None,)
+                ]
 
     def see(self, kind: Kind, obj: Object, deleted: bool) -> None:
         """Take up an object of our own kinds."""

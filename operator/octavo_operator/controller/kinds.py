@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octavo_operator.api.base import API_VERSION
 from octavo_operator.controller.client import Kind
+from octavo_operator.render.groups import LEADER_WORKER_SET_VERSION
 
 INFERENCE_SERVICE = Kind(API_VERSION, "InferenceService", "inferenceservices")
 SERVING_RUNTIME = Kind(API_VERSION, "ServingRuntime", "servingruntimes")
@@ -13,6 +14,8 @@ INFERENCE_TENANT = Kind(API_VERSION, "InferenceTenant", "inferencetenants", name
 
 DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 CONTROLLER_REVISION = Kind("apps/v1", "ControllerRevision", "controllerrevisions")
+STATEFUL_SET = Kind("apps/v1", "StatefulSet", "statefulsets")
+LEADER_WORKER_SET = Kind(LEADER_WORKER_SET_VERSION, "LeaderWorkerSet", "leaderworkersets")
 POD = Kind("v1", "Pod", "pods")
 EVENT = Kind("v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
@@ -28,11 +31,13 @@ CHILDREN = (
     Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     DEPLOYMENT,
+    STATEFUL_SET,
     CONTROLLER_REVISION,
     CLAIM,
     JOB,
 )
-_BY_NAME = {(k.api_version, k.kind): k for k in (*CHILDREN, POD_MONITOR)}
+OPTIONAL_CHILDREN = (LEADER_WORKER_SET,)  # kinds that a cluster need not have
+_BY_NAME = {(k.api_version, k.kind): k for k in (*CHILDREN, *OPTIONAL_CHILDREN, POD_MONITOR)}
 
 
 def kind_of(obj: dict[str, object]) -> Kind:

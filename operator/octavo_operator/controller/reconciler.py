@@ -36,22 +36,32 @@ from octavo_operator.controller.kinds import (
     CONTROLLER_REVISION,
     DEPLOYMENT,
     INFERENCE_SERVICE,
+    LEADER_WORKER_SET,
     MODEL_CACHE,
     POD,
     SERVING_RUNTIME,
+    STATEFUL_SET,
     kind_of,
 )
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.desired import Runtime, with_presets
 from octavo_operator.diff import reconcile, stamped
+from octavo_operator.groups import (
+    GroupMemory,
+    group_views,
+    groups_deployment,
+    groups_to_recreate,
+    newest_hashes,
+)
 from octavo_operator.judgement import Judgement, Scaling
-from octavo_operator.observation import Observation, deployment_view, observe
+from octavo_operator.observation import Observation, deployment_view, observe, split_pods
 from octavo_operator.plan import Facts, Plan, Unplannable, plan
 from octavo_operator.plan.runtime import choose_runtime
 from octavo_operator.plan.values import ModelClaim, Workload
 from octavo_operator.render import CanaryRender, Owner, render_plan
 from octavo_operator.render.deployment import Kept, canary_name, kept_name
+from octavo_operator.render.groups import nodes_name
 from octavo_operator.render.labels import SERVICE_LABEL
 from octavo_operator.render.model_cache import claim_name, model_path
 from octavo_operator.render.pod import pod_template
@@ -83,6 +93,7 @@ class ServiceState:
     meter: CanaryMeter = field(default_factory=CanaryMeter)
     wanted: int | None = None  # replicas of the whole service, those of a canary among them
     untold: tuple[News, ...] = ()
+    groups: GroupMemory = field(default_factory=GroupMemory)
     status_written: float = 0.0
     conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
 
@@ -109,6 +120,7 @@ class Reconciler:
         self._settings = settings
         self._now = now
         self.states: dict[Key, ServiceState] = {}
+        self.optional_kinds: frozenset[Kind] = frozenset()  # of those that a cluster need not have, the ones it has
 
     async def reconcile(self, key: Key) -> float | None:
         """One look at a service. Returns after how many seconds to look again; raises `ApiError` to be retried."""
@@ -158,19 +170,39 @@ class Reconciler:
         if failure is not None:
             raise failure
         on_trial = state.trial is not None and state.trial.phase is not Phase.ROLLED_BACK
-        return self._settings.scaling_interval_s if on_trial else self._settings.resync_s
+        soon = on_trial or bool(state.groups.torn_since) or (state.plan is not None and self._is_rolling_groups(key))
+        return self._settings.scaling_interval_s if soon else self._settings.resync_s
+
+    def _is_rolling_groups(self, key: Key) -> bool:
+        """Whether groups are being replaced: which one is next is for the operator to see."""
+        deployment = self.observe(key).deployment if self._stateful_sets(key) else None
+        return deployment is not None and deployment.rolling
 
     def plan(self, service: InferenceService) -> tuple[Plan, str]:
         """The plan of a service and the kind of its runtime. Raises `Unplannable`."""
         runtime = choose_runtime(service, with_presets(self._runtimes()))
-        facts = Facts(engine_image=self._settings.engine_image, model_claims=self._claims(service.namespace))
+        facts = Facts(
+            engine_image=self._settings.engine_image,
+            model_claims=self._claims(service.namespace),
+            leader_worker_set=LEADER_WORKER_SET in self.optional_kinds,
+        )
         return plan(service, runtime, facts), runtime.kind
 
     def observe(self, key: Key) -> Observation:
         """What is seen of a service."""
         namespace, name = key
+        pods = self._store.labelled(POD, namespace, SERVICE_LABEL, name)
         deployment, canary = (self._store.get(DEPLOYMENT, namespace, found) for found in (name, canary_name(name)))
-        return observe(deployment, self._store.labelled(POD, namespace, SERVICE_LABEL, name), canary)
+        if deployment is None and (sets := self._stateful_sets(key)):
+            replicas, workers = split_pods(pods)
+            view = groups_deployment(sets, group_views((*replicas, *workers), newest_hashes(sets)))
+            return Observation(view, replicas, workers=workers)
+        if deployment is None:
+            deployment = self._store.get(LEADER_WORKER_SET, namespace, nodes_name(name))
+        return observe(deployment, pods, canary)
+
+    def _stateful_sets(self, key: Key) -> list[Object]:
+        return list(self._store.labelled(STATEFUL_SET, key[0], SERVICE_LABEL, key[1]))
 
     async def _apply(self, raw: Object, service: InferenceService, state: ServiceState) -> str:
         """Write what differs. Returns why the API server refused an object, if it did."""
@@ -198,7 +230,23 @@ class Reconciler:
             metadata = obj["metadata"]
             await self._client.delete(kind_of(obj), metadata.get("namespace"), metadata["name"], metadata.get("uid"))
             log.info("deleted %s %s/%s", obj["kind"], service.namespace, metadata["name"])
+        await self._recreate_groups((service.namespace, service.name), state)
         return ""
+
+    async def _recreate_groups(self, key: Key, state: ServiceState) -> None:
+        """Delete the pods of groups that are torn or outdated; their StatefulSets make them anew."""
+        sets = self._stateful_sets(key)
+        if not sets or state.plan is None:
+            return
+        observation = self.observe(key)
+        groups = group_views((*observation.pods, *observation.workers), newest_hashes(sets))
+        most = state.plan.workloads[0].rollout.max_unavailable
+        for group in groups_to_recreate(groups, most, state.groups, self._now()):
+            why = "outdated" if group.outdated else "torn: a part of its nodes has restarted"
+            log.info("%s/%s: group %s is made anew: %s", *key, group.index, why)
+            for pod in group.members:
+                if not pod.deleting:
+                    await self._client.delete(POD, key[0], pod.name)
 
     def _try_out(
         self, service: InferenceService, state: ServiceState, workload: Workload
@@ -230,7 +278,7 @@ class Reconciler:
 
     def _keep(self, kind: Kind, applied: Object) -> None:
         """Take up what the server answered, so that the next look does not write again before the watch tells."""
-        if kind in CHILDREN:
+        if kind in CHILDREN or kind in self.optional_kinds:
             self._store.put(kind, applied)
 
     def _replicas(self, service: InferenceService, state: ServiceState) -> int | None:
@@ -242,21 +290,21 @@ class Reconciler:
             return workload.replicas.initial
         if state.replicas is not None:
             return state.replicas
-        existing = self._store.get(DEPLOYMENT, service.namespace, service.name)
+        existing = self.observe((service.namespace, service.name)).deployment
         if existing is None:
             return workload.replicas.initial
-        current = int((existing.get("spec") or {}).get("replicas", workload.replicas.initial))
+        current = existing.wanted
         if state.trial is not None:  # its Deployment has only a part of them
             current = state.wanted or (service.status.desired_replicas if service.status else current)
         return min(max(current, workload.replicas.min), workload.replicas.max)
 
     def _observed(self, service: InferenceService) -> Iterator[Object]:
-        for kind in CHILDREN:
+        for kind in (*CHILDREN, *self.optional_kinds):
             for obj in self._store.labelled(kind, service.namespace, SERVICE_LABEL, service.name):
                 yield {"apiVersion": kind.api_version, "kind": kind.kind, **obj}
 
     def _exists(self, service: InferenceService) -> bool:
-        return self._store.get(DEPLOYMENT, service.namespace, service.name) is not None
+        return self.observe((service.namespace, service.name)).deployment is not None
 
     def _runtimes(self) -> Iterator[Runtime]:
         """Every readable runtime; one that is not valid is left out, and its own status says so."""

@@ -17,7 +17,7 @@ from octavo_operator.autoscale.metrics import Page, parse_page
 from octavo_operator.autoscale.observer import Observer
 from octavo_operator.autoscale.signals import ReplicaSample
 from octavo_operator.controller.client import ApiError, KubeClient
-from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
+from octavo_operator.controller.kinds import INFERENCE_SERVICE, POD
 from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler, ServiceState
 from octavo_operator.controller.replicas import GATEWAY_PORT, can_be_reached, replica_url
 from octavo_operator.controller.settings import OperatorSettings
@@ -84,8 +84,8 @@ class ScalingLoop:
         if state.trial is not None:
             state.meter.begin(state.trial.revision, state.trial.step)
             state.meter.add(gateways.by_pod, workload.model_name, workload.namespace)
-        if self._store.get(DEPLOYMENT, *key) is not None:
-            observation = self._reconciler.observe(key)
+        observation = self._reconciler.observe(key)
+        if observation.deployment is not None:
             observer = self._observer(key, workload, state.revision)
             await self._scrape(observer, observation, workload, key, http)
             state.capacity = observer.capacity()

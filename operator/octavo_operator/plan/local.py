@@ -48,6 +48,7 @@ _CLUSTER_FIELDS: tuple[tuple[str, _Read, str], ...] = (
     ("accelerator", lambda s: s.accelerator, "nodes are chosen by the scheduler"),
     ("parallelism.pipeline", lambda s: s.parallelism.pipeline > 1, "a replica is one process here"),
     ("parallelism.data", lambda s: s.parallelism.data > 1, "a replica is one process here"),
+    ("parallelism.nodes", lambda s: (s.parallelism.nodes or 1) > 1, "there is one machine"),
     ("autoscaling.mode", _external, "no HPA runs here; use Internal"),
     ("rollout.canary", lambda s: s.rollout.canary, "edit the manifest and start again"),
     ("scheduling", lambda s: s.scheduling != Scheduling(), "there is one machine"),

@@ -21,7 +21,7 @@ from octavo_operator.api.serving_runtime import (
 from octavo_operator.autoscale.policy import ScalingPolicy, policy_of
 from octavo_operator.plan.arguments import command_line
 from octavo_operator.plan.fields import portable_values
-from octavo_operator.plan.runtime import check_support, image_of
+from octavo_operator.plan.runtime import check_support, image_of, replica_nodes
 from octavo_operator.plan.source import ModelSource, adapter_sources, model_source
 from octavo_operator.plan.values import (
     DrainPlan,
@@ -64,9 +64,11 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
         runtime.spec.container, values, names, extra=tuple(service.spec.engine.extra_args)
     )
     errors += source_errors + adapter_errors + argument_errors
+    nodes, node_errors = replica_nodes(service, runtime.spec, resources)
+    errors += node_errors
     if errors:
         raise Unplannable("UnsupportedField", errors)
-    workload = _workload(service, runtime.spec, facts, resources, argv, source, adapters)
+    workload = _workload(service, runtime.spec, facts, resources, argv, source, adapters, nodes)
     return Plan(
         workloads=(workload,),
         warnings=tuple(_warnings(service, workload)),
@@ -89,6 +91,7 @@ def _workload(
     argv: tuple[str, ...],
     source: ModelSource,
     adapters: Mapping[str, ModelSource],
+    nodes: int,
 ) -> Workload:
     spec = service.spec
     scaling = _scaling(service, runtime)
@@ -103,7 +106,7 @@ def _workload(
         engine=runtime.engine,
         image=image_of(runtime, resources, facts),
         replicas=ReplicaBounds(scaling.min_replicas, scaling.max_replicas, scaling.min_replicas),
-        argv=argv,
+        argv=(*argv, *runtime.multi_node.leader_args) if nodes > 1 else argv,
         env=env,
         env_references=references,
         port=runtime.port,
@@ -129,6 +132,9 @@ def _workload(
         observability=spec.observability,
         pod_template=spec.pod_template or {},
         credentials=spec.model.credentials_secret_ref,
+        nodes=nodes,
+        worker_argv=(*argv, *runtime.multi_node.worker_args) if nodes > 1 else (),
+        leader_worker_set=facts.leader_worker_set,
         adapters=_frozen({name: found.uri for name, found in adapters.items()}),
         adapter_api=runtime.adapter_api if runtime.supports.adapters is AdapterSupport.DYNAMIC else None,
     )

@@ -85,6 +85,34 @@ def check_support(service: InferenceService, runtime: ServingRuntimeSpec, resour
     return errors
 
 
+def replica_nodes(
+    service: InferenceService, runtime: ServingRuntimeSpec, resources: Resources
+) -> tuple[int, list[FieldError]]:
+    """Nodes of one replica: as written, else as many as its accelerators need; and why there cannot be so many."""
+    written = service.spec.parallelism
+    ranks, each = written.tensor * written.pipeline * written.data, resources.accelerators
+    nodes = written.nodes or (-(-ranks // each) if each else 1)
+    if nodes == 1:
+        return 1, []
+    errors = []
+    if ranks % nodes:
+        message = f"{ranks} ranks (tensor x pipeline x data) do not divide over {nodes} nodes"
+        errors.append(FieldError("spec.parallelism", message))
+    elif each and ranks != nodes * each:
+        message = (
+            f"{ranks} ranks on {nodes} nodes need {ranks // nodes} accelerators per node, and spec.resources has {each}"
+        )
+        errors.append(FieldError("spec.parallelism", message))
+    if not runtime.supports.multi_node:
+        errors.append(
+            FieldError("spec.parallelism", f"this runtime runs on one node; a replica of {nodes} is too large")
+        )
+    if service.spec.rollout.canary is not None:
+        message = "a canary of replicas that span nodes is not supported"
+        errors.append(FieldError("spec.rollout.canary", message))
+    return nodes, errors
+
+
 def image_of(runtime: ServingRuntimeSpec, resources: Resources, facts: Facts) -> str:
     """The runtime's image for the device; the release's own image for Octavo's engine."""
     image = runtime.container.image

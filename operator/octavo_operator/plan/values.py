@@ -43,6 +43,7 @@ class Facts:
     target: Target = Target.CLUSTER
     engine_image: str | None = None  # the release's image of Octavo's own engine
     model_claims: Mapping[str, ModelClaim] = field(default_factory=lambda: MappingProxyType({}))  # by ModelCache
+    leader_worker_set: bool = False  # whether the cluster has that kind
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,9 @@ class Workload:
     credentials: SecretKeyRef | None = None
     adapters: Mapping[str, str] = field(default_factory=lambda: _EMPTY)  # paths by name, as the engine is told
     adapter_api: AdapterApi | None = None  # None where adapters cannot come and go
+    nodes: int = 1  # of one replica
+    worker_argv: tuple[str, ...] = ()  # of the nodes of a replica that do not serve
+    leader_worker_set: bool = False  # whether replicas that span nodes are kept by a LeaderWorkerSet
 
     @property
     def model_name(self) -> str:

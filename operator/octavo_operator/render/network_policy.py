@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from octavo_operator.plan.values import Workload
-from octavo_operator.render.labels import COMPONENT, GRPC_PORT, HTTP_PORT, PART_OF, metadata, selector
+from octavo_operator.render.labels import COMPONENT, GRPC_PORT, HTTP_PORT, PART_OF, SERVICE_LABEL, metadata, selector
 
 METADATA_SERVICES = {"0.0.0.0/0": ["169.254.169.254/32"], "::/0": ["fd00:ec2::254/128"]}
 
@@ -22,14 +22,19 @@ def network_policy(workload: Workload) -> dict[str, Any]:
             "matchExpressions": [{"key": COMPONENT, "operator": "In", "values": ["gateway", "operator"]}],
         },
     }
+    ingress: list[dict[str, Any]] = [{"from": [octavo, {"podSelector": {}}], "ports": ports}]
+    pods = selector(workload.service)
+    if workload.nodes > 1:  # its nodes talk to each other on ports that torch.distributed and NCCL choose
+        pods = {SERVICE_LABEL: workload.service}
+        ingress.append({"from": [{"podSelector": {"matchLabels": pods}}]})
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": metadata(workload, workload.name),
         "spec": {
-            "podSelector": {"matchLabels": selector(workload.service)},
+            "podSelector": {"matchLabels": pods},
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [{"from": [octavo, {"podSelector": {}}], "ports": ports}],
+            "ingress": ingress,
             "egress": [
                 {"to": [{"ipBlock": {"cidr": cidr, "except": refused}} for cidr, refused in METADATA_SERVICES.items()]},
                 {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},

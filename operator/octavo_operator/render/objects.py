@@ -9,6 +9,7 @@ from octavo_operator.api.base import API_VERSION
 from octavo_operator.plan.values import Plan, Workload
 from octavo_operator.render.config_map import config_map
 from octavo_operator.render.deployment import Kept, canary_deployment, deployment, kept_revision
+from octavo_operator.render.groups import leader_worker_set, nodes_service, stateful_sets
 from octavo_operator.render.network_policy import network_policy
 from octavo_operator.render.pod_disruption_budget import pod_disruption_budget
 from octavo_operator.render.pod_monitor import pod_monitor
@@ -73,12 +74,22 @@ def _render_workload(workload: Workload, replicas: int | None, canary: CanaryRen
         headless_service(workload),
         network_policy(workload),
         pod_disruption_budget(workload),
-        deployment(workload, count, canary.kept if canary else None),
+        *_replicas(workload, count, canary),
     ]
+    if workload.observability.pod_monitor:
+        objects.append(pod_monitor(workload))
+    return objects
+
+
+def _replicas(workload: Workload, count: int, canary: CanaryRender | None) -> list[Object]:
+    """What makes and keeps the pods."""
+    if workload.nodes > 1 and workload.leader_worker_set:
+        return [leader_worker_set(workload, count)]
+    if workload.nodes > 1:
+        return [nodes_service(workload), *stateful_sets(workload, count)]
+    objects = [deployment(workload, count, canary.kept if canary else None)]
     if canary is not None and canary.kept is not None:
         objects.append(kept_revision(workload, canary.kept))
     if canary is not None and canary.replicas:
         objects.append(canary_deployment(workload, canary.replicas))
-    if workload.observability.pod_monitor:
-        objects.append(pod_monitor(workload))
     return objects
