@@ -74,7 +74,8 @@ class EngineRoom:
             group.create_task(self.cache_queue.run())
             group.create_task(self.scaling.run())
             group.create_task(self.adapters.run())
-            group.create_task(self.tenants.run())
+            if not self.settings.namespaces:  # an install for some namespaces writes nothing that is the cluster's
+                group.create_task(self.tenants.run())
             group.create_task(self._relist_forever())
 
     async def _find_optional_kinds(self) -> None:
