@@ -20,6 +20,7 @@ from octavo_gateway.tenancy import hash_key
 from octavo_gateway.tenancy import new_key as make_key
 from octavo_gateway.tenancy.keys import format_hash
 from octavo_gateway.usage import LedgerError, PriceTable
+from octavo_gateway.workers import Seat, run_workers
 
 NOT_SETTINGS = frozenset({"config", "kubernetes", "kubernetes_api", "namespace", "new_key"})
 
@@ -53,6 +54,7 @@ def gateway(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default="8080")
     ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that share the port.", show_default="1")] = None,
     connect_timeout: Annotated[float | None, typer.Option(help="Seconds to reach a replica.", show_default="2")] = None,
     first_byte_timeout: Annotated[
         float | None, typer.Option(help="Seconds until a replica must begin to answer.", show_default="300")
@@ -129,10 +131,28 @@ def gateway(
         settings = load_settings(flags, file_values=file_values, file_name=str(config), environment=os.environ)
         _set_up_logging(settings)
         log.info("settings:\n%s", settings.describe())
-        uvloop.run(run_gateway(settings, sources, lambda text: typer.echo(text, err=True)))
+        if settings.workers == 1:
+            code = _serve(settings, sources)
+        else:
+            code = run_workers(settings, lambda seat: _serve(settings, sources, seat), _say)
+    except ConfigError as error:
+        _say(f"octavo gateway: {error}")
+        code = 2
+    raise typer.Exit(code)
+
+
+def _serve(settings: GatewaySettings, sources: Sources, seat: Seat | None = None) -> int:
+    """Run until a signal; returns the exit code."""
+    try:
+        uvloop.run(run_gateway(settings, sources, _say, seat))
     except (ConfigError, LedgerError) as error:
-        typer.echo(f"octavo gateway: {error}", err=True)
-        raise typer.Exit(2) from error
+        _say(f"octavo gateway: {error}")
+        return 2
+    return 0
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _sources(

@@ -14,12 +14,19 @@ from typing import Any
 from msgspec import structs
 
 from octavo_gateway.asgi import Headers, header
-from octavo_gateway.errors import AuthenticationError, GatewayError, LedgerFullError, TenantSuspendedError
+from octavo_gateway.errors import (
+    AuthenticationError,
+    GatewayError,
+    LedgerFullError,
+    NotSyncedError,
+    TenantSuspendedError,
+)
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.inspection import Inspection
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.registry import Registry, Resolved
 from octavo_gateway.tenancy import Identity, Limiter, Reservation, TenantDirectory
+from octavo_gateway.tenancy.budget import Period
 from octavo_gateway.tenancy.shared import SharedLimiter, SharedReservation
 from octavo_gateway.usage import (
     Begun,
@@ -39,6 +46,7 @@ LEDGER_POLL_S = 1.0
 FIND_REPLICAS_S = 30.0
 """How long a starting gateway waits for a model's replicas, to ask them about an earlier gateway's requests."""
 
+BUDGETS_EVERY_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 
 _NAMES = {"requests": b"requests", "tokens": b"tokens", "input": b"input-tokens", "output": b"output-tokens"}
@@ -56,7 +64,10 @@ class Charge:
 
 
 class Accounts:
-    """Used from one event loop. Without a directory every caller is welcome and anonymous."""
+    """Used from one event loop. Without a directory every caller is welcome and anonymous.
+
+    Among `num_sharing` workers without Redis, each holds its part of every limit.
+    """
 
     def __init__(
         self,
@@ -66,10 +77,12 @@ class Accounts:
         directory: TenantDirectory | None = None,
         ledger: Ledger | None = None,
         prices: PriceTable | None = None,
+        num_sharing: int = 1,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.directory = directory
+        self.directory = None if directory is None else directory.shared_among(num_sharing)
         self.ledger = ledger
+        self._num_sharing = num_sharing
         self.limiter = Limiter()
         self.shared: SharedLimiter | None = None
         self.collector: UsageCollector | None = None
@@ -81,7 +94,7 @@ class Accounts:
         self._prices = prices or PriceTable()
         if ledger is not None:
             metrics.watch_ledger(ledger)
-        self._load_budgets()
+        self._learn_spent(self._read_spent())
 
     @property
     def counting(self) -> bool:
@@ -90,13 +103,18 @@ class Accounts:
 
     def set_directory(self, directory: TenantDirectory) -> None:
         """Take new tenants and keys; a key that is gone is refused from now on."""
-        self.directory = directory
+        self.directory = directory.shared_among(self._num_sharing)
         self.limiter.retain(set(directory.tenants))
 
     def authenticate(self, exchange: Exchange) -> Identity | None:
-        """The caller; None where no tenants are configured. Raises `AuthenticationError` or `TenantSuspendedError`."""
+        """The caller; None where no tenants are configured.
+
+        Raises `AuthenticationError`, `TenantSuspendedError`, or `NotSyncedError` before the tenants are known.
+        """
         if self.directory is None:
             return None
+        if not self.directory.known:
+            raise NotSyncedError("This gateway is starting; send the request again.", retry_after_s=1.0)
         given = header(exchange.headers, b"authorization") or b""
         scheme, _, key = given.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer":
@@ -121,7 +139,7 @@ class Accounts:
         prompt, output = (seen.prompt_tokens, seen.output_tokens) if seen is not None else (0, 0)
         reservation = shared = None
         if identity is not None:
-            reservation = self.limiter.reserve(identity.tenant, prompt, output, self._clock(), self._month())
+            reservation = self.limiter.reserve(identity.tenant, prompt, output, self._clock(), self._today())
             shared = await self._reserve_shared(identity, reservation)
         begun = Begun(
             id=os.urandom(16).hex(),
@@ -144,24 +162,24 @@ class Accounts:
             return None
         asking = asyncio.ensure_future(
             self.shared.reserve(
-                os.urandom(16).hex(), identity.tenant, own.input_tokens, own.output_tokens, self._month()
+                os.urandom(16).hex(), identity.tenant, own.input_tokens, own.output_tokens, self._today()
             )
         )
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
             asking.add_done_callback(self._give_back)  # the client left, but Redis has been asked
-            self.limiter.settle(own, 0, 0, 0, 0.0, self._clock(), self._month())
+            self.limiter.settle(own, 0, 0, 0, 0.0, self._clock(), self._today())
             raise
         except GatewayError:
-            self.limiter.settle(own, 0, 0, 0, 0.0, self._clock(), self._month())
+            self.limiter.settle(own, 0, 0, 0, 0.0, self._clock(), self._today())
             raise
 
     def _give_back(self, asked: asyncio.Future[SharedReservation | None]) -> None:
         if self.shared is not None and not asked.cancelled() and asked.exception() is None:
             held = asked.result()
             if held is not None:
-                self.shared.settle(held, 0, 0, 0, 0.0, self._month())
+                self.shared.settle(held, 0, 0, 0, 0.0, self._today())
 
     def settle(self, charge: Charge, exchange: Exchange, outcome: str) -> None:
         """Count what it really was, in the tenant's limits at once, and in the ledger as soon as its replica has told.
@@ -177,9 +195,9 @@ class Accounts:
         prompt, cached, output = consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens
         cost = self._prices.cost(begun.model, prompt, cached, output)
         if charge.reservation is not None:
-            self.limiter.settle(charge.reservation, prompt, cached, output, cost, self._clock(), self._month())
+            self.limiter.settle(charge.reservation, prompt, cached, output, cost, self._clock(), self._today())
         if charge.shared is not None and self.shared is not None:
-            self.shared.settle(charge.shared, prompt, cached, output, cost, self._month())
+            self.shared.settle(charge.shared, prompt, cached, output, cost, self._today())
         record = structs.replace(
             interrupted(begun),
             duration_s=self._clock() - exchange.started_at,
@@ -196,7 +214,7 @@ class Accounts:
         def on_told(told: asyncio.Future[Consumed | None]) -> None:
             self._asking.discard(asking)
             answer = None if told.cancelled() else told.result()
-            self._write(record, answer or consumed, estimated=answer is None and served)
+            self._write(record, answer or consumed, estimated=answer is None)
 
         self._asking.add(asking)
         asking.add_done_callback(on_told)
@@ -207,10 +225,15 @@ class Accounts:
         return len(self._asking)
 
     async def follow_ledger(self, registry: Registry) -> None:
-        """Settle what gateways that ended in the middle have left open, until cancelled."""
+        """Settle what gateways that ended in the middle have left open, and learn from the ledger what other gateways
+        have spent of the budgets. Until cancelled."""
         if self.ledger is None:
             return
+        budgets_read_at = self._clock()
         while True:
+            if self._clock() - budgets_read_at >= BUDGETS_EVERY_S:
+                self._learn_spent(await asyncio.to_thread(self._read_spent))
+                budgets_read_at = self._clock()
             for begun in await asyncio.to_thread(self.ledger.take_unfinished):
                 ending = asyncio.create_task(self._end(begun, registry))
                 self._ending.add(ending)
@@ -281,18 +304,23 @@ class Accounts:
             headers.append((b"x-ratelimit-reset-" + word, f"{reset_s:.3f}s".encode()))
         return headers
 
-    def _load_budgets(self) -> None:
+    def _read_spent(self) -> list[tuple[str, Period, str, int, float]]:
+        """What the ledger says of this day and month: tenant, period, today, tokens, cost. Slow."""
         if self.ledger is None:
-            return
-        month = self._month()
-        start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+            return []
+        today, rows = self._today(), []
+        starts = {Period.DAY: today, Period.MONTH: f"{today[:7]}-01"}
         try:
-            used = read_tenants(self.ledger.location, start)
+            for period, start in starts.items():
+                used = read_tenants(self.ledger.location, datetime.fromisoformat(start).replace(tzinfo=UTC))
+                rows += [(tenant, period, today, tokens, cost) for tenant, (tokens, cost) in used.items()]
         except LedgerAwayError as error:
-            log.warning("%s; budgets begin at zero until it is back", error)
-            return
-        for tenant, (tokens, cost) in used.items():
-            self.limiter.load_month(tenant, month, tokens, cost)
+            log.warning("%s; what others spend of the budgets is not known until it is back", error)
+        return rows
 
-    def _month(self) -> str:
-        return datetime.fromtimestamp(self._wall_clock(), UTC).strftime("%Y-%m")
+    def _learn_spent(self, rows: list[tuple[str, Period, str, int, float]]) -> None:
+        for row in rows:
+            self.limiter.learn_spent(*row)
+
+    def _today(self) -> str:
+        return datetime.fromtimestamp(self._wall_clock(), UTC).date().isoformat()

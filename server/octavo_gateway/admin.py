@@ -45,13 +45,13 @@ class AdminApi:
             return
         method, path = scope["method"], scope["path"]
         if method == "GET" and path == "/metrics":
-            await respond(send, 200, self._gateway.metrics.page(), TEXT)
+            await respond(send, 200, await self._gateway.metrics_page(), TEXT)
             return
         if method == "GET" and path == "/tenants":
             await respond(send, 200, self._readings())
             return
         if method == "GET" and path.startswith("/health"):
-            ready = path != "/health/ready" or (self._gateway.registry.synced and not self._gateway.leaving)
+            ready = path != "/health/ready" or (self._gateway.synced and not self._gateway.leaving)
             await respond(send, 200 if ready else 503, b"{}")
             return
         try:
@@ -83,22 +83,8 @@ class AdminApi:
     async def _tenants(self, query: dict[str, str]) -> bytes:
         directory = self._gateway.accounts.directory
         tenants = sorted(directory.tenants.values(), key=lambda t: t.name) if directory is not None else []
-        return json.dumps({"tenants": [self._tenant(tenant) for tenant in tenants]}).encode()
-
-    def _tenant(self, tenant: Tenant) -> dict[str, object]:
-        limiter = self._gateway.accounts.limiter
-        limits = {name: getattr(tenant.limits, name) for name in tenant.limits.__slots__}
-        return {
-            "name": tenant.name,
-            "display_name": tenant.display_name,
-            "suspended": tenant.suspended,
-            "allowed_models": list(tenant.allowed_models),
-            "weight": tenant.weight,
-            "priority": tenant.priority,
-            "keys": sorted(key.name for key in tenant.keys),
-            "limits": {name: value for name, value in limits.items() if value is not None},
-            "concurrent_requests": limiter.concurrent(tenant.name),
-        }
+        running = await self._gateway.running_by_tenant()
+        return json.dumps({"tenants": [_tenant(tenant, running.get(tenant.name, 0)) for tenant in tenants]}).encode()
 
     async def _usage(self, query: dict[str, str]) -> bytes:
         ledger = self._gateway.accounts.ledger
@@ -125,13 +111,28 @@ class AdminApi:
         gateway = self._gateway
         entries = gateway.registry.snapshot.models.values()
         return state_document(
-            entries, gateway.loads, gateway.dispatcher.signals, draining=gateway.leaving, version=gateway.version
+            entries, gateway.loads, await gateway.all_signals(), draining=gateway.leaving, version=gateway.version
         )
 
     async def _key(self, query: dict[str, str]) -> bytes:
         """A fresh key and the hash to put into the tenant's Secret. Nothing is stored here."""
         key = new_key()
         return json.dumps({"key": key, "hash": format_hash(hash_key(key))}).encode()
+
+
+def _tenant(tenant: Tenant, num_running: int) -> dict[str, object]:
+    limits = {name: getattr(tenant.limits, name) for name in tenant.limits.__slots__}
+    return {
+        "name": tenant.name,
+        "display_name": tenant.display_name,
+        "suspended": tenant.suspended,
+        "allowed_models": list(tenant.allowed_models),
+        "weight": tenant.weight,
+        "priority": tenant.priority,
+        "keys": sorted(key.name for key in tenant.keys),
+        "limits": {name: value for name, value in limits.items() if value is not None},
+        "concurrent_requests": num_running,
+    }
 
 
 def _usage_row(by: tuple[str, ...], row: UsageRow) -> dict[str, object]:

@@ -9,8 +9,11 @@ import re
 import ssl
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+
+import msgspec
 
 from octavo_gateway.access_log import log_exchange
 from octavo_gateway.accounts import Accounts
@@ -42,10 +45,17 @@ from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import Ledger, PriceTable
 from octavo_gateway.usage.collector import UsageCollector
 from octavo_gateway.usage.meter import ask_for_usage
+from octavo_gateway.workers.merging import merge_pages, merge_signals
+from octavo_gateway.workers.peers import METRICS, Peers
+from octavo_gateway.workers.seat import Seat
 
 log = logging.getLogger("octavo.gateway")
 
 Clock = Callable[[], float]
+
+SIGNALS = "signals"
+RUNNING = "running"
+"""What workers ask each other for, beside their metrics."""
 
 OPEN_INFERENCE = re.compile(
     r"/v2/models/([^/]+)(?:/versions/[^/.]+)?(?:/(?:infer|generate|generate_stream|ready|stats|config|trace/setting))?"
@@ -63,22 +73,33 @@ def create_app(
     directory: TenantDirectory | None = None,
     ledger: Ledger | None = None,
     prices: PriceTable | None = None,
+    seat: Seat | None = None,
     clock: Clock = time.monotonic,
 ) -> Gateway:
     """A gateway over the models of `registry`; the returned object is the ASGI application.
 
-    Without a `directory` of tenants it is open to everybody; without a `ledger` nothing is recorded.
+    Without a `directory` of tenants it is open to everybody; without a `ledger` nothing is recorded. As a worker it
+    takes its `seat` among its peers.
     """
     metrics = Metrics()
-    accounts = Accounts(metrics, clock, directory=directory, ledger=ledger, prices=prices)
-    return Gateway(settings, registry, accounts, metrics, clock)
+    accounts = Accounts(
+        metrics, clock, directory=directory, ledger=ledger, prices=prices,
+        num_sharing=seat.count if seat is not None and settings.redis_url is None else 1,
+    )  # fmt: skip
+    return Gateway(settings, registry, accounts, metrics, seat, clock)
 
 
 class Gateway:
     """ASGI application. `start` and `close` run its background work; `GatewayServer` calls them."""
 
     def __init__(
-        self, settings: GatewaySettings, registry: Registry, accounts: Accounts, metrics: Metrics, clock: Clock
+        self,
+        settings: GatewaySettings,
+        registry: Registry,
+        accounts: Accounts,
+        metrics: Metrics,
+        seat: Seat | None,
+        clock: Clock,
     ) -> None:
         self.settings = settings
         self.registry = registry
@@ -92,7 +113,10 @@ class Gateway:
             self.loads,
             OutlierDetector(),
             clock,
+            num_sharing=seat.count if seat is not None else 1,
         )
+        answers = {METRICS: metrics.page, SIGNALS: self._own_signals, RUNNING: self._own_running}
+        self._peers = Peers(seat, answers) if seat is not None else None
         self.pool = UpstreamPool(
             connect_timeout_s=settings.connect_timeout,
             keep_alive_s=settings.upstream_keep_alive,
@@ -121,6 +145,37 @@ class Gateway:
         """Held and flying requests and rates of a model, for the autoscaler."""
         return self.dispatcher.signals(model)
 
+    async def metrics_page(self) -> bytes:
+        """The text page of /metrics, over all workers."""
+        if self._peers is None:
+            return self.metrics.page()
+        return merge_pages(await self._peers.ask(METRICS), self._peers.last_words())
+
+    async def all_signals(self) -> Callable[[str], GatewaySignals]:
+        """As `signals`, over all workers."""
+        if self._peers is None:
+            return self.dispatcher.signals
+        told: dict[str, list[GatewaySignals]] = {}
+        for answer in await self._peers.ask(SIGNALS):
+            for part in msgspec.msgpack.decode(answer, type=list[GatewaySignals]):
+                told.setdefault(part.model, []).append(part)
+        return lambda model: merge_signals(told.get(model) or [GatewaySignals(model=model)])
+
+    async def running_by_tenant(self) -> dict[str, int]:
+        """Requests not settled of each tenant, over all workers."""
+        if self._peers is None:
+            return self.accounts.limiter.running()
+        running: Counter[str] = Counter()
+        for answer in await self._peers.ask(RUNNING):
+            running.update(msgspec.msgpack.decode(answer, type=dict[str, int]))
+        return running
+
+    @property
+    def synced(self) -> bool:
+        """True once discovery has told what models and what tenants there are."""
+        directory = self.accounts.directory
+        return self.registry.synced and (directory is None or directory.known)
+
     @property
     def version(self) -> str:
         """Version of this distribution."""
@@ -141,6 +196,8 @@ class Gateway:
             clock=self._clock,
             on_report=self.dispatcher.loads_changed,
         )
+        if self._peers is not None:
+            await self._peers.start()
         self._background = [asyncio.create_task(poller.run())]
         if self.accounts.ledger is not None:
             self._background.append(asyncio.create_task(self.accounts.follow_ledger(self.registry)))
@@ -173,8 +230,17 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.accounts.close()
+        if self._peers is not None:
+            await self._peers.close()
         self.pool.close()
         await asyncio.to_thread(self._tracing.shutdown)
+
+    def _own_signals(self) -> bytes:
+        models = self.registry.snapshot.models
+        return msgspec.msgpack.encode([self.dispatcher.signals(model) for model in models])
+
+    def _own_running(self) -> bytes:
+        return msgspec.msgpack.encode(self.accounts.limiter.running())
 
     # ---- ASGI
 

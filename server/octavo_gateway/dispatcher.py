@@ -77,7 +77,7 @@ class _Line:
 
 
 class Dispatcher:
-    """Grants leases on endpoints of the registry's models."""
+    """Grants leases on endpoints of the registry's models. `num_sharing` workers share the bounds of each line."""
 
     def __init__(
         self,
@@ -86,8 +86,11 @@ class Dispatcher:
         loads: LoadBook,
         outliers: OutlierDetector,
         clock: Callable[[], float],
+        *,
+        num_sharing: int = 1,
     ) -> None:
         self._registry = registry
+        self._num_sharing = num_sharing
         self._router = router
         self._loads = loads
         self._outliers = outliers
@@ -232,8 +235,8 @@ class Dispatcher:
     async def _wait(self, entry: ModelEntry, route: RouteRequest, turn: Turn, excluded: frozenset[str]) -> Lease:
         loop = asyncio.get_running_loop()
         line = self._line(entry)
-        line.queue.capacity = entry.hold.max_held_requests
-        if turn.max_queued is not None and line.queue.depth(turn.tenant) >= turn.max_queued:
+        line.queue.capacity = self._part(entry.hold.max_held_requests)
+        if turn.max_queued is not None and line.queue.depth(turn.tenant) >= self._part(turn.max_queued):
             raise QueueFullError(
                 f"Limit of {turn.max_queued} waiting requests reached.", retry_after_s=self.retry_after_s(entry)
             )
@@ -262,6 +265,10 @@ class Dispatcher:
             self._forget(line, ticket)
         lease.held_s = self._clock() - now
         return lease
+
+    def _part(self, bound: int) -> int:
+        """Of a bound on the line that this worker may fill."""
+        return max(1, bound // self._num_sharing)
 
     def _refuse(self, entry: ModelEntry, ticket: Ticket[_Waiter]) -> None:
         if not ticket.payload.granted.done():
@@ -341,7 +348,7 @@ class Dispatcher:
     def _line(self, entry: ModelEntry) -> _Line:
         line = self._lines.get(entry.name)
         if line is None:
-            line = self._lines[entry.name] = _Line(FairQueue(entry.hold.max_held_requests))
+            line = self._lines[entry.name] = _Line(FairQueue(self._part(entry.hold.max_held_requests)))
         return line
 
     def _arm(self) -> None:

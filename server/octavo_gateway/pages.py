@@ -67,7 +67,7 @@ class Pages:
 
     async def _ready(self, exchange: Exchange) -> None:
         """Ready once discovery has told what there is, until the drain begins."""
-        synced, leaving = self._gateway.registry.synced, self._gateway.leaving
+        synced, leaving = self._gateway.synced, self._gateway.leaving
         ready = synced and not leaving
         status = "ready" if ready else "draining" if leaving else "waiting for discovery"
         await exchange.respond(200 if ready else 503, json.dumps({"status": status}).encode())
@@ -76,7 +76,7 @@ class Pages:
         await exchange.respond(200, json.dumps({"version": octavo_version()}).encode())
 
     async def _metrics(self, exchange: Exchange) -> None:
-        await exchange.respond(200, self._gateway.metrics.page(), TEXT)
+        await exchange.respond(200, await self._gateway.metrics_page(), TEXT)
 
     async def _web_page(self, exchange: Exchange) -> None:
         await exchange.respond(200, page(), HTML, PAGE_HEADERS)
@@ -85,7 +85,7 @@ class Pages:
         gateway, identity = self._gateway, exchange.identity
         models = gateway.registry.snapshot.models.values()
         entries = [entry for entry in models if identity is None or identity.tenant.may_use(entry.name)]
-        signals = gateway.dispatcher.signals
+        signals = await gateway.all_signals()
         document = state_document(entries, gateway.loads, signals, draining=gateway.leaving, version=octavo_version())
         await exchange.respond(200, document, extra=[(b"cache-control", b"no-store")])
 

@@ -17,8 +17,13 @@ from octavo_gateway.registry import Registry
 from octavo_gateway.server import GatewayServer
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.usage import PriceTable
+from octavo_gateway.workers.seat import Seat
 
 log = logging.getLogger("octavo.gateway")
+
+SYNC_POLL_S = 0.02
+WORKER_SYNC_S = 30.0
+"""A worker serves after this long even if discovery has told nothing yet."""
 
 
 class Follower(Protocol):
@@ -45,33 +50,40 @@ class Sources:
         raise ValueError("neither a models file nor a cluster")
 
 
-async def run_gateway(settings: GatewaySettings, sources: Sources, say: Callable[[str], None]) -> None:
-    """Serve until a signal: the first drains, a second one ends at once.
+async def run_gateway(
+    settings: GatewaySettings, sources: Sources, say: Callable[[str], None], seat: Seat | None = None
+) -> None:
+    """Serve until a signal: the first drains, a second one ends at once. A worker takes its `seat`.
 
     Raises `ConfigError` or `LedgerError` for what is wrong at the start, and whatever ends a follower later.
     """
     registry = Registry()
-    server = GatewayServer.from_settings(settings, registry, prices=sources.prices, api_server=sources.api_server)
-    await server.start()
+    server = GatewayServer.from_settings(
+        settings, registry, prices=sources.prices, api_server=sources.api_server, seat=seat
+    )
+    await server.prepare()
     followers = [asyncio.create_task(sources.discovery(registry).run())]
     if server.following is not None:
         followers.append(server.following)
-    await _serve(server, registry, followers, say)
+    await _serve(server, followers, say, seat)
 
 
 async def _serve(
-    server: GatewayServer, registry: Registry, followers: list[asyncio.Task[None]], say: Callable[[str], None]
+    server: GatewayServer, followers: list[asyncio.Task[None]], say: Callable[[str], None], seat: Seat | None
 ) -> None:
-    stop = _stop_on_signals()
-    synced = asyncio.Event()
-    registry.subscribe(lambda _: synced.set())
+    stop = _stop_on_signals() if seat is None else _stop_with_parent(seat)
     ends: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait()), *followers]
-    first_view = asyncio.create_task(synced.wait())
-    await asyncio.wait({first_view, *ends}, return_when=asyncio.FIRST_COMPLETED)
-    first_view.cancel()
-    say(f"octavo gateway listens at {server.address}")
-    if server.admin_address:
-        say(f"admin API at {server.admin_address}")
+    if seat is None:
+        await server.accept()  # its probes say how far it is
+        await _synced(server, ends, None)
+        if server.listeners is not None:
+            say(f"octavo gateway listens at {server.address}")
+            if server.listeners.admin_address:
+                say(f"admin API at {server.listeners.admin_address}")
+    else:
+        await _synced(server, ends, WORKER_SYNC_S)  # its peers, or its connections, can wait for it
+        await server.accept()
+        seat.tell_ready()
     _calm_the_collector()
     try:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -95,6 +107,18 @@ def _calm_the_collector() -> None:
     gc.set_threshold(5_000, 10, 20)
 
 
+async def _synced(server: GatewayServer, ends: list[asyncio.Task[object]], timeout_s: float | None) -> None:
+    """Wait for a first view of models and tenants, or for an end."""
+
+    async def wait() -> None:
+        while not server.app.synced:  # noqa: ASYNC110 - once, of two sources
+            await asyncio.sleep(SYNC_POLL_S)
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.wait({waiting, *ends}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+
+
 def _stop_on_signals() -> asyncio.Event:
     stop = asyncio.Event()
 
@@ -105,4 +129,18 @@ def _stop_on_signals() -> asyncio.Event:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+def _stop_with_parent(seat: Seat) -> asyncio.Event:
+    """A worker drains when it is told to, and when its parent is gone."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_end_of_parent() -> None:
+        loop.remove_reader(seat.life)
+        stop.set()
+
+    loop.add_reader(seat.life, on_end_of_parent)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
     return stop

@@ -15,13 +15,15 @@ from octavo_gateway.admin import AdminApi
 from octavo_gateway.app import Gateway, create_app
 from octavo_gateway.asgi import App
 from octavo_gateway.discovery import ApiServer
-from octavo_gateway.errors import ConfigError
 from octavo_gateway.http_protocol import bounded_protocol
+from octavo_gateway.listeners import Listeners
 from octavo_gateway.registry import Registry
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.tenancy import TenantDirectory
 from octavo_gateway.tenancy.follow import TenantFollower, tenant_follower
 from octavo_gateway.usage import Ledger, PriceTable
+from octavo_gateway.usage.ledger import DATABASE
+from octavo_gateway.workers.seat import Seat
 
 log = logging.getLogger("octavo.gateway")
 
@@ -55,16 +57,16 @@ class GatewayServer:
         directory: TenantDirectory | None = None,
         ledger: Ledger | None = None,
         prices: PriceTable | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.settings = settings
-        self.app: Gateway = create_app(settings, registry, directory=directory, ledger=ledger, prices=prices)
+        self._seat = seat
+        self.app: Gateway = create_app(settings, registry, directory=directory, ledger=ledger, prices=prices, seat=seat)
         self._servers: list[tuple[_Server, asyncio.Task[None]]] = []
         self._own_ledger: Ledger | None = None
         self._tenants: TenantFollower | None = None
         self.following: asyncio.Task[None] | None = None
-        self._port = settings.port
-        self._admin_port = settings.admin_port
-        self._metrics_port = settings.metrics_port
+        self.listeners: Listeners | None = None  # once it has started
 
     @classmethod
     def from_settings(
@@ -74,6 +76,7 @@ class GatewayServer:
         *,
         prices: PriceTable | None = None,
         api_server: ApiServer | None = None,
+        seat: Seat | None = None,
     ) -> GatewayServer:
         """A gateway with the tenants and the ledger that its settings name; it closes the ledger when it stops.
 
@@ -82,53 +85,49 @@ class GatewayServer:
         """
         tenants = tenant_follower(settings, api_server)
         directory = None if tenants is None else tenants.load()
-        ledger = None
-        if settings.ledger:
-            ledger = Ledger(Path(settings.ledger), settings.ledger_url, spool_bytes=settings.ledger_spool_bytes)
-        server = cls(settings, registry, directory=directory, ledger=ledger, prices=prices)
+        ledger = _open_ledger(settings, seat)
+        server = cls(settings, registry, directory=directory, ledger=ledger, prices=prices, seat=seat)
         server._own_ledger = ledger
         server._tenants = tenants
         return server
 
     @property
-    def port(self) -> int:
-        """The port it listens on; the real one even where the settings say 0."""
-        return self._port
-
-    @property
     def address(self) -> str:
         """Base URL for clients on this machine or network."""
-        scheme = "https" if self.settings.tls_certificate else "http"
-        return f"{scheme}://{_reachable(self.settings.host)}:{self._port}"
+        return self._bound.address
 
     @property
-    def admin_address(self) -> str | None:
-        """Base URL of the admin API, if there is one."""
-        return None if self._admin_port is None else f"http://{_reachable(self.settings.admin_host)}:{self._admin_port}"
+    def port(self) -> int:
+        """The port it listens on; the real one even where the settings say 0."""
+        return self._bound.port
 
     @property
-    def metrics_address(self) -> str | None:
-        """Base URL of the metrics port, if there is one."""
-        return None if self._metrics_port is None else f"http://{_reachable(self.settings.host)}:{self._metrics_port}"
+    def _bound(self) -> Listeners:
+        if self.listeners is None:
+            raise RuntimeError("the gateway has not started")
+        return self.listeners
 
     async def start(self) -> None:
         """Listen. Raises `ConfigError` when an address cannot be bound."""
-        settings = self.settings
-        listeners = [_bind(settings.host, settings.port, "port")]
-        self._port = listeners[0].getsockname()[1]
-        configs = [self._uvicorn_config()]
-        if settings.admin_port is not None and settings.admin_token is not None:
-            listeners.append(_bind(settings.admin_host, settings.admin_port, "admin_port"))
-            self._admin_port = listeners[-1].getsockname()[1]
-            configs.append(_config(AdminApi(self.app, settings.admin_token), settings))
-        if settings.metrics_port is not None:
-            listeners.append(_bind(settings.host, settings.metrics_port, "metrics_port"))
-            self._metrics_port = listeners[-1].getsockname()[1]
-            configs.append(_config(AdminApi(self.app, None), settings))
+        await self.prepare()
+        await self.accept()
+
+    async def prepare(self) -> None:
+        """Bind, and begin the work in the background; connections wait until `accept`."""
+        self.listeners = self._seat.listeners if self._seat is not None else Listeners.bind(self.settings)
         await self.app.start()
         if self._tenants is not None:
             self.following = asyncio.create_task(self._tenants.run(self.app.accounts.set_directory))
-        for config, listener in zip(configs, listeners, strict=True):
+
+    async def accept(self) -> None:
+        """Serve."""
+        settings, bound = self.settings, self._bound
+        served = [(self._uvicorn_config(), bound.public)]
+        if bound.admin is not None:
+            served.append((_config(AdminApi(self.app, settings.admin_token), settings), bound.admin))
+        if bound.metrics is not None:
+            served.append((_config(AdminApi(self.app, None), settings), bound.metrics))
+        for config, listener in served:
             server = _Server(config)
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -137,7 +136,7 @@ class GatewayServer:
 
     async def stop(self, drain_timeout_s: float | None = None) -> None:
         """Drain: say not ready, serve on for the propagation time, refuse new requests, finish the running ones."""
-        if not self._servers:
+        if self.listeners is None:
             return
         timeout_s = self.settings.drain_timeout if drain_timeout_s is None else drain_timeout_s
         clean = await self.app.drain(timeout_s, propagation_s=self.settings.drain_propagation)
@@ -160,6 +159,31 @@ class GatewayServer:
         return config
 
 
+def _open_ledger(settings: GatewaySettings, seat: Seat | None) -> Ledger | None:
+    """Workers keep journals of their own and share the database."""
+    if settings.ledger is None:
+        return None
+    folder = Path(settings.ledger)
+    if seat is None or seat.index == 0:
+        _deliver_left_behind(settings, folder, seat.count if seat is not None else 1)
+        return Ledger(folder, settings.ledger_url, spool_bytes=settings.ledger_spool_bytes)
+    return Ledger(
+        folder / f"worker-{seat.index}",
+        settings.ledger_url,
+        database=folder / DATABASE,
+        spool_bytes=settings.ledger_spool_bytes,
+    )
+
+
+def _deliver_left_behind(settings: GatewaySettings, folder: Path, count: int) -> None:
+    """Journals of workers that there were when there were more of them; what they left open is found as others' is."""
+    for own in folder.glob("worker-*"):
+        if own.is_dir() and int(own.name.removeprefix("worker-")) >= count:
+            ledger = Ledger(own, settings.ledger_url, database=folder / DATABASE)
+            ledger.take_unfinished()
+            ledger.close()
+
+
 def _config(app: App, settings: GatewaySettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -175,24 +199,3 @@ def _config(app: App, settings: GatewaySettings) -> uvicorn.Config:
         backlog=4_096,
         timeout_graceful_shutdown=5,
     )
-
-
-def _bind(host: str, port: int, setting: str) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"{setting}: cannot listen on {host}:{port} ({error.strerror}); choose another port"
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _reachable(host: str) -> str:
-    """A host to put into a URL for an address that is listened on."""
-    if host in ("0.0.0.0", "::", ""):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host

@@ -23,6 +23,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     host: str = "127.0.0.1"
     port: int = 8080  # 0: any free port
+    workers: int = 1  # processes that share the port
     connect_timeout: float = 2.0
     first_byte_timeout: float = 300.0
     idle_timeout: float = 120.0  # longest silence inside an answer, from the replica or to the client
@@ -62,6 +63,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         """Raise `ConfigError` naming the first setting that cannot work."""
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"port: must be between 0 and 65535, got {self.port}")
+        if not 1 <= self.workers <= 256:
+            raise ConfigError(f"workers: must be between 1 and 256, got {self.workers}")
         for name in _POSITIVE_TIMES:
             if not 0 < getattr(self, name) <= 86_400:
                 raise ConfigError(f"{name}: must be above 0 and at most 86400 seconds, got {getattr(self, name)}")

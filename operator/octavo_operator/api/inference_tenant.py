@@ -37,6 +37,10 @@ class TenantLimits(Part):
     """Requests at once."""
     max_queued_requests: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """Requests that may wait in the gateway."""
+    tokens_per_day: Limit | None = None
+    """Budget of tokens in a calendar day (UTC)."""
+    cost_per_day: PositiveDecimal | None = None
+    """Budget in the gateway's currency in a calendar day (UTC)."""
     tokens_per_month: Limit | None = None
     """Budget of tokens in a calendar month (UTC)."""
     cost_per_month: PositiveDecimal | None = None

@@ -84,7 +84,7 @@ class KubernetesTenants:
 
     def load(self) -> TenantDirectory:
         """Nobody gets in before the cluster's tenants are known."""
-        return TenantDirectory()
+        return TenantDirectory(known=False)
 
     async def run(self, on_change: Callable[[TenantDirectory], None]) -> None:
         """Follow until cancelled."""

@@ -1,4 +1,4 @@
-"""Limits of tenants: token buckets, concurrency and monthly budgets, reserved before a request and settled after it.
+"""Limits of tenants: token buckets, concurrency and budgets, reserved before a request and settled after it.
 
 Exact within one process. Pure: time comes in as an argument.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from octavo_gateway.errors import BudgetExceededError, RateLimitError
+from octavo_gateway.errors import RateLimitError
+from octavo_gateway.tenancy.budget import Period, Spent, budgets
 from octavo_gateway.tenancy.tenant import Limits, Tenant
 
 MINUTE_S = 60.0
@@ -64,14 +65,19 @@ class Reservation:
 class _Account:
     """One tenant's buckets and counts."""
 
-    __slots__ = ("buckets", "concurrent", "cost_this_month", "month", "tokens_this_month")
+    __slots__ = ("_spent", "buckets", "concurrent")
 
     def __init__(self) -> None:
         self.buckets: dict[str, TokenBucket] = {}
         self.concurrent = 0
-        self.month = ""
-        self.tokens_this_month = 0.0
-        self.cost_this_month = 0.0
+        self._spent = {period: Spent() for period in Period}
+
+    def spent(self, period: Period, today: str) -> Spent:
+        """Of the period that `today` lies in; a new one begins at zero."""
+        spent, label = self._spent[period], period.label(today)
+        if spent.label != label:
+            spent = self._spent[period] = Spent(label)
+        return spent
 
     def bucket(self, name: str, capacity: int | None, now: float) -> TokenBucket | None:
         if capacity is None:
@@ -120,10 +126,14 @@ class Limiter:
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
-    def reserve(self, tenant: Tenant, input_tokens: float, output_tokens: float, now: float, month: str) -> Reservation:
-        """Take the estimated tokens; when `RateLimitError` or `BudgetExceededError` is raised nothing is taken."""
-        account = self._account(tenant.name, month)
-        self._check_budget(tenant, account)
+    def reserve(self, tenant: Tenant, input_tokens: float, output_tokens: float, now: float, today: str) -> Reservation:
+        """Take the estimated tokens; when `RateLimitError` or `BudgetExceededError` is raised nothing is taken.
+
+        `today` is YYYY-MM-DD (UTC).
+        """
+        account = self._account(tenant.name)
+        for period, tokens, cost in budgets(tenant.limits):
+            account.spent(period, today).check(period, tokens, cost)
         limit = tenant.limits.max_concurrent_requests
         if limit is not None and account.concurrent >= limit:
             raise RateLimitError(f"Limit of {limit} concurrent requests reached.", retry_after_s=1.0)
@@ -141,13 +151,13 @@ class Limiter:
 
     def settle(
         self, reservation: Reservation, input_tokens: float, cached_tokens: float, output_tokens: float,
-        cost: float, now: float, month: str,
+        cost: float, now: float, today: str,
     ) -> None:  # fmt: skip
         """Replace the estimate by the true count, exactly once per reservation."""
         if reservation.settled:
             raise RuntimeError(f"a reservation of tenant {reservation.tenant} was settled twice")
         reservation.settled = True
-        account = self._account(reservation.tenant, month)
+        account = self._account(reservation.tenant)
         account.concurrent -= 1
         changes = bucket_changes(
             reservation.input_tokens, reservation.output_tokens, input_tokens, cached_tokens, output_tokens
@@ -155,8 +165,10 @@ class Limiter:
         for name, change in changes.items():
             if name in account.buckets:
                 account.buckets[name].take(change, now)
-        account.tokens_this_month += input_tokens + output_tokens
-        account.cost_this_month += cost
+        for period in Period:
+            spent = account.spent(period, today)
+            spent.tokens += input_tokens + output_tokens
+            spent.cost += cost
 
     def remaining(self, tenant: Tenant, now: float) -> dict[str, tuple[int, int, float]]:
         """Per limited bucket: (limit, what is left, seconds until it is full again)."""
@@ -172,37 +184,26 @@ class Limiter:
             for name, bucket in account.buckets.items()
         }
 
-    def load_month(self, tenant: str, month: str, tokens: float, cost: float) -> None:
-        """Set what the ledger says was used this month, at start."""
-        account = self._account(tenant, month)
-        account.tokens_this_month = tokens
-        account.cost_this_month = cost
+    def learn_spent(self, tenant: str, period: Period, today: str, tokens: float, cost: float) -> None:
+        """Take what the ledger says was spent, which may be more than what this process has seen."""
+        spent = self._account(tenant).spent(period, today)
+        spent.tokens = max(spent.tokens, tokens)
+        spent.cost = max(spent.cost, cost)
 
     def retain(self, tenants: set[str]) -> None:
         """Forget tenants that are gone and have nothing running."""
         for gone in [n for n, a in self._accounts.items() if n not in tenants and a.concurrent == 0]:
             del self._accounts[gone]
 
-    def concurrent(self, tenant: str) -> int:
-        """Requests of a tenant that are not settled."""
-        account = self._accounts.get(tenant)
-        return account.concurrent if account else 0
+    def running(self) -> dict[str, int]:
+        """Requests not settled, of the tenants that have any."""
+        return {name: account.concurrent for name, account in self._accounts.items() if account.concurrent}
 
-    def _account(self, tenant: str, month: str) -> _Account:
+    def _account(self, tenant: str) -> _Account:
         account = self._accounts.get(tenant)
         if account is None:
             account = self._accounts[tenant] = _Account()
-        if account.month != month:
-            account.month = month
-            account.tokens_this_month = account.cost_this_month = 0.0
         return account
-
-    def _check_budget(self, tenant: Tenant, account: _Account) -> None:
-        tokens, cost = tenant.limits.tokens_per_month, tenant.limits.cost_per_month
-        if tokens is not None and account.tokens_this_month >= tokens:
-            raise BudgetExceededError(f"The monthly budget of {tokens} tokens is used up.")
-        if cost is not None and account.cost_this_month >= cost:
-            raise BudgetExceededError(f"The monthly budget of {cost:g} is used up.")
 
     def _wanted(
         self, account: _Account, limits: Limits, input_tokens: float, output_tokens: float, now: float

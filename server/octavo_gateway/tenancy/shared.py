@@ -17,26 +17,32 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from octavo_gateway.errors import BudgetExceededError, ConfigError, RateLimitError
+from octavo_gateway.tenancy.budget import Period, budgets
 from octavo_gateway.tenancy.limiter import BUCKET_WORDS, bucket_amounts, bucket_changes
 from octavo_gateway.tenancy.tenant import Tenant
 
 log = logging.getLogger("octavo.gateway.tenancy")
 
 TIMEOUT_S = 0.25
-KEEP_S = 40 * 24 * 3600  # longer than any month
+KEEP_S = {Period.DAY: 2 * 24 * 3600, Period.MONTH: 40 * 24 * 3600}  # longer than any such period
 
-# KEYS: buckets, running, month. ARGV: request id, seconds after which a lost request is forgotten, concurrency limit
-# ("" for none), budget of tokens, budget of cost, then per bucket: name, capacity, amount.
+# KEYS: buckets, running, then what was spent in the day and in the month. ARGV: request id, seconds after which a lost
+# request is forgotten, concurrency limit ("" for none), budgets of tokens and of cost of the day and of the month, then
+# per bucket: name, capacity, amount.
 RESERVE = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
-local budgets = redis.call('HMGET', KEYS[3], 'tokens', 'cost')
-if ARGV[4] ~= '' and tonumber(budgets[1] or 0) >= tonumber(ARGV[4]) then return {'tokens_per_month', '0'} end
-if ARGV[5] ~= '' and tonumber(budgets[2] or 0) >= tonumber(ARGV[5]) then return {'cost_per_month', '0'} end
+for i, period in ipairs({'daily', 'monthly'}) do
+  local spent = redis.call('HMGET', KEYS[i + 2], 'tokens', 'cost')
+  for j = 1, 2 do
+    local budget = ARGV[2 * i + 1 + j]
+    if budget ~= '' and tonumber(spent[j] or 0) >= tonumber(budget) then return {'budget', period} end
+  end
+end
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 if ARGV[3] ~= '' and redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[3]) then return {'concurrent', '1'} end
 local levels = {}
-for i = 6, #ARGV, 3 do
+for i = 8, #ARGV, 3 do
   local capacity, amount = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local saved = redis.call('HMGET', KEYS[1], ARGV[i] .. ':used', ARGV[i] .. ':at')
   local used, at = tonumber(saved[1] or 0), tonumber(saved[2] or now)
@@ -54,17 +60,19 @@ redis.call('EXPIRE', KEYS[2], 86400)
 return {'ok', '0'}
 """
 
-# KEYS as above. ARGV: request id, tokens, cost, seconds to keep a month, then per bucket: name, change.
+# KEYS as above. ARGV: request id, tokens, cost, seconds to keep a day and a month, then per bucket: name, change.
 # A request settled twice counts once.
 SETTLE = """
 if redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then return 0 end
-for i = 5, #ARGV, 2 do
+for i = 6, #ARGV, 2 do
   local used = redis.call('HGET', KEYS[1], ARGV[i] .. ':used')
   if used then redis.call('HSET', KEYS[1], ARGV[i] .. ':used', tostring(math.max(0, tonumber(used) + tonumber(ARGV[i + 1])))) end
 end
-redis.call('HINCRBYFLOAT', KEYS[3], 'tokens', ARGV[2])
-redis.call('HINCRBYFLOAT', KEYS[3], 'cost', ARGV[3])
-redis.call('EXPIRE', KEYS[3], ARGV[4])
+for i = 1, 2 do
+  redis.call('HINCRBYFLOAT', KEYS[i + 2], 'tokens', ARGV[2])
+  redis.call('HINCRBYFLOAT', KEYS[i + 2], 'cost', ARGV[3])
+  redis.call('EXPIRE', KEYS[i + 2], ARGV[i + 3])
+end
 return 1
 """  # noqa: E501 - Lua
 
@@ -97,7 +105,7 @@ class SharedLimiter:
         self._settling: set[asyncio.Task[None]] = set()
 
     async def reserve(
-        self, request_id: str, tenant: Tenant, input_tokens: float, output_tokens: float, month: str
+        self, request_id: str, tenant: Tenant, input_tokens: float, output_tokens: float, today: str
     ) -> SharedReservation | None:
         """Take from the shared limits; None when Redis is away. Raises `RateLimitError` or `BudgetExceededError`."""
         limits = tenant.limits
@@ -105,35 +113,35 @@ class SharedLimiter:
             request_id,
             self._forget_s,
             _text(limits.max_concurrent_requests),
-            _text(limits.tokens_per_month),
-            _text(limits.cost_per_month),
         ]
+        for _, tokens, cost in budgets(limits):
+            arguments += [_text(tokens), _text(cost)]
         for name, capacity, amount in bucket_amounts(limits, input_tokens, output_tokens):
             if capacity is not None:
                 arguments += [name, capacity, amount]
         try:
-            which, wait = await self._reserve(keys=_keys(tenant.name, month), args=arguments)
+            which, wait = await self._reserve(keys=_keys(tenant.name, today), args=arguments)
         except (RedisError, OSError, TimeoutError) as error:
             self._failed(error)
             return None
         self._back()
         if which == "ok":
             return SharedReservation(request_id, tenant, input_tokens, output_tokens)
-        if which.endswith("_per_month"):
-            raise BudgetExceededError("The monthly budget is used up.")
+        if which == "budget":
+            raise BudgetExceededError(f"The {wait} budget is used up.")
         words = BUCKET_WORDS.get(which, "concurrent requests")
         raise RateLimitError(f"Limit of {words} reached.", retry_after_s=max(1, math.ceil(float(wait))))
 
     def settle(
         self, held: SharedReservation, input_tokens: float, cached_tokens: float, output_tokens: float, cost: float,
-        month: str,
+        today: str,
     ) -> None:  # fmt: skip
         """Replace the estimate by the true count, in the background."""
         changes = bucket_changes(held.input_tokens, held.output_tokens, input_tokens, cached_tokens, output_tokens)
-        arguments: list[str | float] = [held.request_id, input_tokens + output_tokens, cost, KEEP_S]
+        arguments: list[str | float] = [held.request_id, input_tokens + output_tokens, cost, *KEEP_S.values()]
         for name, change in changes.items():
             arguments += [name, change]
-        task = asyncio.ensure_future(self._send_settlement(_keys(held.tenant.name, month), arguments))
+        task = asyncio.ensure_future(self._send_settlement(_keys(held.tenant.name, today), arguments))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
 
@@ -160,9 +168,10 @@ class SharedLimiter:
             log.info("shared limits: Redis is back")
 
 
-def _keys(tenant: str, month: str) -> list[str]:
+def _keys(tenant: str, today: str) -> list[str]:
     """In one hash slot, so that a Redis cluster runs the script too."""
-    return [f"octavo:{{{tenant}}}:buckets", f"octavo:{{{tenant}}}:running", f"octavo:{{{tenant}}}:month:{month}"]
+    spent = [f"octavo:{{{tenant}}}:spent:{period.label(today)}" for period in Period]
+    return [f"octavo:{{{tenant}}}:buckets", f"octavo:{{{tenant}}}:running", *spent]
 
 
 def _text(limit: float | None) -> str:

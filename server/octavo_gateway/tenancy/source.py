@@ -86,6 +86,8 @@ def to_tenant(resource: InferenceTenant, secrets: Secrets, origin: str) -> Tenan
             output_tokens_per_minute=limits.output_tokens_per_minute,
             max_concurrent_requests=limits.max_concurrent_requests,
             max_queued_requests=limits.max_queued_requests,
+            tokens_per_day=limits.tokens_per_day,
+            cost_per_day=None if limits.cost_per_day is None else float(limits.cost_per_day),
             tokens_per_month=limits.tokens_per_month,
             cost_per_month=None if limits.cost_per_month is None else float(limits.cost_per_month),
         ),

@@ -122,7 +122,7 @@ async def test_the_metrics_port_serves_metrics_and_health_and_nothing_else() -> 
     async with OpenAIReplica().serve() as replica, open_door(entry(replica), metrics_port=0) as door:
         statuses = {}
         for path in ("/metrics", "/health/live", "/health/ready", "/admin/tenants", "/v1/models", "/"):
-            async with door.http.get(f"{door.server.metrics_address}{path}") as response:
+            async with door.http.get(f"{door.server.listeners.metrics_address}{path}") as response:
                 statuses[path] = response.status
 
     assert statuses == {

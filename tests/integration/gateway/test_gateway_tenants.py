@@ -154,7 +154,7 @@ async def test_concurrency_is_freed_when_a_client_leaves() -> None:
         await until(lambda: replica.running == 1)
         refused, _, _ = await door.read(HELLO, headers=bearer(KEY_A))
         running.cancel()
-        await until(lambda: door.server.app.accounts.limiter.concurrent("t") == 0)
+        await until(lambda: door.server.app.accounts.limiter.running() == {})
         replica.tokens = 1
         accepted, _, _ = await door.read(HELLO, headers=bearer(KEY_A))
 
@@ -306,7 +306,7 @@ async def test_the_admin_api_has_its_own_port_and_token(tmp_path: Path) -> None:
         OpenAIReplica("r").serve() as replica,
         open_door(entry(replica), directory=TenantDirectory([limited]), ledger=ledger, **settings) as door,
     ):
-        admin = door.server.admin_address
+        admin = door.server.listeners.admin_address
         await door.read(HELLO, headers=bearer(KEY_A))
 
         async def get(path: str, token: str | None = ADMIN_TOKEN, method: str = "GET") -> tuple[int, Any]:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,34 +12,13 @@ import pytest
 
 from fakes.gateway_door import HELLO, Door, entry, open_door, until
 from fakes.openai_replica import OpenAIReplica
+from fakes.redis_server import SERVER, WHY_NOT, redis_server
 from octavo_gateway.tenancy import KeyRecord, Limits, Tenant, TenantDirectory, hash_key, new_key
 
-SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 KEY = new_key()
 BEARER = {"authorization": f"Bearer {KEY}"}
 
-pytestmark = pytest.mark.skipif(SERVER is None, reason="no redis-server or valkey-server on this machine")
-
-
-@contextlib.contextmanager
-def redis_server(port: int | None = None) -> Any:
-    """A Redis of the test's own; yields its port."""
-    assert SERVER is not None
-    if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    command = [SERVER, "--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.2):
-                break
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.kill()
-        process.wait()
+pytestmark = pytest.mark.skipif(SERVER is None, reason=WHY_NOT)
 
 
 @contextlib.asynccontextmanager

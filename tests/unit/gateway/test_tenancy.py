@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from octavo_gateway.errors import BudgetExceededError, ConfigError, RateLimitError
 from octavo_gateway.tenancy import KeyRecord, Limiter, Limits, Tenant, TenantDirectory, hash_key, new_key
+from octavo_gateway.tenancy.budget import Period
 from octavo_gateway.tenancy.keys import format_hash, parse_hash
 from octavo_gateway.tenancy.limiter import TokenBucket
 from octavo_gateway.tenancy.source import load_tenants
 
-MONTH = "2026-11"
+TODAY = "2026-11-21"
 
 
 def tenant(**limits: float) -> Tenant:
@@ -79,23 +80,23 @@ def test_a_request_may_ask_for_less_urgency_but_not_for_more_than_its_tenant_has
 def test_requests_per_minute_refill_evenly_and_say_when() -> None:
     limiter, someone = Limiter(), tenant(requests_per_minute=60)
     for _ in range(60):
-        limiter.reserve(someone, 1, 1, 0.0, MONTH)
+        limiter.reserve(someone, 1, 1, 0.0, TODAY)
     with pytest.raises(RateLimitError, match="60 requests per minute") as caught:
-        limiter.reserve(someone, 1, 1, 0.0, MONTH)
+        limiter.reserve(someone, 1, 1, 0.0, TODAY)
 
     assert caught.value.retry_after_s == 1
-    limiter.reserve(someone, 1, 1, 1.0, MONTH)
+    limiter.reserve(someone, 1, 1, 1.0, TODAY)
 
 
 def test_a_refusal_takes_nothing() -> None:
     limiter, someone = Limiter(), tenant(requests_per_minute=10, tokens_per_minute=100)
-    limiter.reserve(someone, 90, 5, 0.0, MONTH)
+    limiter.reserve(someone, 90, 5, 0.0, TODAY)
     for _ in range(5):
         with pytest.raises(RateLimitError, match="tokens per minute"):
-            limiter.reserve(someone, 50, 0, 0.0, MONTH)
+            limiter.reserve(someone, 50, 0, 0.0, TODAY)
 
     assert limiter.remaining(someone, 0.0)["requests"][1] == 9
-    assert limiter.concurrent("t") == 1
+    assert limiter.running().get("t", 0) == 1
 
 
 def test_what_was_reserved_too_much_is_given_back_and_cached_tokens_are_no_input() -> None:
@@ -103,47 +104,58 @@ def test_what_was_reserved_too_much_is_given_back_and_cached_tokens_are_no_input
         Limiter(),
         tenant(tokens_per_minute=1_000, input_tokens_per_minute=500, output_tokens_per_minute=800),
     )
-    held = limiter.reserve(someone, 100, 700, 0.0, MONTH)
-    limiter.settle(held, 120, 100, 30, 0.0, 0.0, MONTH)
+    held = limiter.reserve(someone, 100, 700, 0.0, TODAY)
+    limiter.settle(held, 120, 100, 30, 0.0, 0.0, TODAY)
     left = limiter.remaining(someone, 0.0)
 
     assert left["tokens"][1] == 1_000 - 150
     assert left["input"][1] == 500 - 20
     assert left["output"][1] == 800 - 30
     with pytest.raises(RuntimeError, match="twice"):
-        limiter.settle(held, 1, 0, 1, 0.0, 0.0, MONTH)
+        limiter.settle(held, 1, 0, 1, 0.0, 0.0, TODAY)
 
 
 def test_a_request_above_the_whole_limit_runs_when_nothing_else_was_used() -> None:
     limiter, someone = Limiter(), tenant(tokens_per_minute=100)
-    held = limiter.reserve(someone, 0, 5_000, 0.0, MONTH)
+    held = limiter.reserve(someone, 0, 5_000, 0.0, TODAY)
     with pytest.raises(RateLimitError):
-        limiter.reserve(someone, 1, 1, 30.0, MONTH)
-    limiter.settle(held, 0, 0, 60, 0.0, 30.0, MONTH)
-    limiter.reserve(someone, 1, 1, 30.0, MONTH)
+        limiter.reserve(someone, 1, 1, 30.0, TODAY)
+    limiter.settle(held, 0, 0, 60, 0.0, 30.0, TODAY)
+    limiter.reserve(someone, 1, 1, 30.0, TODAY)
 
 
 def test_concurrency_is_held_until_settled() -> None:
     limiter, someone = Limiter(), tenant(max_concurrent_requests=2)
-    first, _ = limiter.reserve(someone, 1, 1, 0, MONTH), limiter.reserve(someone, 1, 1, 0, MONTH)
+    first, _ = limiter.reserve(someone, 1, 1, 0, TODAY), limiter.reserve(someone, 1, 1, 0, TODAY)
     with pytest.raises(RateLimitError, match="2 concurrent"):
-        limiter.reserve(someone, 1, 1, 0, MONTH)
-    limiter.settle(first, 1, 0, 1, 0, 0, MONTH)
-    limiter.reserve(someone, 1, 1, 0, MONTH)
+        limiter.reserve(someone, 1, 1, 0, TODAY)
+    limiter.settle(first, 1, 0, 1, 0, 0, TODAY)
+    limiter.reserve(someone, 1, 1, 0, TODAY)
 
 
-def test_a_budget_ends_with_its_month_and_counts_what_the_ledger_says() -> None:
-    limiter, someone = Limiter(), tenant(tokens_per_month=1_000, cost_per_month=5.0)
-    limiter.load_month("t", MONTH, tokens=999, cost=1.0)
-    held = limiter.reserve(someone, 10, 10, 0.0, MONTH)
-    limiter.settle(held, 10, 0, 10, 0.1, 0.0, MONTH)
-    with pytest.raises(BudgetExceededError, match="1000 tokens"):
-        limiter.reserve(someone, 1, 1, 0.0, MONTH)
-    limiter.reserve(someone, 1, 1, 0.0, "2026-12")
+def test_budgets_end_with_their_day_and_month_and_count_what_the_ledger_says() -> None:
+    limiter, someone = Limiter(), tenant(tokens_per_month=1_000, cost_per_month=5.0, tokens_per_day=100)
+    by_month = tenant(tokens_per_month=1_000)
+    limiter.learn_spent("t", Period.MONTH, TODAY, tokens=850, cost=1.0)
+    limiter.learn_spent("t", Period.MONTH, TODAY, tokens=800, cost=0.5)  # an older answer takes nothing back
+    for today, words in ((TODAY, "daily budget of 100 tokens"), ("2026-11-22", "monthly budget of 1000 tokens")):
+        held = limiter.reserve(someone, 10, 10, 0.0, today)
+        limiter.settle(held, 60, 0, 40, 0.1, 0.0, today)
+        with pytest.raises(BudgetExceededError, match=words):
+            limiter.reserve(someone if today == TODAY else by_month, 1, 1, 0.0, today)
+    limiter.reserve(someone, 1, 1, 0.0, "2026-12-01")
 
-    limiter.load_month("t", "2027-01", tokens=0, cost=5.0)
-    with pytest.raises(BudgetExceededError, match="budget of 5"):
-        limiter.reserve(someone, 1, 1, 0.0, "2027-01")
+    limiter.learn_spent("t", Period.MONTH, "2027-01-01", tokens=0, cost=5.0)
+    with pytest.raises(BudgetExceededError, match="monthly budget of 5"):
+        limiter.reserve(someone, 1, 1, 0.0, "2027-01-01")
+
+
+def test_workers_together_never_give_out_more_than_the_whole() -> None:
+    whole = Limits(requests_per_minute=10, tokens_per_minute=1_000, max_concurrent_requests=3, tokens_per_day=70)
+    part = whole.shared_among(4)
+
+    assert (part.requests_per_minute, part.tokens_per_minute, part.max_concurrent_requests) == (2, 250, 1)
+    assert part.tokens_per_day == 70
 
 
 def test_a_changed_limit_keeps_what_was_used() -> None:
@@ -167,16 +179,16 @@ def test_no_minute_serves_more_than_twice_the_limit_plus_one_reserve(steps: list
     for pause, prompt, output, real_output in steps:
         now += pause
         try:
-            held = limiter.reserve(someone, prompt, output, now, MONTH)
+            held = limiter.reserve(someone, prompt, output, now, TODAY)
         except RateLimitError as error:
             waits.append(error.retry_after_s or 0)
             continue
         real = min(real_output, output)  # an engine never exceeds max_tokens
-        limiter.settle(held, prompt, 0, real, 0.0, now, MONTH)
+        limiter.settle(held, prompt, 0, real, 0.0, now, TODAY)
         served.append((now, prompt + real))
     for start, _ in served:
         assert sum(tokens for at, tokens in served if start <= at <= start + 60) <= 2 * limit + 800
-    assert limiter.concurrent("t") == 0
+    assert limiter.running().get("t", 0) == 0
     assert 0 < min(waits) <= max(waits) <= 120
 
 
