@@ -67,3 +67,11 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- include "octavo.selector" . | nindent 8 }}
 {{- end -}}
+
+{{/* Bytes of the spool that one worker may fill: nine tenths of the volume, shared by all. */}}
+{{- define "octavo.spoolBytes" -}}
+{{- $size := .Values.gateway.ledger.spoolSize }}
+{{- $unit := ternary 1073741824 1048576 (hasSuffix "Gi" $size) }}
+{{- $count := $size | trimSuffix "Gi" | trimSuffix "Mi" | int64 }}
+{{- div (mul $count $unit 9) (mul 10 .Values.gateway.workers) }}
+{{- end }}

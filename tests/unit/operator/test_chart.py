@@ -18,7 +18,8 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 EVERYTHING = (
     "gateway.tenants.enabled=true,gateway.ingress.enabled=true,monitoring.serviceMonitor.enabled=true,"
-    "monitoring.prometheusRule.enabled=true,monitoring.dashboards.enabled=true"
+    "monitoring.prometheusRule.enabled=true,monitoring.dashboards.enabled=true,gateway.workers=2,"
+    "gateway.ledger.secretName=ledger,gateway.redis.secretName=redis,gateway.admin.secretName=admin"
 )
 needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed: the chart is not rendered")
 
@@ -150,3 +151,22 @@ def test_arguments_are_ones_the_command_knows(component: str) -> None:
         if document["kind"] == "Deployment" and document["metadata"]["name"].endswith(component):
             args = document["spec"]["template"]["spec"]["containers"][0]["args"]
             assert {arg.partition("=")[0] for arg in args} <= known
+
+
+@needs_helm
+def test_the_gateway_gets_its_secrets_as_environment_and_a_bounded_spool() -> None:
+    (deployment,) = [
+        document
+        for document in helm_template(EVERYTHING)
+        if document["kind"] == "Deployment" and "gateway" in document["metadata"]["name"]
+    ]
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    by_name = {entry["name"]: entry for entry in container["env"]}
+
+    for name, secret in (("LEDGER_URL", "ledger"), ("REDIS_URL", "redis"), ("ADMIN_TOKEN", "admin")):
+        assert by_name[f"OCTAVO_GATEWAY_{name}"]["valueFrom"]["secretKeyRef"]["name"] == secret
+    assert int(by_name["OCTAVO_GATEWAY_LEDGER_SPOOL_BYTES"]["value"]) == 2 * 2**30 * 9 // 20
+    assert {"--workers=2", "--ledger=/spool", "--admin-port=9091"} <= set(container["args"])
+    assert {"name": "spool", "emptyDir": {"sizeLimit": "2Gi"}} in pod["volumes"]
+    assert not any("url" in argument for argument in container["args"])
