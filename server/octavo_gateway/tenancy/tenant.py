@@ -103,9 +103,7 @@ class TenantDirectory:
     good either.
     """
 
-    def __init__(
-        self, tenants: Iterable[Tenant] = (), readings: Iterable[Reading] = (), *, known: bool = True
-    ) -> None:
+    def __init__(self, tenants: Iterable[Tenant] = (), readings: Iterable[Reading] = (), *, known: bool = True) -> None:
         """`readings` are of the resources that the tenants come from, for the operator."""
         self.readings = tuple(readings)
         self.known = known
