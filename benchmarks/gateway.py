@@ -227,11 +227,11 @@ def main() -> None:
             headings = "  ".join(f"{word:>22}" for word in HEADINGS)
             print(f"{'load':16} {'gateway':17} {headings}  CPU/request errors      RSS", flush=True)
             for streams in options.streams:
-                requests = max(2, min(10, 200 // streams))
+                requests = max(3, min(5, 200 // streams))
                 title = f"{streams} stream{'s' if streams > 1 else ''}"
                 rows += compare(title, lambda port: Load(port, streams, requests), gateways, options.rounds)  # noqa: B023
             if not options.no_big_body:  # 20 requests a second, whatever the answers' pace
-                big = {"streams": 30, "requests": 4, "interval_s": 1.5, "body_bytes": BIG_BODY_BYTES, "unique": True}
+                big = {"streams": 30, "requests": 2, "interval_s": 1.5, "body_bytes": BIG_BODY_BYTES, "unique": True}
                 rows += compare("220 KB, 20/s", lambda port: Load(port, **big), gateways, options.rounds)  # type: ignore[arg-type]
     finally:
         for gateway in gateways:

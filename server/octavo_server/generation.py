@@ -118,6 +118,7 @@ class Generator:
         try:
             async for output in outputs:
                 _raise_failure(output)
+                timing.received()
                 finish = output.finish_reason
                 piece = detokenizer.push(output.token_ids, finish is not None)
                 token_ids, logprobs = output.token_ids, output.logprobs
@@ -161,11 +162,15 @@ class _Timing:
         self._request = request
         self._submitted_at = time.monotonic()
         self._first_at: float | None = None
-        self._previous_at = self._submitted_at
+        self._previous_at = self._last_output_at = self._submitted_at
         self._num_tokens = 0
         self._num_cached_tokens = 0
         self._last: SequenceOutput | None = None
         self._finish_reason: FinishReason | None = None
+
+    def received(self) -> None:
+        """The engine has told something; turning it into text is still to be done."""
+        self._last_output_at = time.monotonic()
 
     def observe(self, output: SequenceOutput, finish_reason: FinishReason | None) -> None:
         now = time.monotonic()
@@ -198,7 +203,8 @@ class _Timing:
             self._submitted_at,
             0.0 if self._last is None else self._last.queue_time_s,
             self._first_at,
-            self._previous_at,
+            self._last_output_at,
+            time.monotonic(),
         )
 
     def facts(self, model: str) -> SequenceFacts:

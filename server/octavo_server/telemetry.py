@@ -31,12 +31,13 @@ _propagator = TraceContextTextMapPropagator()
 
 @dataclass(frozen=True, slots=True)
 class SequenceTimes:
-    """Monotonic seconds of one sequence; `first_token_at` None when it never came."""
+    """Monotonic seconds of one sequence; `first_token_at` None when it never came, `ended_at` once its text is out."""
 
     arrived_at: float
     submitted_at: float
     queue_time_s: float
     first_token_at: float | None
+    last_output_at: float
     ended_at: float
 
 
@@ -140,7 +141,7 @@ class Telemetry:
             return
         self._ttft.record(times.first_token_at - times.arrived_at, shared)
         if facts.num_output_tokens > 1:
-            self._tpot.record((times.ended_at - times.first_token_at) / (facts.num_output_tokens - 1), shared)
+            self._tpot.record((times.last_output_at - times.first_token_at) / (facts.num_output_tokens - 1), shared)
 
 
 def context_of(span: Span | None) -> Context | None:
@@ -161,7 +162,8 @@ def _phases(times: SequenceTimes) -> list[tuple[str, float, float]]:
         ("prepare", times.arrived_at, times.submitted_at),
         ("queue", times.submitted_at, scheduled_at),
         ("prefill", scheduled_at, first_at),
-        ("decode", first_at, times.ended_at),
+        ("decode", first_at, times.last_output_at),
+        ("detokenize", max(first_at, times.last_output_at), times.ended_at),
     ]
     return [(name, start, end) for name, start, end in phases if end > start]
 

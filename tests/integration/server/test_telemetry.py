@@ -6,59 +6,20 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from aiohttp import web
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from fakes.eventually import eventually
 from fakes.fake_engine import FakeEngine
+from fakes.otlp_collector import Collector, attributes, otlp_collector
 from fakes.running_server import running_server
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 
 
-class Collector:
-    """An OTLP/HTTP collector that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.spans: list[Any] = []
-        self.metrics: dict[str, Any] = {}
-        self.raw = b""
-
-    async def traces(self, request: web.Request) -> web.Response:
-        body = await request.read()
-        self.raw += body
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            for scope in resource.scope_spans:
-                self.spans += scope.spans
-        return web.Response()
-
-    async def receive_metrics(self, request: web.Request) -> web.Response:
-        for resource in ExportMetricsServiceRequest.FromString(await request.read()).resource_metrics:
-            for scope in resource.scope_metrics:
-                self.metrics.update({metric.name: metric for metric in scope.metrics})
-        return web.Response()
-
-
 @pytest.fixture
 async def collector() -> AsyncIterator[Collector]:
-    made = Collector()
-    app = web.Application()
-    app.router.add_post("/v1/traces", made.traces)
-    app.router.add_post("/v1/metrics", made.receive_metrics)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield made
-    await runner.cleanup()
-
-
-def attributes(span: Any) -> dict[str, Any]:
-    return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
+    async with otlp_collector() as made:
+        yield made
 
 
 async def test_one_trace_from_the_caller_to_the_phases(collector: Collector) -> None:
@@ -79,7 +40,7 @@ async def test_one_trace_from_the_caller_to_the_phases(collector: Collector) -> 
     assert facts["gen_ai.usage.cache_read.input_tokens"] == 16
     phases = sorted((span for span in collector.spans if span.parent_span_id == chat.span_id),
                     key=lambda span: span.start_time_unix_nano)  # fmt: skip
-    assert [span.name for span in phases][-2:] == ["prefill", "decode"]
+    assert [span.name for span in phases][-3:] == ["prefill", "decode", "detokenize"]
     covered = sum(span.end_time_unix_nano - span.start_time_unix_nano for span in phases)
     assert covered >= 0.99 * (chat.end_time_unix_nano - chat.start_time_unix_nano)
     assert b"canary" not in collector.raw
