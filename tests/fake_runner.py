@@ -83,8 +83,7 @@ class FakeRunner:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         self.kv = [[EMPTY] * self.block_size for _ in range(num_blocks)]
 
-    def warm_up(self) -> None:
-        pass
+    def heartbeat(self) -> None: ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for source, destination in pairs:

@@ -40,9 +40,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tenant_weights: dict[str, float] = {}  # shares of tenants that compete; 1 for those not named
     max_queued_requests: int = 1_024
     max_queued_tokens: int = 1_000_000
+    tensor_parallel_size: int = 1  # ranks that share every layer
+    pipeline_parallel_size: int = 1  # stages, each with some of the layers
+    data_parallel_size: int = 1  # whole engines behind one server
+    enable_expert_parallel: bool = False  # experts whole, spread over the tensor ranks, instead of each cut in parts
+    distributed_backend: str = "auto"  # auto: NCCL on GPUs, else gloo | nccl | gloo
     num_threads: int = 0
     seed: int = 0
     step_timeout_s: float = 30.0  # a step longer than this makes the replica unhealthy
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def validate(self) -> None:
         """Raise `ConfigError` naming the first setting that cannot work."""
@@ -58,7 +68,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"prefix_cache_tenant_share: must be above 0 and at most 1, got {self.prefix_cache_tenant_share}"
             )
-        positive = ("max_num_seqs", "max_num_partial_prefills", "max_queued_requests", "max_queued_tokens")
+        positive = (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+            "max_num_seqs",
+            "max_num_partial_prefills",
+            "max_queued_requests",
+            "max_queued_tokens",
+        )
         for field in positive:
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}: must be at least 1, got {getattr(self, field)}")
@@ -84,6 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "quantization": ("auto", "none", "int8", "int4", "fp8"),
             "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
             "task": ("auto", "generate", "embed"),
+            "distributed_backend": ("auto", "nccl", "gloo"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 
+from octavo_engine.errors import EngineDeadError
 from octavo_engine.messages import EmbedRequest, FinishReason, SequenceOutput
 from octavo_engine.runner.interface import ModelRunner
 
@@ -57,7 +58,7 @@ class EmbeddingQueue:
         """Pool a batch; a text that cannot be computed fails alone."""
         try:
             vectors = self._runner.embed([request.prompt_token_ids for request in batch])
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, EngineDeadError):
             raise
         except Exception as error:
             if len(batch) == 1:

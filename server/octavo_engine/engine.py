@@ -169,6 +169,10 @@ class EngineCore:
         self._step_time_s = self._clock() - started
         return StepOutput(outputs=outputs, stats=self.stats())
 
+    def heartbeat(self) -> None:
+        """While there is no work: is all the model needs still there? Raises `EngineDeadError`."""
+        self._runner.heartbeat()
+
     def take_kv_events(self) -> KVEventBatch | None:
         """What became of cached blocks since the last call; None if nothing did, or if nobody wants to know."""
         return None if self._kv_events is None else self._kv_events.take()

@@ -27,6 +27,8 @@ def run_isolated(
         return [(batch, runner.forward(batch.slices))], []
     except torch.AcceleratorError as error:
         raise StepFailedError(f"the device failed: {_first_line(error)}") from error
+    except EngineDeadError:
+        raise
     except Exception as error:
         parts: list[tuple[Batch, torch.Tensor]] = []
         failed: list[tuple[Sequence, str]] = []

@@ -140,7 +140,7 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API process must know of the loaded model."""
+    """What the API process must know of the loaded model; parameters and bytes are those of one of `num_ranks`."""
 
     name: str
     path: str
@@ -159,6 +159,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_block_size: int
     kv_blocks_total: int
     kv_bytes_per_token: int
+    num_ranks: int = 1
     phase_seconds: dict[str, float] = {}
 
 

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.loader.load import load_runner
-from octavo_engine.runner.interface import SequenceSlice
-from octavo_engine.runner.torch_runner import TorchModelRunner
+from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 
 VOCAB = 131
 SIZES = {
@@ -56,7 +55,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def load(path: Path, **settings: Any) -> TorchModelRunner:
+def load(path: Path, **settings: Any) -> ModelRunner:
     """Our runner over a checkpoint; float32, 64 blocks of 4 tokens unless told otherwise."""
     defaults: dict[str, Any] = {
         "device": "cpu",
@@ -80,7 +79,7 @@ def reference_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -
         return [model(torch.tensor([list(prompt)])).logits[0].float() for prompt in prompts]
 
 
-def paged_logits(runner: TorchModelRunner, prompts: Sequence[Sequence[int]], seed: int = 0) -> list[torch.Tensor]:
+def paged_logits(runner: ModelRunner, prompts: Sequence[Sequence[int]], seed: int = 0) -> list[torch.Tensor]:
     """Logits at every position, computed in random chunks, in batches of random members, over scattered blocks."""
     rng = random.Random(seed)
     block_size = runner.info.kv_block_size

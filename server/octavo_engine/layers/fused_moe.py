@@ -6,6 +6,7 @@ router's choice, so that decode steps can be captured as CUDA graphs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,10 @@ from octavo_kernels.weights import QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class FusedMoE:
-    """Router, routed experts and shared expert; see `ops.moe_mlp`. alpha, limit: of the clamped activation."""
+    """Router, routed experts and shared expert; see `ops.moe_mlp`. alpha, limit: of the clamped activation.
+
+    first_expert, reduce: see `MoE`.
+    """
 
     router: Linear
     gate_up: ExpertWeight
@@ -34,13 +38,17 @@ class FusedMoE:
     alpha: float
     limit: float
     shared: SharedExpert | None = None
+    first_expert: int = 0
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights, experts = ops.route_experts(self.router(x), self.top_k, False, self.renormalize)
+        local = experts - self.first_expert if self.first_expert else experts
         out = ops.moe_mlp(
-            x, self.gate_up, self.down, weights, experts, self.activation, alpha=self.alpha, limit=self.limit
+            x, self.gate_up, self.down, weights, local, self.activation, alpha=self.alpha, limit=self.limit
         )
-        return out if self.shared is None else out + self.shared(x)
+        out = out if self.shared is None else out + self.shared(x)
+        return out if self.reduce is None else self.reduce(out)
 
 
 def fuse(moe: MoE) -> MoE | FusedMoE:
@@ -56,7 +64,19 @@ def fuse(moe: MoE) -> MoE | FusedMoE:
     name, alpha, limit = activation
     if isinstance(gate_up.data, QuantizedWeight) and not _has_kernel(gate_up, down, name):
         return moe
-    return FusedMoE(moe.router, gate_up, down, moe.top_k, moe.renormalize, name, alpha, limit, moe.shared)
+    return FusedMoE(
+        moe.router,
+        gate_up,
+        down,
+        moe.top_k,
+        moe.renormalize,
+        name,
+        alpha,
+        limit,
+        moe.shared,
+        moe.first_expert,
+        moe.reduce,
+    )
 
 
 def _has_kernel(gate_up: ExpertWeight, down: ExpertWeight, activation: str) -> bool:

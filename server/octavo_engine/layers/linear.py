@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,19 @@ from octavo_kernels.weights import Weight
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """x @ weight.T + bias, where the weight may be in parts (mixed storage formats that cannot be one matrix)."""
+    """x @ weight.T + bias, where the weight may be in parts (mixed storage formats that cannot be one matrix).
+
+    reduce: sums products over the ranks that hold the other inputs.
+    """
 
     parts: tuple[Weight, ...]
     bias: torch.Tensor | None = None
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.reduce is not None:
+            out = self.reduce(ops.linear(x, self.weight))
+            return out if self.bias is None else out + self.bias
         if len(self.parts) == 1:
             return ops.linear(x, self.parts[0], self.bias)
         out = torch.cat([ops.linear(x, part) for part in self.parts], dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ class MoE:
     """Routed experts; each expert multiplies all its tokens at once.
 
     router: [T, hidden_size] -> [T, num_experts]. renormalize: the chosen probabilities are scaled to sum to one,
-    which equals a softmax over the chosen logits alone.
+    which equals a softmax over the chosen logits alone. experts: those of this rank, from `first_expert` on; reduce:
+    sums what the ranks' experts make.
     """
 
     router: Linear
@@ -34,15 +36,19 @@ class MoE:
     top_k: int
     renormalize: bool
     shared: SharedExpert | None = None
+    first_expert: int = 0
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         probabilities, chosen = route(self.router(x), self.top_k, self.renormalize)
         out = torch.zeros_like(x) if self.shared is None else self.shared(x)
-        for expert in torch.unique(chosen).tolist():
-            tokens, slot = (chosen == expert).nonzero(as_tuple=True)
+        for index in torch.unique(chosen).tolist():
+            if not 0 <= index - self.first_expert < len(self.experts):
+                continue
+            tokens, slot = (chosen == index).nonzero(as_tuple=True)
             share = probabilities[tokens, slot].unsqueeze(1).to(x.dtype)
-            out.index_add_(0, tokens, self.experts[expert](x[tokens]) * share)
-        return out
+            out.index_add_(0, tokens, self.experts[index - self.first_expert](x[tokens]) * share)
+        return out if self.reduce is None else self.reduce(out)
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,9 +19,13 @@ from octavo_engine.loader.quantization import OnTheFly
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.messages import LoadProgress, ModelInfo
 from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.decoder import Decoder
 from octavo_engine.models.interface import Model
 from octavo_engine.models.registry import find_architecture
-from octavo_engine.runner.kv_cache import kv_bytes_per_token
+from octavo_engine.parallel.host import RankHost
+from octavo_engine.parallel.rank import SINGLE
+from octavo_engine.parallel.topology import check_topology
+from octavo_engine.runner.interface import ModelRunner
 from octavo_engine.runner.machine import choose_device, choose_dtype, choose_kv_dtype, free_memory_bytes, usable_cpus
 from octavo_engine.runner.pooling import PoolingMethod
 from octavo_engine.runner.torch_runner import TorchModelRunner
@@ -33,33 +37,40 @@ _LONGEST_UNASKED = 1 << 17
 _log = logging.getLogger(__name__)
 
 
-def load_runner(config: EngineConfig, on_progress: OnProgress) -> TorchModelRunner:
+def load_runner(config: EngineConfig, on_progress: OnProgress) -> ModelRunner:
     """Resolve, read and place the model, allocate its KV cache and run the first steps.
 
-    `on_progress` hears of the phases resolve, weights, kv_cache and warmup. Raises `ModelLoadError` or `ConfigError`.
+    `on_progress` hears of the phases resolve, weights, kv_cache and warmup. With more than one rank this process is
+    the first and starts the others of this machine. Raises `ModelLoadError` or `ConfigError`.
     """
     config.validate()
-    phases = _Phases(on_progress)
-    torch.set_num_threads(config.num_threads or usable_cpus())
+    phases = Phases(on_progress)
     with phases.run("resolve"):
-        path = resolve(
-            config.model,
-            revision=config.revision,
-            on_progress=phases.report,
-        )
+        path = resolve(config.model, revision=config.revision, on_progress=phases.report)
+    if config.num_ranks == 1:
+        torch.set_num_threads(config.num_threads or usable_cpus())
+        return load_rank(config, path, phases)
+    from octavo_engine.parallel.leader import lead
+
+    return lead(config, path, phases)
+
+
+def load_rank(config: EngineConfig, path: Path, phases: Phases, host: RankHost | None = None) -> TorchModelRunner:
+    """This rank's part of the model, warm. host: its rank and machine; the number of blocks is agreed on."""
     with phases.run("weights"):
-        runner = _read_model(config, path, phases)
+        runner = _read_model(config, path, phases, host)
     if runner.info.task == "generate":
         with phases.run("kv_cache"):
-            runner.allocate_kv_cache(_num_blocks(config, runner.info))
+            blocks = _num_blocks(config, runner.info, 1 if host is None else host.ranks_here)
+            runner.allocate_kv_cache(blocks if host is None else host.control.minimum(blocks))
     with phases.run("warmup"):
         runner.warm_up()
     runner.record_phases(phases.seconds)
     return runner
 
 
-def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModelRunner:
-    device = choose_device(config.device)
+def _read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost | None) -> TorchModelRunner:
+    device = choose_device(config.device) if host is None else host.device
     checkpoint = open_checkpoint(path)
     quantize_to = _on_the_fly(config, checkpoint)
     quantized = checkpoint.is_quantized or quantize_to is not None
@@ -68,8 +79,12 @@ def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModel
     architecture, model_class = find_architecture(checkpoint.config)
     model_config = model_class.configure(checkpoint.config, architecture)
     max_model_len = _max_model_len(config, model_config)
+    rank = SINGLE if host is None else host.rank
+    if not issubclass(model_class, Decoder) and rank is not SINGLE:
+        raise ConfigError(f"tensor_parallel_size: {architecture} runs on one device; use data_parallel_size")
+    check_topology(model_config, rank.topology)
     weights = WeightLoader(
-        checkpoint, dtype, device, lambda done: phases.report(done, checkpoint.path.name), quantize_to
+        checkpoint, dtype, device, lambda done: phases.report(done, checkpoint.path.name), quantize_to, rank
     )
     model = model_class(model_config, weights, max_model_len)
     weights.finish(model.ignored_tensors)
@@ -91,9 +106,8 @@ def _read_model(config: EngineConfig, path: Path, phases: _Phases) -> TorchModel
         weight_bytes=weights.weight_bytes,
         kv_block_size=config.block_size,
         kv_blocks_total=0,
-        kv_bytes_per_token=kv_bytes_per_token(
-            model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, kv_dtype
-        ),
+        kv_bytes_per_token=model.cache_layout.bytes_per_token(kv_dtype),
+        num_ranks=config.num_ranks,
     )
     default = PoolingMethod.LAST if model.can_generate else PoolingMethod.MEAN
     return TorchModelRunner(model, info, kv_dtype, read_pooling(path, default))
@@ -121,8 +135,11 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len or min(longest, _LONGEST_UNASKED)
 
 
-def _num_blocks(config: EngineConfig, info: ModelInfo) -> int:
-    return num_kv_blocks(config, info, free_memory_bytes(torch.device(info.device)))
+def _num_blocks(config: EngineConfig, info: ModelInfo, ranks_here: int) -> int:
+    """ranks_here: the ranks that share this machine's memory; GPUs have their own."""
+    device = torch.device(info.device)
+    free = free_memory_bytes(device)
+    return num_kv_blocks(config, info, free if device.type == "cuda" else free // ranks_here)
 
 
 def _task(config: EngineConfig, checkpoint: Checkpoint, model: Model) -> str:
@@ -134,7 +151,7 @@ def _task(config: EngineConfig, checkpoint: Checkpoint, model: Model) -> str:
     return "embed" if not model.can_generate or is_embedding_checkpoint(checkpoint.path) else "generate"
 
 
-class _Phases:
+class Phases:
     """Names, times and reports the phases of start-up."""
 
     def __init__(self, on_progress: OnProgress) -> None:

@@ -13,7 +13,10 @@ import torch
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.layers.linear import Linear
 from octavo_engine.loader.checkpoint import Checkpoint
+from octavo_engine.loader.cutting import cut, cut_vector
 from octavo_engine.loader.quantization import OnTheFly, quantize
+from octavo_engine.parallel.rank import SINGLE, Rank
+from octavo_engine.parallel.sections import Rows, Section, as_rows, stored_size, whole
 from octavo_kernels import ops
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.registry import REFERENCE
@@ -32,7 +35,8 @@ class WeightLoader:
     """Hands a model its weights by name and keeps account of them.
 
     dtype: of activations and dense weights. on_tensor: called with the fraction of tensors read so far.
-    quantize_to: brings dense projections to this format; the output head gets int8 instead of int4.
+    quantize_to: brings dense projections to this format; the output head gets int8 instead of int4. rank: where a model
+    asks for its own part of it only; sizes given as sections are cut, and what is counted is what this rank holds.
     """
 
     def __init__(
@@ -42,7 +46,9 @@ class WeightLoader:
         device: torch.device,
         on_tensor: Callable[[float], None] | None = None,
         quantize_to: OnTheFly | None = None,
+        rank: Rank = SINGLE,
     ) -> None:
+        self.rank = rank
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
@@ -52,6 +58,11 @@ class WeightLoader:
         self._on_tensor = on_tensor
         self._quantize_to = quantize_to
         self._read: set[str] = set()
+        self._elsewhere: tuple[str, ...] = ()
+
+    def leave(self, prefix: str) -> None:
+        """Names that start so are read by other ranks."""
+        self._elsewhere = (*self._elsewhere, prefix)
 
     def vector(self, name: str, size: int, *, offset: float = 0.0) -> torch.Tensor:
         """A norm's weight, kept in float32. [size]"""
@@ -59,8 +70,14 @@ class WeightLoader:
         return self._account(self._dense(name, (size,)).to(self.device, torch.float32, copy=True) + add)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A small dense tensor (bias, sinks) in the activations' type."""
+        """A small dense tensor (bias, table) in the activations' type."""
         return self._account(self._dense(name, shape).to(self.device, self.dtype, copy=True))
+
+    def per_row(self, name: str, rows: int | Rows) -> torch.Tensor:
+        """A value for each row (bias, sinks) in the activations' type."""
+        sections = as_rows(rows)
+        values = cut_vector(self._dense(name, (stored_size(sections),)), sections)
+        return self._account(values.to(self.device, self.dtype, copy=True))
 
     def dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A stack of matrices as stored, for a model to take apart and `pack`."""
@@ -73,26 +90,37 @@ class WeightLoader:
             raise self._wrong_shape(name, tuple(tensor.shape), shape)
         return tensor
 
-    def rows(self, name: str, shape: tuple[int, int]) -> Weight:
+    def rows(self, name: str, rows: int | Rows, columns: int) -> Weight:
         """An embedding table, left in the form of the file: rows are looked up, never multiplied."""
-        weight = self._matrix(name, shape)
+        weight = self._matrix(name, rows, columns)
         return weight.to(self.device) if isinstance(weight, QuantizedWeight) else weight.to(self.device, self.dtype)
 
-    def head(self, name: str, shape: tuple[int, int]) -> Weight:
+    def head(self, name: str, rows: int | Rows, columns: int) -> Weight:
         """The output head, ready for `ops.linear`."""
-        return self.pack(self._matrix(name, shape), head=True)
+        return self.pack(self._matrix(name, rows, columns), head=True)
 
     def linear(
-        self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False, exact: bool = False
+        self,
+        outputs: Mapping[str, int | Rows],
+        inputs: int | Section,
+        *,
+        bias: bool = False,
+        exact: bool = False,
+        reduce: bool = True,
     ) -> Linear:
         """Projections of one input fused into one. outputs: prefix -> out_features, in the order of the result.
 
-        exact: never quantized on the fly (routers and gates, small and sensitive).
+        exact: never quantized on the fly (routers and gates, small and sensitive). Over a section of the inputs a
+        product is partial: it is summed over the tensor ranks, unless `reduce` leaves that to the caller.
         """
-        parts = [self._matrix(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
-        biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
+        parts = [self._matrix(f"{prefix}.weight", out, inputs) for prefix, out in outputs.items()]
+        biases = [self.per_row(f"{prefix}.bias", out) for prefix, out in outputs.items()] if bias else []
         fused = tuple(self.pack(part, exact=exact) for part in _concatenate(parts))
-        return Linear(fused, torch.cat(biases) if biases else None)
+        partial = isinstance(inputs, Section) and not inputs.is_whole
+        joined = torch.cat(biases) if biases else None
+        if partial and not reduce and joined is not None and self.rank.tensor_rank:
+            joined = None  # of ranks whose results the caller sums, the first adds the bias
+        return Linear(fused, joined, self.rank.reduce if partial and reduce else None)
 
     def pack(self, weight: Weight, *, exact: bool = False, head: bool = False) -> Weight:
         """Place a weight on the device in the form its kernels want.
@@ -136,7 +164,9 @@ class WeightLoader:
         left = sorted(
             name
             for name in self.checkpoint.names - self._read
-            if not any(mark in name for mark in (*_UNUSED, *ignored)) and not self._is_empty_bias(name)
+            if not any(mark in name for mark in (*_UNUSED, *ignored))
+            and not name.startswith(self._elsewhere)
+            and not self._is_empty_bias(name)
         )
         if left:
             shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
@@ -155,8 +185,10 @@ class WeightLoader:
         """How the projections are stored, most frequent first: `Q4_1, Q8_0 as bfloat16`, or `none`."""
         return ", ".join(name for name, _ in self.formats.most_common()) or "none"
 
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Weight:
-        return self._checked(name, self._get(name), shape)
+    def _matrix(self, name: str, rows: int | Rows, columns: int | Section) -> Weight:
+        sections, columns = as_rows(rows), columns if isinstance(columns, Section) else whole(columns)
+        weight = self._checked(name, self._get(name), (stored_size(sections), columns.size))
+        return cut(weight, sections, columns, name)
 
     def _dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         weight = self._checked(name, self._get(name), shape)

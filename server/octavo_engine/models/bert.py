@@ -48,7 +48,7 @@ class BertModel(Model):
         self.config = config
         prefix = self._find_prefix(weights)
         words, hidden = f"{prefix}embeddings.word_embeddings.weight", config.hidden_size
-        self._words = Embedding(weights.rows(words, (config.vocab_size, hidden)), weights.dtype)
+        self._words = Embedding(weights.rows(words, config.vocab_size, hidden), weights.dtype)
         longest = config.max_position_embeddings + self.first_position
         self._positions = self._table(weights, f"{prefix}embeddings.position_embeddings.weight", longest)
         kinds = weights.checkpoint.config.integer("type_vocab_size", 2)

@@ -6,8 +6,9 @@ A family subclasses `Decoder` and overrides what is particular to it: `configure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,9 +25,10 @@ from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, ModelConfig
 from octavo_engine.models.interface import Model
 from octavo_engine.models.rope_config import RopeConfig
+from octavo_engine.parallel.sections import Rows
+from octavo_engine.runner.kv_cache import CacheLayout
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.step import DecoderLayerPlan, DecoderPlan
-from octavo_kernels.weights import Weight
 
 Residual = torch.Tensor | None
 MLP = GatedMLP | MoE | FusedMoE
@@ -65,37 +67,56 @@ class Decoder(Model):
 
     def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
         self.config = config
+        self.rank = weights.rank
         self._ropes: dict[RopeConfig, torch.Tensor] = {}
         self._max_positions = max_positions
-        scale = float(torch.tensor(config.embedding_scale, dtype=weights.dtype))
-        table = weights.rows("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.can_generate = not config.architecture.endswith("Model")
-        table, head = self._tie_or_read_head(weights, table)
-        self.embedding = Embedding(table, weights.dtype, scale)
-        self.lm_head = None if head is None else LMHead(head, config.final_soft_cap)
-        self.layers = tuple(self.make_layer(weights, index) for index in range(config.num_layers))
+        self.embedding, self.lm_head = self._read_ends(weights)
+        held = self.rank.layers(config.num_layers)
+        for index in set(range(config.num_layers)) - set(held):
+            weights.leave(f"model.layers.{index}.")
+        self.layers = tuple(self.make_layer(weights, index) for index in held)
         self.final_norm = self.make_norm(weights, "model.norm")
 
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
     ) -> torch.Tensor:
-        x, residual = self.embedding(token_ids), None
+        x, residual = self.enter(token_ids)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, batch, cache)
+        if not self.rank.is_last_stage and residual is not None:
+            self.rank.hand_on(x, residual)
+            return x
         return self.final_norm.add(x, residual)[0]
+
+    def enter(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, Residual]:
+        """What the first layer of this stage gets."""
+        if self.embedding is not None:
+            return self.embedding(token_ids), None
+        shape = (token_ids.shape[0], self.config.hidden_size)
+        return self.rank.take_over(shape, self._dtype, token_ids.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.lm_head is None:
             raise InvalidRequestError(f"{self.config.architecture} has no head and cannot generate text", "model")
         return self.lm_head(hidden)
 
+    @property
+    def cache_layout(self) -> CacheLayout:
+        config = self.config
+        _, kv_heads = self.rank.heads(config.num_heads, config.num_kv_heads)
+        return CacheLayout(len(self.layers), kv_heads.length, config.head_dim, config.head_dim)
+
     def plan(self) -> DecoderPlan | None:
+        held = self.rank.layers(self.config.num_layers)
         layers = tuple(
-            _layer_plan(layer, config) for layer, config in zip(self.layers, self.config.layers, strict=True)
+            _layer_plan(layer, self.config.layers[index]) for index, layer in zip(held, self.layers, strict=True)
         )
         plain = [layer for layer in layers if layer is not None]
         config = self.config
         if self.lm_head is None or len(plain) != len(layers) or config.final_soft_cap or len(self._ropes) > 1:
+            return None
+        if self.embedding is None or self.rank.topology.world_size > 1:
             return None
         cos_sin = next(iter(self._ropes.values()), self.final_norm.weight.new_zeros((0, 0), dtype=torch.float32))
         return DecoderPlan(
@@ -117,14 +138,38 @@ class Decoder(Model):
             lm_head=self.lm_head.weight,
         )
 
-    def _tie_or_read_head(self, weights: WeightLoader, table: Weight) -> tuple[Weight, Weight | None]:
-        """(embedding, output head); no head for a checkpoint that was saved without one."""
-        if not self.can_generate:
-            return table, None
-        if self.config.tie_word_embeddings:
+    def _read_ends(self, weights: WeightLoader) -> tuple[Embedding | None, LMHead | None]:
+        """The embedding, for the first stage, and the output head, for the last.
+
+        There is no head in a checkpoint that was saved without one.
+        """
+        config, rank = self.config, self.rank
+        self._dtype = weights.dtype
+        vocabulary, name = rank.share(config.vocab_size), "model.embed_tokens.weight"
+        if config.tie_word_embeddings:
             self.ignored_tensors = (*self.ignored_tensors, "lm_head.weight")  # some tools write the copy too
-            return weights.tie(table)
-        return table, weights.head("lm_head.weight", (self.config.vocab_size, self.config.hidden_size))
+        wants_head = self.can_generate and rank.is_last_stage
+        table = head = None
+        if rank.is_first_stage or (wants_head and config.tie_word_embeddings):
+            table = weights.rows(name, (vocabulary,), config.hidden_size)
+        else:
+            weights.leave(name)
+        if wants_head and not config.tie_word_embeddings:
+            head = weights.head("lm_head.weight", (vocabulary,), config.hidden_size)
+        elif wants_head and table is not None:
+            table, head = weights.tie(table)
+        else:
+            weights.leave("lm_head.")
+        embedding = None
+        if table is not None and rank.is_first_stage:
+            scale = float(torch.tensor(config.embedding_scale, dtype=weights.dtype))
+            embedding = Embedding(table, weights.dtype, scale, vocabulary.start, rank.reduce)
+        return embedding, None if head is None else LMHead(head, config.final_soft_cap, self._gather_logits())
+
+    def _gather_logits(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        if self.rank.tensor_group is None:
+            return None
+        return partial(self.rank.gather_columns, total=self.config.vocab_size)
 
     def make_layer(self, weights: WeightLoader, index: int) -> Layer:
         prefix, config = f"model.layers.{index}", self.config.layers[index]
@@ -137,12 +182,12 @@ class Decoder(Model):
 
     def make_attention(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> Attention:
         config = self.config
-        q_size = config.num_heads * config.head_dim
+        heads, kv_heads = self.rank.heads(config.num_heads, config.num_kv_heads)
         return Attention(
             weights.linear(self.qkv_outputs(prefix), config.hidden_size, bias=config.qkv_bias),
-            weights.linear({f"{prefix}.o_proj": config.hidden_size}, q_size, bias=config.output_bias),
-            config.num_heads,
-            config.num_kv_heads,
+            weights.linear({f"{prefix}.o_proj": config.hidden_size}, heads * config.head_dim, bias=config.output_bias),
+            heads.length,
+            kv_heads.length,
             config.head_dim,
             config.attention_scale,
             self.rope_table(layer.rope, weights.device),
@@ -154,21 +199,23 @@ class Decoder(Model):
         )
 
     def make_mlp(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> MLP:
-        config = self.config
+        config, width = self.config, self.rank.share(self.config.intermediate_size)
         return GatedMLP(
             weights.linear(self.gate_up_outputs(prefix), config.hidden_size, bias=config.mlp_bias),
-            weights.linear({f"{prefix}.down_proj": config.hidden_size}, config.intermediate_size, bias=config.mlp_bias),
+            weights.linear({f"{prefix}.down_proj": config.hidden_size}, width, bias=config.mlp_bias),
             GATED[config.activation],
         )
 
-    def qkv_outputs(self, prefix: str) -> dict[str, int]:
-        """The projections that make query, key and value, with their sizes."""
-        q_size, kv_size = (heads * self.config.head_dim for heads in (self.config.num_heads, self.config.num_kv_heads))
-        return {f"{prefix}.q_proj": q_size, f"{prefix}.k_proj": kv_size, f"{prefix}.v_proj": kv_size}
+    def qkv_outputs(self, prefix: str) -> dict[str, Rows]:
+        """The projections that make query, key and value, with this rank's rows."""
+        heads = self.rank.heads(self.config.num_heads, self.config.num_kv_heads)
+        query, kv = (section * self.config.head_dim for section in heads)
+        return {f"{prefix}.q_proj": (query,), f"{prefix}.k_proj": (kv,), f"{prefix}.v_proj": (kv,)}
 
-    def gate_up_outputs(self, prefix: str) -> dict[str, int]:
-        """The projections that make gate and up, with their sizes."""
-        return {f"{prefix}.{name}_proj": self.config.intermediate_size for name in ("gate", "up")}
+    def gate_up_outputs(self, prefix: str) -> dict[str, Rows]:
+        """The projections that make gate and up, with this rank's rows."""
+        width = self.rank.share(self.config.intermediate_size)
+        return {f"{prefix}.{name}_proj": (width,) for name in ("gate", "up")}
 
     def make_norm(self, weights: WeightLoader, prefix: str) -> RMSNorm:
         weight = weights.vector(f"{prefix}.weight", self.config.hidden_size, offset=self.config.norm_offset)

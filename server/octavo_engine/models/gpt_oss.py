@@ -10,10 +10,12 @@ import torch
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GatedActivation, GatedMLP
+from octavo_engine.loader.cutting import cut, cut_vector
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, ModelConfig, MoEConfig, decoder_config, num_layers, sliding_layers
 from octavo_engine.models.moe_decoder import MoEDecoder, moe_config
 from octavo_engine.models.raw_config import RawConfig
+from octavo_engine.parallel.sections import Section, whole
 from octavo_kernels import ops
 from octavo_kernels.gguf_types import GGMLType
 from octavo_kernels.weights import GGUFWeight, Weight
@@ -48,24 +50,32 @@ class GptOssForCausalLM(MoEDecoder):
         )
 
     def make_attention(self, weights: WeightLoader, prefix: str, layer: LayerConfig) -> Attention:
-        sinks = weights.vector(f"{prefix}.sinks", self.config.num_heads)
+        heads, _ = self.rank.heads(self.config.num_heads, self.config.num_kv_heads)
+        sinks = weights.vector(f"{prefix}.sinks", self.config.num_heads)[heads.start : heads.stop]
         return replace(super().make_attention(weights, prefix, layer), sinks=sinks)
 
-    def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig) -> tuple[GatedMLP, ...]:
+    def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig, held: Section) -> tuple[GatedMLP, ...]:
         if f"{prefix}.0.gate_proj.weight" in weights.checkpoint.names:  # GGUF: one matrix for each expert
-            return super().make_experts(weights, prefix, moe)
+            return super().make_experts(weights, prefix, moe, held)
         hidden, size = self.config.hidden_size, moe.intermediate_size
+        width = self.rank.expert_width(size)
         gate_up = _read_experts(weights, f"{prefix}.gate_up_proj", moe.num_experts, 2 * size, hidden)
         gate_up_bias = weights.tensor(f"{prefix}.gate_up_proj_bias", (moe.num_experts, 2 * size))
         down = _read_experts(weights, f"{prefix}.down_proj", moe.num_experts, hidden, size)
         down_bias = weights.tensor(f"{prefix}.down_proj_bias", (moe.num_experts, hidden))
+        adds_bias = width.is_whole or self.rank.tensor_rank == 0
         return tuple(
             GatedMLP(
-                Linear((weights.pack(_rows_apart(gate_up[e])),), _apart(gate_up_bias[e])),
-                Linear((weights.pack(down[e]),), down_bias[e]),
+                Linear(
+                    (weights.pack(cut(_rows_apart(gate_up[e]), (width, width), whole(hidden), prefix)),),
+                    cut_vector(_apart(gate_up_bias[e]), (width, width)),
+                ),
+                Linear(
+                    (weights.pack(cut(down[e], (whole(hidden),), width, prefix)),), down_bias[e] if adds_bias else None
+                ),
                 self.expert_activation(),
             )
-            for e in range(moe.num_experts)
+            for e in range(held.start, held.stop)
         )
 
     def expert_activation(self) -> GatedActivation:

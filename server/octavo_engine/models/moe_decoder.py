@@ -9,6 +9,7 @@ from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, MoEConfig
 from octavo_engine.models.decoder import MLP, Decoder
 from octavo_engine.models.raw_config import RawConfig
+from octavo_engine.parallel.sections import Section
 
 
 class MoEDecoder(Decoder):
@@ -24,26 +25,31 @@ class MoEDecoder(Decoder):
         if moe is None:
             return super().make_mlp(weights, prefix, layer)
         router = {f"{prefix}.{self.router_name}": moe.num_experts}
+        held = self.rank.experts(moe.num_experts)
         layer_moe = MoE(
             weights.linear(router, self.config.hidden_size, bias=self.moe_bias, exact=True),
-            self.make_experts(weights, f"{prefix}.experts", moe),
+            self.make_experts(weights, f"{prefix}.experts", moe, held),
             moe.top_k,
             moe.renormalize,
             self.make_shared_expert(weights, prefix),
+            held.start,
+            self.rank.reduce,
         )
         return layer_moe if weights.device.type == "cpu" else fuse(layer_moe)
 
-    def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig) -> tuple[GatedMLP, ...]:
-        return tuple(
-            self.make_expert(weights, f"{prefix}.{index}", moe.intermediate_size) for index in range(moe.num_experts)
-        )
+    def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig, held: Section) -> tuple[GatedMLP, ...]:
+        """This rank's experts, or its part of each."""
+        for index in (*range(held.start), *range(held.stop, moe.num_experts)):
+            weights.leave(f"{prefix}.{index}.")
+        width = self.rank.expert_width(moe.intermediate_size)
+        return tuple(self.make_expert(weights, f"{prefix}.{index}", width) for index in range(held.start, held.stop))
 
-    def make_expert(self, weights: WeightLoader, prefix: str, size: int) -> GatedMLP:
+    def make_expert(self, weights: WeightLoader, prefix: str, width: Section) -> GatedMLP:
         gate, up, down = (f"{prefix}.{name}" for name in self.expert_names)
         hidden = self.config.hidden_size
         return GatedMLP(
-            weights.linear({gate: size, up: size}, hidden, bias=self.moe_bias),
-            weights.linear({down: hidden}, size, bias=self.moe_bias),
+            weights.linear({gate: (width,), up: (width,)}, hidden, bias=self.moe_bias),
+            weights.linear({down: hidden}, width, bias=self.moe_bias, reduce=False),
             self.expert_activation(),
         )
 

@@ -52,10 +52,10 @@ class Qwen2MoeForCausalLM(MoEDecoder):
         return _with_experts(raw, Qwen2ForCausalLM.configure(raw, architecture))
 
     def make_shared_expert(self, weights: WeightLoader, prefix: str) -> SharedExpert:
-        hidden, size, inner = self.config.hidden_size, self.shared_size, f"{prefix}.shared_expert"
+        hidden, width, inner = self.config.hidden_size, self.rank.share(self.shared_size), f"{prefix}.shared_expert"
         mlp = GatedMLP(
-            weights.linear({f"{inner}.gate_proj": size, f"{inner}.up_proj": size}, hidden),
-            weights.linear({f"{inner}.down_proj": hidden}, size),
+            weights.linear({f"{inner}.gate_proj": (width,), f"{inner}.up_proj": (width,)}, hidden),
+            weights.linear({f"{inner}.down_proj": hidden}, width, reduce=False),
             GATED[self.config.activation],
         )
         return SharedExpert(mlp, weights.linear({f"{prefix}.shared_expert_gate": 1}, hidden, exact=True))

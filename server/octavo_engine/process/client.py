@@ -204,7 +204,8 @@ class EngineProcessClient:
         if self._process is None:
             return
         if self._dead is None:
-            self._send(Shutdown())
+            with contextlib.suppress(zmq.Again):  # killed a moment ago: nobody hears any more
+                self._send(Shutdown())
         await self._stop(timeout_s)
 
     # ------------------------------------------------------------ requests

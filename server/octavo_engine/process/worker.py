@@ -100,6 +100,7 @@ class Worker:
                     publisher.publish(events)
                 publisher.serve_replays()
             if not core.has_work and not commands.poll(HEARTBEAT_MS):
+                core.heartbeat()
                 self.send(StepOutput(outputs=[], stats=core.stats()))
                 continue
             rejected: list[SequenceOutput] = []

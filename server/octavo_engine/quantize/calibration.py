@@ -47,7 +47,7 @@ class LayerWalk:
         packed = [build_packed([window], device) for window in windows]
         self._model = model
         self._batches = [batch for _, batch in packed]
-        self._states: list[State] = [(model.embedding(ids), None) for ids, _ in packed]
+        self._states: list[State] = [model.enter(ids) for ids, _ in packed]
 
     def layers(self) -> Iterator[Layer]:
         """Every layer; when the next is asked for, the states have passed through the last as it then was."""

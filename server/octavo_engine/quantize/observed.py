@@ -11,6 +11,7 @@ from torch.nn import functional
 from octavo_engine.layers.linear import Linear
 from octavo_engine.loader.checkpoint import Checkpoint
 from octavo_engine.loader.weights import WeightLoader
+from octavo_engine.parallel.sections import Rows, Section
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import QuantizedWeight, Weight
 
@@ -87,26 +88,33 @@ class ObservingLoader(WeightLoader):
         self.tables: list[torch.Tensor] = []
 
     def linear(
-        self, outputs: Mapping[str, int], in_features: int, *, bias: bool = False, exact: bool = False
+        self,
+        outputs: Mapping[str, int | Rows],
+        inputs: int | Section,
+        *,
+        bias: bool = False,
+        exact: bool = False,
+        reduce: bool = True,
     ) -> Linear:
         """As the real one, but dense and observed."""
-        parts = [self._plain(f"{prefix}.weight", (out, in_features)) for prefix, out in outputs.items()]
-        biases = [self.tensor(f"{prefix}.bias", (out,)) for prefix, out in outputs.items()] if bias else []
+        parts = [self._plain(f"{prefix}.weight", out, inputs) for prefix, out in outputs.items()]
+        biases = [self.per_row(f"{prefix}.bias", out) for prefix, out in outputs.items()] if bias else []
         joined = torch.cat(biases) if biases else None
-        projection = Projection(outputs, torch.cat(parts), joined, exact)
+        sizes = {prefix: len(part) for prefix, part in zip(outputs, parts, strict=True)}
+        projection = Projection(sizes, torch.cat(parts), joined, exact)
         self.projections.append(projection)
         if joined is not None:
             self.biases |= {f"{prefix}.bias": (projection, projection.rows_of(prefix)) for prefix in outputs}
         return ObservedLinear((), joined, projection=projection)
 
-    def rows(self, name: str, shape: tuple[int, int]) -> Weight:
+    def rows(self, name: str, rows: int | Rows, columns: int) -> Weight:
         """Dense: the table may be the head too."""
-        self.tables.append(self._plain(name, shape))
+        self.tables.append(self._plain(name, rows, columns))
         return self.tables[-1]
 
-    def matrix(self, name: str, shape: tuple[int, int], **_: bool) -> Weight:
+    def head(self, name: str, rows: int | Rows, columns: int) -> Weight:
         """Dense: the head stays as it is."""
-        return self.rows(name, shape)
+        return self.rows(name, rows, columns)
 
     def pack(self, weight: Weight, **_: bool) -> Weight:
         """Dense, for a head tied to the embedding."""
@@ -132,7 +140,7 @@ class ObservingLoader(WeightLoader):
         """The names the model asked for."""
         return frozenset(self._read)
 
-    def _plain(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        weight = self._matrix(name, shape)
+    def _plain(self, name: str, rows: int | Rows, columns: int | Section) -> torch.Tensor:
+        weight = self._matrix(name, rows, columns)
         dense = weight.dequantize(self.dtype) if isinstance(weight, QuantizedWeight) else weight
         return dense.to(self.device, self.dtype, copy=True)

@@ -20,7 +20,7 @@ def perplexity(model: Decoder, windows: Sequence[Sequence[int]], device: torch.d
     total, count = 0.0, 0
     for window in windows:
         token_ids, batch = build_packed([window], device)
-        hidden = model.forward(token_ids, batch, [None] * model.config.num_layers)
+        hidden = model.forward(token_ids, batch, [None] * model.cache_layout.num_layers)
         for start in range(0, len(window) - 1, LOGIT_ROWS):
             end = min(start + LOGIT_ROWS, len(window) - 1)
             logits = model.logits(hidden[start:end])

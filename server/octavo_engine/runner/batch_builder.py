@@ -29,7 +29,7 @@ class StepInputs:
 def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.device) -> StepInputs:
     """Lay the slices out as one flat batch, sequences with one new token first (see `AttentionBatch`).
 
-    Raises `ValueError` for a slice that is empty, asks for more logits than it has tokens, or outgrows its blocks.
+    Raises `ValueError` as `check_slices` does.
     """
     order = sorted(range(len(slices)), key=lambda i: len(slices[i].token_ids) != 1)
     ordered = [slices[i] for i in order]
@@ -37,7 +37,7 @@ def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.d
     starts = np.array([s.start for s in ordered], dtype=np.int64)
     ends = np.cumsum(query_lens)
     seq_lens = starts + query_lens
-    _check(ordered, seq_lens, block_size)
+    check_slices(ordered, block_size)
     tables = _block_tables(ordered, seq_lens, block_size)
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
     owner = np.repeat(np.arange(len(ordered)), query_lens)
@@ -54,6 +54,16 @@ def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.d
         max_seq_len=int(seq_lens.max()),
     )
     return StepInputs(_tensor(token_ids, device), batch, _tensor(_logits_rows(slices, order, ends), device))
+
+
+def check_slices(slices: Sequence[SequenceSlice], block_size: int) -> None:
+    """Raise `ValueError` for a slice that is empty, asks for more logits than it has tokens, or outgrows its blocks."""
+    for piece in slices:
+        if not piece.token_ids or not 0 <= piece.num_logits <= len(piece.token_ids):
+            raise ValueError(f"a slice of {len(piece.token_ids)} tokens cannot give {piece.num_logits} logits")
+        length = piece.start + len(piece.token_ids)
+        if piece.start < 0 or length > len(piece.block_table) * block_size:
+            raise ValueError(f"a sequence of {length} tokens does not fit its {len(piece.block_table)} blocks")
 
 
 def build_packed(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, AttentionBatch]:
@@ -73,14 +83,6 @@ def build_packed(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
         max_seq_len=int(lengths.max()),
     )
     return _tensor(token_ids, device), batch
-
-
-def _check(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> None:
-    for piece, length in zip(slices, seq_lens.tolist(), strict=True):
-        if not piece.token_ids or not 0 <= piece.num_logits <= len(piece.token_ids):
-            raise ValueError(f"a slice of {len(piece.token_ids)} tokens cannot give {piece.num_logits} logits")
-        if piece.start < 0 or length > len(piece.block_table) * block_size:
-            raise ValueError(f"a sequence of {length} tokens does not fit its {len(piece.block_table)} blocks")
 
 
 def _block_tables(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> Array:

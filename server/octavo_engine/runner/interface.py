@@ -32,10 +32,7 @@ class ModelRunner(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded; `kv_blocks_total` is 0 until `allocate_kv_cache`."""
-
-    def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Allocate the block pool's memory once; raises `ConfigError` when it does not fit."""
+        """What was loaded."""
 
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         """Write the slices' keys and values into the cache and return logits.
@@ -50,5 +47,5 @@ class ModelRunner(Protocol):
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks source -> destination (copy-on-write)."""
 
-    def warm_up(self) -> None:
-        """Run the first steps, so that no request pays for lazy initialisation."""
+    def heartbeat(self) -> None:
+        """Called now and then while there is nothing to compute; raises `EngineDeadError` where a part is lost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import dataclass
 
 import torch
 
@@ -12,22 +13,29 @@ from octavo_kernels.batch import PagedKVCache
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 
-def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, with the scales of 8-bit forms."""
-    scale = 4 if dtype in SCALED_DTYPES else 0
-    return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale)
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What a model caches of each token, in each of `num_layers` layers. Keys and values may differ in width."""
 
+    num_layers: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
 
-def new_kv_cache(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> PagedKVCache:
-    """One layer's cache, all zeros. shape: [num_blocks, num_kv_heads, block_size, head_dim].
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Keys and values of one token in all layers, with the scales of 8-bit forms."""
+        scales = 8 if dtype in SCALED_DTYPES else 0
+        width = (self.key_dim + self.value_dim) * dtype.itemsize + scales
+        return self.num_layers * self.num_kv_heads * width
 
-    Raises `OSError` or `RuntimeError` when the memory is not to be had.
-    """
-    key, value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
-    if dtype not in SCALED_DTYPES:
-        return PagedKVCache(key, value)
-    scales = [_zeros(shape[:3], torch.float32, device) for _ in range(2)]
-    return PagedKVCache(key, value, *scales)
+    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
+        """One layer's cache, all zeros. Raises `OSError` or `RuntimeError` when the memory is not to be had."""
+        shape = (num_blocks, self.num_kv_heads, block_size)
+        key, value = (_zeros((*shape, dim), dtype, device) for dim in (self.key_dim, self.value_dim))
+        if dtype not in SCALED_DTYPES:
+            return PagedKVCache(key, value)
+        scales = [_zeros(shape, torch.float32, device) for _ in range(2)]
+        return PagedKVCache(key, value, *scales)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,6 @@ from octavo_engine.models.interface import Model
 from octavo_engine.runner.batch_builder import build_packed, build_step
 from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.interface import SequenceSlice
-from octavo_engine.runner.kv_cache import new_kv_cache
 from octavo_engine.runner.pooling import Pooling
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
@@ -47,12 +46,13 @@ class TorchModelRunner:
         return self._step
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Allocate the block pool's memory; raises `ConfigError` when it does not fit."""
         self._caches = []
         needed = num_blocks * self._info.kv_block_size * self._info.kv_bytes_per_token
         if num_blocks < 1:
             raise ConfigError(f"num_kv_blocks: must be at least 1, got {num_blocks}")
         try:
-            self._caches = [self._new_cache(num_blocks) for _ in range(self.model.config.num_layers)]
+            self._caches = [self._new_cache(num_blocks) for _ in range(self.model.cache_layout.num_layers)]
         except (OSError, RuntimeError) as error:  # how the system and torch report exhausted memory
             raise ConfigError(
                 f"num_kv_blocks: {num_blocks} blocks need {needed / 2**30:.1f} GiB on {self._device}, "
@@ -64,11 +64,13 @@ class TorchModelRunner:
     @torch.inference_mode()
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         if not slices:
-            return torch.empty((0, self._info.vocab_size), device=self._device)
+            return self._nothing()
         inputs = build_step(slices, self._info.kv_block_size, self._device)
         if self._step is not None:
             return self._step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
         hidden = self.model.forward(inputs.token_ids, inputs.batch, self._caches)
+        if not self.model.rank.is_last_stage:
+            return self._nothing()
         return self.model.logits(hidden[inputs.logits_indices])
 
     @torch.inference_mode()
@@ -76,8 +78,11 @@ class TorchModelRunner:
         if not prompts or not all(prompts):
             raise InvalidRequestError("input: every text must have at least one token", "input")
         token_ids, batch = build_packed(prompts, self._device)
-        hidden = self.model.forward(token_ids, batch, [None] * self.model.config.num_layers)
+        hidden = self.model.forward(token_ids, batch, [None] * self.model.cache_layout.num_layers)
         return self._pooling(hidden, batch.query_start_loc)
+
+    def _nothing(self) -> torch.Tensor:
+        return torch.empty((0, self._info.vocab_size), device=self._device)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -87,7 +92,11 @@ class TorchModelRunner:
         for cache in self._caches:
             ops.copy_blocks(cache, sources, destinations)
 
+    def heartbeat(self) -> None:
+        """There is nothing beside this process that could be lost."""
+
     def warm_up(self) -> None:
+        """Run the first steps, so that no request pays for lazy initialisation."""
         block_size, total = self._info.kv_block_size, self._info.kv_blocks_total
         capacity = min(block_size * total, self._info.max_model_len)
         for cached, length in _WARM_UP_STEPS if self._device.type == "cuda" else _WARM_UP_STEPS[:2]:
@@ -102,16 +111,15 @@ class TorchModelRunner:
         self._info = msgspec.structs.replace(self._info, phase_seconds=seconds)
 
     def _new_cache(self, num_blocks: int) -> PagedKVCache:
-        config = self.model.config
-        shape = (num_blocks, config.num_kv_heads, self._info.kv_block_size, config.head_dim)
-        return new_kv_cache(shape, self._kv_dtype, self._device)
+        return self.model.cache_layout.new_cache(num_blocks, self._info.kv_block_size, self._kv_dtype, self._device)
 
     def _compile(self) -> None:
         plan = self.model.plan()
         compiled = compile_step(plan) if plan is not None else None
         self._step = compiled[1] if compiled else None
         self._step_backend = f"{compiled[0]} (whole step)" if compiled else ""
-        if compiled is None and self._device.type == "cuda" and self._info.task == "generate":
+        alone = self._info.num_ranks == 1  # graphs would have to record what ranks say to each other
+        if compiled is None and self._device.type == "cuda" and self._info.task == "generate" and alone:
             capture = capture_cuda_graph()
             model, longest = self.model, self._info.max_model_len
             self._step = DecodeGraphs(model.forward, model.logits, longest, self._device, capture)

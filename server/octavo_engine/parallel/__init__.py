@@ -1,0 +1,1 @@
+"""One model over several processes: tensor, pipeline, expert and data parallelism."""

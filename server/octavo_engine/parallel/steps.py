@@ -1,0 +1,64 @@
+"""What the first rank tells the others to do, as one flat array of 32-bit numbers."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo_engine.runner.interface import SequenceSlice
+
+Numbers = npt.NDArray[np.int32]
+
+
+class Order(enum.IntEnum):
+    """What all ranks do together."""
+
+    FORWARD = 1
+    EMBED = 2
+    COPY_BLOCKS = 3
+    HEARTBEAT = 4
+
+
+def encode_slices(slices: Sequence[SequenceSlice], block_size: int) -> Numbers:
+    """[count, then for each: tokens, start, blocks, logits; then all tokens, then all blocks in use]."""
+    used = [piece.block_table[: -(-(piece.start + len(piece.token_ids)) // block_size)] for piece in slices]
+    heads = (
+        (len(piece.token_ids), piece.start, len(blocks), piece.num_logits)
+        for piece, blocks in zip(slices, used, strict=True)
+    )
+    tokens = (piece.token_ids for piece in slices)
+    return _numbers(itertools.chain([len(slices)], *heads, *tokens, *used))
+
+
+def decode_slices(numbers: Numbers) -> list[SequenceSlice]:
+    """The slices that `encode_slices` was given, with the blocks in use."""
+    count = int(numbers[0])
+    heads = numbers[1 : 1 + 4 * count].reshape(count, 4)
+    num_tokens, starts, num_blocks, num_logits = heads.T.tolist() if count else ([], [], [], [])
+    rest = numbers[1 + 4 * count :].tolist()
+    tokens = _split(rest, num_tokens)
+    blocks = _split(rest[sum(num_tokens) :], num_blocks)
+    return [SequenceSlice(*parts) for parts in zip(tokens, starts, blocks, num_logits, strict=True)]
+
+
+def encode_lists(lists: Sequence[Sequence[int]]) -> Numbers:
+    """[count, lengths, all numbers]: prompts, or pairs of blocks."""
+    return _numbers(itertools.chain([len(lists)], map(len, lists), *lists))
+
+
+def decode_lists(numbers: Numbers) -> list[list[int]]:
+    count = int(numbers[0])
+    return _split(numbers[1 + count :].tolist(), numbers[1 : 1 + count].tolist())
+
+
+def _numbers(values: itertools.chain[int]) -> Numbers:
+    return np.fromiter(values, dtype=np.int32)
+
+
+def _split(values: list[int], lengths: list[int]) -> list[list[int]]:
+    ends = list(itertools.accumulate(lengths))
+    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]

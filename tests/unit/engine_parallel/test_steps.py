@@ -1,0 +1,38 @@
+"""What the first rank says is what the others hear."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo_engine.parallel.steps import decode_lists, decode_slices, encode_lists, encode_slices
+from octavo_engine.runner.interface import SequenceSlice
+
+IDS = st.integers(0, 2**31 - 1)
+BLOCK = 4
+
+
+@st.composite
+def slices(draw: st.DrawFn) -> SequenceSlice:
+    tokens = draw(st.lists(IDS, min_size=1, max_size=20))
+    start = draw(st.integers(0, 50))
+    used = -(-(start + len(tokens)) // BLOCK)
+    table = draw(st.lists(IDS, min_size=used, max_size=used + 5))
+    return SequenceSlice(tokens, start, table, draw(st.integers(0, len(tokens))))
+
+
+@given(st.lists(slices(), max_size=6))
+def test_slices_survive_the_way_with_the_blocks_in_use(sent: list[SequenceSlice]) -> None:
+    heard = decode_slices(encode_slices(sent, BLOCK))
+
+    used = [-(-(piece.start + len(piece.token_ids)) // BLOCK) for piece in sent]
+    expected = [
+        SequenceSlice(piece.token_ids, piece.start, piece.block_table[:count], piece.num_logits)
+        for piece, count in zip(sent, used, strict=True)
+    ]
+    assert heard == expected
+
+
+@given(st.lists(st.lists(IDS, max_size=10), max_size=6))
+def test_lists_survive_the_way(sent: list[list[int]]) -> None:
+    assert decode_lists(encode_lists(sent)) == sent
