@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo_engine.errors import ConfigError
+from octavo_engine.errors import ConfigError, OctavoError
+
+if TYPE_CHECKING:
+    from octavo_engine.client import EngineClient
+    from octavo_engine.config import EngineConfig
 
 _MODEL, _MEMORY, _SCHEDULING, _SERVER = "Model", "KV cache", "Scheduling", "Server"
+_PARALLEL = "Several devices"
 
 
 def _option(*names: str, help: str, panel: str, **extra: Any) -> Any:
@@ -36,6 +41,26 @@ def serve(
         int | None, _option("--max-model-len", help="Context length; 0: the model's own.", panel=_MODEL)
     ] = None,
     seed: Annotated[int | None, _option("--seed", help="Seed of requests without one.", panel=_MODEL)] = None,
+    tensor_parallel_size: Annotated[
+        int | None, _option("--tensor-parallel-size", help="Processes that share every layer.", panel=_PARALLEL)
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, _option("--pipeline-parallel-size", help="Stages of some layers each.", panel=_PARALLEL)
+    ] = None,
+    data_parallel_size: Annotated[
+        int | None, _option("--data-parallel-size", help="Whole engines behind this server.", panel=_PARALLEL)
+    ] = None,
+    enable_expert_parallel: Annotated[
+        bool | None,
+        _option(
+            "--enable-expert-parallel/--no-enable-expert-parallel",
+            help="Whole experts on the tensor ranks, not parts of each.",
+            panel=_PARALLEL,
+        ),
+    ] = None,
+    distributed_backend: Annotated[
+        str | None, _option("--distributed-backend", help="auto, nccl or gloo.", panel=_PARALLEL)
+    ] = None,
     num_threads: Annotated[
         int | None, _option("--num-threads", help="CPU threads; 0: one per core.", panel=_MODEL)
     ] = None,
@@ -167,11 +192,28 @@ def _serve(given: dict[str, Any], config: str | None) -> int:
         typer.echo(f"octavo serve: {_with_flag(str(error), given)}", err=True)
         return 2
 
-    from octavo_engine.process import EngineProcessClient
+    from octavo_engine.parallel.node import is_follower_node, run_node
     from octavo_engine.tokenizer.load import load_tokenizer
     from octavo_server.serving import run_replica
 
-    return run_replica(settings, EngineProcessClient, load_tokenizer)
+    engine = settings.engine_config()
+    try:
+        if is_follower_node(engine):
+            return run_node(engine)
+        return run_replica(settings, _make_client, load_tokenizer)
+    except OctavoError as error:
+        typer.echo(f"octavo serve: {_with_flag(str(error), given)}", err=True)
+        return 2
+
+
+def _make_client(config: EngineConfig) -> EngineClient:
+    if config.data_parallel_size == 1:
+        from octavo_engine.process import EngineProcessClient
+
+        return EngineProcessClient(config)
+    from octavo_engine.process.data_parallel import DataParallelClient
+
+    return DataParallelClient(config)
 
 
 def _with_flag(message: str, given: dict[str, Any]) -> str:

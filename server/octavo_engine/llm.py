@@ -10,7 +10,7 @@ import msgspec
 from octavo_engine.beam_search import Beam, BeamSearchParams, NextTokens, search
 from octavo_engine.config import EngineConfig
 from octavo_engine.detokenizer import IncrementalDetokenizer
-from octavo_engine.errors import InvalidRequestError, RequestFailedError
+from octavo_engine.errors import ConfigError, InvalidRequestError, RequestFailedError
 from octavo_engine.messages import (
     AddRequest,
     EmbedRequest,
@@ -70,6 +70,8 @@ class LLM:
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
+        if self.config.data_parallel_size > 1:
+            raise ConfigError("data_parallel_size: `LLM` is one engine; make several, or use octavo serve")
         self._core = build_engine(self.config, on_progress or _ignore_progress, load)
         self._tokenizer = tokenizer
         self._num_requests = 0

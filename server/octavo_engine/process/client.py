@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -68,8 +68,12 @@ class EngineProcessClient:
     step. A dead engine ends every open request with `EngineDeadError` and is not restarted: the replica is.
     """
 
-    def __init__(self, config: EngineConfig, load: LoadRunner | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, load: LoadRunner | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """environment: variables of the engine process only."""
         self._config = config
+        self._environment = dict(environment or {})
         self._load = load
         self._model: ModelInfo | None = None
         self._stats = EngineStats()
@@ -113,7 +117,8 @@ class EngineProcessClient:
         self._config.validate()
         self._open_sockets()
         context = multiprocessing.get_context("spawn")
-        arguments = (self._config, self._load, self._address("commands"), self._address("events"), os.getpid())
+        addresses = (self._address("commands"), self._address("events"))
+        arguments = (self._config, self._load, *addresses, os.getpid(), self._environment)
         self._process = context.Process(target=run_worker, args=arguments, name="octavo-engine", daemon=True)
         self._process.start()
         # An interpreter that ends without `shutdown` joins its children, and this one ignores SIGTERM.
@@ -148,7 +153,7 @@ class EngineProcessClient:
         cache_salt: str = "",
         priority: int = 0,
         deadline_s: float | None = None,
-    ) -> AsyncIterator[SequenceOutput]:
+    ) -> AsyncGenerator[SequenceOutput, None]:
         self._check_open()
         check_prompt(prompt_token_ids, self.model, room=1)
         sampling.validate(self.model.vocab_size)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,9 +40,17 @@ HEARTBEAT_MS = 1_000
 logger = logging.getLogger(__name__)
 
 
-def run_worker(config: EngineConfig, load: object, commands_address: str, events_address: str, parent_pid: int) -> None:
+def run_worker(
+    config: EngineConfig,
+    load: object,
+    commands_address: str,
+    events_address: str,
+    parent_pid: int,
+    environment: Mapping[str, str],
+) -> None:
     """Entry point of the engine process. `load` is a `LoadRunner`, or None for the real loader."""
     die_with_parent(parent_pid)
+    os.environ.update(environment)
     # Only the parent decides when the engine ends: a Ctrl-C or a pod's SIGTERM must let running requests drain.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

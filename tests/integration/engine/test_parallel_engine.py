@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 import signal
-import time
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import transformers as hf
 
-from models.tiny_checkpoints import SIZES, write_checkpoint
+from engine_health import DEATH_S, death_of
+from models.tiny_checkpoints import SIZES, load, write_checkpoint
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineDeadError
+from octavo_engine.llm import LLM
 from octavo_engine.process import EngineProcessClient
+from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.sampling_params import SamplingParams
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "num_threads": 1, "num_kv_blocks": 64, "block_size": 4}
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
-DEATH_S = 10.0
-
-
-class Numbers:
-    """A tokenizer for prompts that are token ids already."""
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(map(str, token_ids))
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +40,12 @@ def _rank_pids(pid: int) -> list[int]:
     return [child.pid for child in children if any("parallel.follower" in part for part in child.cmdline())]
 
 
-async def _dies(client: EngineProcessClient) -> str:
-    """What health says once it is bad."""
-    deadline = time.monotonic() + DEATH_S
-    while time.monotonic() < deadline:
-        try:
-            client.check_health()
-        except EngineDeadError as error:
-            return str(error)
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"the engine still counts as healthy {DEATH_S} s after a rank was killed")
+def _greedy(checkpoint: Path, prompt: list[int]) -> list[int]:
+    """What one process says."""
+    runner, tokens = load(checkpoint), list(prompt)
+    for _ in range(GREEDY.max_tokens):
+        tokens.append(int(runner.forward([SequenceSlice(tokens, 0, range(16), 1)]).argmax()))
+    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -68,7 +61,7 @@ async def test_a_killed_rank_takes_the_engine_down_and_health_says_so(busy: bool
 
         os.kill(rank, signal.SIGKILL)
 
-        assert "rank 1 was killed by SIGKILL; its engine cannot go on" in await _dies(client)
+        assert "rank 1 was killed by SIGKILL; its engine cannot go on" in await death_of(client)
         if busy:
             with pytest.raises(EngineDeadError, match="rank 1"):
                 async for _ in stream:
@@ -89,3 +82,59 @@ async def test_no_rank_outlives_a_killed_engine(checkpoint: Path) -> None:
     assert len(gone) == 1
     assert not alive
     await client.shutdown(timeout_s=5.0)
+
+
+def test_llm_over_two_ranks_says_what_one_says(smollm2_gguf: Path) -> None:
+    settings = {"dtype": "float32", "num_threads": 1, "num_kv_blocks": 64, "max_num_seqs": 8}
+    prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
+    alone = LLM(str(smollm2_gguf), **settings).generate(prompts, GREEDY)
+
+    together = LLM(str(smollm2_gguf), pipeline_parallel_size=2, **settings).generate(prompts, GREEDY)
+
+    assert [result.outputs[0].token_ids for result in together] == [result.outputs[0].token_ids for result in alone]
+
+
+@pytest.mark.slow
+def test_three_tensor_ranks_run_the_real_model_in_its_own_blocks(smollm2_gguf: Path) -> None:
+    settings = {"dtype": "float32", "num_threads": 1, "num_kv_blocks": 64, "max_num_seqs": 8}
+    alone = LLM(str(smollm2_gguf), **settings).generate("The capital of France is", GREEDY)
+
+    llm = LLM(str(smollm2_gguf), tensor_parallel_size=3, **settings)
+
+    assert llm.model.quantization.startswith("Q4_1")
+    assert llm.generate("The capital of France is", GREEDY)[0].outputs[0].text == alone[0].outputs[0].text
+
+
+async def test_two_nodes_make_one_engine(checkpoint: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = {
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    config = EngineConfig(model=str(checkpoint), tensor_parallel_size=2, **SETTINGS)
+    flags = ["--model", str(checkpoint), "--tensor-parallel-size", "2", "--num-threads", "1", "--device", "cpu"]
+    flags += ["--dtype", "float32", "--block-size", "4", "--num-kv-blocks", "64"]
+    second = subprocess.Popen(  # noqa: ASYNC220 (started before the engine, which waits for it)
+        [sys.executable, "-m", "octavo_cli.main", "serve", *flags],
+        env={**os.environ, **nodes, "NODE_RANK": "1"},
+        start_new_session=True,
+    )
+    client = EngineProcessClient(config, environment={**nodes, "NODE_RANK": "0"})
+    try:
+        await client.start()
+        stream = client.generate(request_id="a", prompt_token_ids=[5, 6, 7], sampling=GREEDY)
+        found = [token async for output in stream for token in output.token_ids]
+        assert found == _greedy(checkpoint, [5, 6, 7])
+
+        os.killpg(second.pid, signal.SIGKILL)
+
+        assert "one of the ranks, which cannot go on alone" in await death_of(client)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(second.pid, signal.SIGKILL)
+        second.wait()
+        await client.shutdown(timeout_s=5.0)
