@@ -73,7 +73,7 @@ def serve(
     ] = None,
     model_repository: Annotated[
         str | None,
-        _option("--model-repository", help="Folder of NAME/VERSION/model.onnx, served over v2 as well.", panel=_MODEL),
+        _option("--model-repository", help="Folder of NAME/VERSION/model.onnx or .pt2, served over v2.", panel=_MODEL),
     ] = None,
     generation_config: Annotated[
         str | None,

@@ -38,7 +38,7 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     drain_timeout: float = 20.0
     request_timeout: float = 3_600.0
     max_body_bytes: int = LIMITS.body_bytes
-    model_repository: str | None = None  # folder of NAME/VERSION/model.onnx, served beside the engine's model
+    model_repository: str | None = None  # folder of NAME/VERSION/model.onnx or .pt2, served beside the engine's model
     batch_folder: str | None = None  # where /v1/files and /v1/batches keep theirs; None: these routes are off
     chat_template: str | None = None  # path of a Jinja file that replaces the model's own
     generation_config: str = "auto"  # auto: the checkpoint's sampling defaults | none

@@ -85,9 +85,11 @@ class DynamicBatcher:
             if len(batch) > 1 and any(len(output) != total for output in outputs):
                 raise ValueError("the model's outputs do not follow the rows of its inputs")
         except Exception as error:
-            for pending in batch:
-                if not pending.result.done():
-                    pending.result.set_exception(error)
+            if len(batch) > 1:  # one of them may be at fault; the others get their results
+                for pending in batch:
+                    await self._call([pending])
+            elif not batch[0].result.done():
+                batch[0].result.set_exception(error)
             return
         start = 0
         for pending in batch:

@@ -1,22 +1,15 @@
-"""An ONNX model on ONNX Runtime behind the v2 protocol, batched dynamically."""
+"""ONNX files on ONNX Runtime."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from octavo_engine.errors import ModelLoadError
-from octavo_server.caller import Caller
-from octavo_server.errors import INTERNAL_ERROR, ApiError, bad_request
-from octavo_server.oip.dynamic_batcher import Array, Arrays, DynamicBatcher
-from octavo_server.oip.models import InferRequest, InferResponse
-from octavo_server.oip.statistics import ModelStatistics
-from octavo_server.oip.tensors import Tensor, TensorSpec
+from octavo_server.oip.array_model import InvalidTensorsError
+from octavo_server.oip.dynamic_batcher import Array, Arrays
+from octavo_server.oip.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,88 +20,27 @@ _DATATYPES = {
 }  # fmt: skip
 
 
-class OnnxModel:
-    """One loaded file. Requests are batched when the first dimension of every tensor is free."""
+class OnnxProgram:
+    """One file, loaded."""
 
     platform = "onnxruntime_onnx"
     backend = "onnxruntime"
-    device = "cpu"
-    decoupled = False
+    max_rows: int | None = None
 
-    def __init__(self, name: str, version: str, path: Path) -> None:
-        """Load the file; raises `ModelLoadError`."""
-        self.name = name
-        self.version = version
-        self.statistics = ModelStatistics()
-        self.memory_bytes = path.stat().st_size
+    def __init__(self, path: Path) -> None:
+        """Raises `ModelLoadError`."""
         self._session = _open(path)
         self.inputs = tuple(_spec(tensor, path) for tensor in self._session.get_inputs())
         self.outputs = tuple(_spec(tensor, path) for tensor in self._session.get_outputs())
-        self._is_batched = all(spec.shape and spec.shape[0] == -1 for spec in (*self.inputs, *self.outputs))
-        self._batcher = DynamicBatcher(self._run, max_rows=64 if self._is_batched else 1)
 
-    @property
-    def execution_count(self) -> int:
-        """Calls of the model, each for one batch."""
-        return self._batcher.num_calls
-
-    async def infer(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
-        """The single response; raises `ApiError`."""
-        yield await self.infer_once(request, caller)
-
-    async def infer_once(self, request: InferRequest, caller: Caller) -> InferResponse:
-        """Run one request, together with others that arrive in time."""
-        started = time.perf_counter_ns()
+    def run(self, inputs: Arrays) -> list[Array]:
+        """Raises `InvalidTensorsError`, or what ONNX Runtime raises."""
         try:
-            arrays = self._arrays(request)
-            wanted = [spec.name for spec in self.outputs] if not request.outputs else list(request.outputs)
-            self._check_outputs(wanted)
-            outputs = await self._submit(arrays)
-        except ApiError:
-            self.statistics.failed(time.perf_counter_ns() - started)
-            raise
-        self.statistics.succeeded(time.perf_counter_ns() - started)
-        by_name = dict(zip((spec.name for spec in self.outputs), outputs, strict=True))
-        specs = {spec.name: spec for spec in self.outputs}
-        return InferResponse([_tensor(specs[name], by_name[name]) for name in wanted])
-
-    def close(self) -> None:
-        """Free the session once nobody uses it."""
-        self._batcher.close()
-
-    async def _submit(self, arrays: Arrays) -> list[Array]:
-        try:
-            return await self._batcher.submit(arrays)
-        except ApiError:
-            raise
-        except Exception as error:
+            outputs: list[Array] = self._session.run(None, dict(inputs))
+        except Exception as error:  # onnxruntime raises many kinds, none with a common root
             if "INVALID_ARGUMENT" in str(error):
-                raise bad_request("inputs: the model cannot be run on tensors of these shapes", "inputs") from None
-            raise ApiError(500, INTERNAL_ERROR, reason="model_error") from error
-
-    def _arrays(self, request: InferRequest) -> dict[str, Array]:
-        specs = {spec.name: spec for spec in self.inputs}
-        for name in request.inputs:
-            if name not in specs:
-                raise bad_request(f"inputs.{name[:40]}: unknown; this model takes {', '.join(specs)}", name[:40])
-        arrays: dict[str, Array] = {}
-        for name, spec in specs.items():
-            if name not in request.inputs:
-                raise bad_request(f"inputs.{name}: missing; this input is required", name)
-            arrays[name] = _array(spec, request.inputs[name])
-        rows = {len(array) for array in arrays.values() if array.ndim}
-        if self._is_batched and len(rows) > 1:
-            raise bad_request("inputs: the first dimension must be the same in every tensor", "inputs")
-        return arrays
-
-    def _check_outputs(self, names: Sequence[str]) -> None:
-        known = [spec.name for spec in self.outputs]
-        for name in names:
-            if name not in known:
-                raise bad_request(f"outputs.{name[:40]}: unknown; this model gives {', '.join(known)}", name[:40])
-
-    def _run(self, inputs: Arrays) -> list[Array]:
-        outputs: list[Array] = self._session.run(None, dict(inputs))
+                raise InvalidTensorsError from error
+            raise
         return outputs
 
 
@@ -135,26 +67,3 @@ def _spec(tensor: Any, path: Path) -> TensorSpec:
         )
     shape = tuple(size if isinstance(size, int) else -1 for size in tensor.shape)
     return TensorSpec(tensor.name, _DATATYPES[kind], shape)
-
-
-def _array(spec: TensorSpec, tensor: Tensor) -> Array:
-    if tensor.datatype != spec.datatype:
-        raise bad_request(f"inputs.{spec.name}: must be {spec.datatype}, got {tensor.datatype}", spec.name)
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        wanted in (-1, given) for wanted, given in zip(spec.shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise bad_request(
-            f"inputs.{spec.name}: must have shape {list(spec.shape)}, got {list(tensor.shape)}", spec.name
-        )
-    if spec.datatype == "BYTES":
-        texts = [element.decode(errors="replace") for element in tensor.elements()]
-        return np.asarray(texts, dtype=np.object_).reshape(tensor.shape)
-    return tensor.numbers()
-
-
-def _tensor(spec: TensorSpec, array: Array) -> Tensor:
-    if spec.datatype == "BYTES":
-        flat = [str(value).encode() for value in array.reshape(-1)]
-        return Tensor(spec.name, "BYTES", array.shape, Tensor.of_bytes(spec.name, flat).data)
-    return Tensor.of_numbers(spec.name, spec.datatype, array)

@@ -11,9 +11,9 @@ from typing import Any
 from octavo_engine.errors import ModelLoadError
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.lifecycle import Phase
-from octavo_server.oip.model_files import find_models
+from octavo_server.oip.array_model import ArrayModel
+from octavo_server.oip.model_files import find_models, load_program, warn_of_pickles
 from octavo_server.oip.models import VERSION, ServedV2Model, V2Model
-from octavo_server.oip.onnx_model import OnnxModel
 from octavo_server.replica import Replica
 
 SERVER_NAME = "octavo"
@@ -37,11 +37,13 @@ class Repository:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._engine_model = ServedV2Model(replica)
-        self._files: dict[str, OnnxModel] = {}
+        self._files: dict[str, ArrayModel] = {}
         self._log_verbose = 0
 
     async def load_files(self) -> None:
         """Load every model of the repository folder; raises `ModelLoadError`."""
+        if self._replica.settings.model_repository is not None:
+            warn_of_pickles(Path(self._replica.settings.model_repository))
         for name in self._found():
             await self._load_file(name)
 
@@ -127,12 +129,12 @@ class Repository:
     async def _load_file(self, name: str) -> None:
         version, path = self._found()[name]
         try:
-            model = await asyncio.to_thread(OnnxModel, name, version, path)
+            program = await asyncio.to_thread(load_program, path)
         except ModelLoadError as error:
             logger.warning("%s", error)
             raise
         previous = self._files.get(name)
-        self._files[name] = model
+        self._files[name] = ArrayModel(name, version, path, program)
         if previous is not None:
             previous.close()
         logger.info("loaded %s version %s from the model repository", name, version)

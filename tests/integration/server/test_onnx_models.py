@@ -19,7 +19,7 @@ from fakes.onnx_files import WEIGHTS, write_identity_of_strings, write_linear
 from fakes.replica_process import free_port, replica_process
 from octavo_engine.errors import ModelLoadError
 from octavo_server.oip.model_files import find_models
-from octavo_server.oip.onnx_model import OnnxModel
+from octavo_server.oip.onnx_model import OnnxProgram
 
 
 @pytest.fixture(scope="module")
@@ -147,4 +147,4 @@ def test_a_broken_file_is_one_clear_error(tmp_path: Path, content: bytes) -> Non
     file.write_bytes(content)
 
     with pytest.raises(ModelLoadError, match=r"model\.onnx"):
-        OnnxModel("broken", "1", file)
+        OnnxProgram(file)
