@@ -111,7 +111,11 @@ def _source(structured: StructuredOutput) -> tuple[str, str]:
         )
     schema = '{"type": "object"}' if structured.json_object else structured.json_schema or "{}"
     try:
-        json.loads(schema)
+        parsed = json.loads(schema)
+        if parsed is True:
+            schema = "{}"
+        elif not isinstance(parsed, dict):
+            raise InvalidRequestError("structured.json_schema: must be a schema that allows something", "structured")
         options = _json_options(structured.whitespace_pattern)
         return "json_schema", LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
     except (ValueError, RecursionError) as error:
