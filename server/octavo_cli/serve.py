@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from octavo_engine.client import EngineClient
     from octavo_engine.config import EngineConfig
 
-_MODEL, _MEMORY, _SCHEDULING, _SERVER = "Model", "KV cache", "Scheduling", "Server"
+_MODEL, _MEMORY, _SCHEDULING, _ADAPTERS, _SERVER = "Model", "KV cache", "Scheduling", "Adapters", "Server"
 _PARALLEL = "Several devices"
 
 
@@ -102,6 +102,12 @@ def serve(
         bool | None,
         _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse shared prefixes.", panel=_MEMORY),
     ] = None,
+    kv_host_memory_bytes: Annotated[
+        int | None, _option("--kv-host-memory-bytes", help="Host memory below the KV blocks; 0: none.", panel=_MEMORY)
+    ] = None,
+    preemption_mode: Annotated[
+        str | None, _option("--preemption-mode", help="auto (the cheaper), recompute or swap.", panel=_MEMORY)
+    ] = None,
     kv_events_endpoint: Annotated[
         str | None, _option("--kv-events-endpoint", help="ZeroMQ address for KV events.", panel=_MEMORY)
     ] = None,
@@ -139,6 +145,22 @@ def serve(
     num_speculative_tokens: Annotated[
         int | None,
         _option("--num-speculative-tokens", help="Tokens guessed ahead by prompt lookup; 0: off.", panel=_SCHEDULING),
+    ] = None,
+    enable_lora: Annotated[
+        bool | None, _option("--enable-lora/--no-enable-lora", help="Serve LoRA adapters too.", panel=_ADAPTERS)
+    ] = None,
+    max_loras: Annotated[
+        int | None, _option("--max-loras", help="Adapters mixed in one batch (4).", panel=_ADAPTERS)
+    ] = None,
+    max_lora_rank: Annotated[int | None, _option("--max-lora-rank", help="Largest rank (64).", panel=_ADAPTERS)] = None,
+    max_cpu_loras: Annotated[
+        int | None, _option("--max-cpu-loras", help="Adapters kept in memory; 0: 4 x max-loras.", panel=_ADAPTERS)
+    ] = None,
+    lora_modules: Annotated[
+        list[str] | None, _option("--lora-modules", help="NAME=PATH of an adapter; repeatable.", panel=_ADAPTERS)
+    ] = None,
+    lora_root: Annotated[
+        str | None, _option("--lora-root", help="Folder to load adapters from at run time.", panel=_ADAPTERS)
     ] = None,
     host: Annotated[str | None, _option("--host", help="Address to listen on (127.0.0.1).", panel=_SERVER)] = None,
     port: Annotated[int | None, _option("--port", help="HTTP port (8000); 0: any free one.", panel=_SERVER)] = None,
@@ -178,7 +200,7 @@ def serve(
 
 
 def _serve(given: dict[str, Any], config: str | None) -> int:
-    from octavo_server.settings import load_settings
+    from octavo_server.settings import load_settings, pairs
 
     argument = given.pop("model_argument", None)
     names = given.pop("served_model_name", None)
@@ -187,6 +209,8 @@ def _serve(given: dict[str, Any], config: str | None) -> int:
             raise ConfigError(f"model: given twice, as {argument!r} and as {given['model']!r}")
         if names:
             given["served_model_names"] = names
+        if "lora_modules" in given:
+            given["lora_modules"] = pairs(given["lora_modules"], "lora_modules")
         settings = load_settings(given, config_file=config, environment=os.environ)
     except ConfigError as error:
         typer.echo(f"octavo serve: {_with_flag(str(error), given)}", err=True)

@@ -40,6 +40,7 @@ class EngineClient(Protocol):
         cache_salt: str = "",
         priority: int = 0,
         deadline_s: float | None = None,
+        adapter: str = "",
     ) -> AsyncIterator[SequenceOutput]:
         """Yield outputs until one carries a finish reason. Closing the iterator early aborts the sequence.
 
@@ -49,6 +50,12 @@ class EngineClient(Protocol):
 
     async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
         """Pool one text into a vector (`SequenceOutput.embedding`)."""
+
+    async def load_adapter(self, *, request_id: str, name: str, path: str, replace: bool = False) -> None:
+        """Load an adapter, or replace one; raises `InvalidRequestError`. `stats.adapters` names it afterwards."""
+
+    async def unload_adapter(self, *, request_id: str, name: str) -> None:
+        """Take an adapter out; returns once the sequences that used it have ended. Raises `InvalidRequestError`."""
 
     async def shutdown(self, timeout_s: float) -> None:
         """Stop the engine process; it is killed when it has not ended after `timeout_s`."""

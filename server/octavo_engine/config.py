@@ -6,6 +6,8 @@ import msgspec
 
 from octavo_engine.errors import ConfigError
 
+MAX_ADAPTER_NAME = 256
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine replica; defaults suit a laptop CPU and a data-centre GPU alike.
@@ -31,9 +33,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_partial_prefills: int = 4
     enable_prefix_caching: bool = True
     prefix_cache_tenant_share: float = 1.0  # of all blocks that one tenant's cached prefixes keep from others
+    kv_host_memory_bytes: int = 0  # host memory for evicted prefixes and preempted sequences; 0: none
+    preemption_mode: str = "auto"  # auto | recompute | swap
     kv_events_endpoint: str = ""  # ZeroMQ address to publish KV events on, such as tcp://*:5557; they hold token ids
     kv_events_replay_endpoint: str = ""
     kv_events_topic: str = ""
+    enable_lora: bool = False
+    max_loras: int = 4  # adapters that one batch can mix
+    max_lora_rank: int = 64
+    max_cpu_loras: int = 0  # adapters kept in host memory; 0: four times max_loras
+    lora_modules: dict[str, str] = {}  # name -> path or storage URI, loaded at start
+    lora_root: str = ""  # folder that adapters may be loaded from at run time; empty: none may
     num_speculative_tokens: int = 0  # tokens guessed ahead by prompt lookup while that pays; 0: off
     itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: by device
     priority_ageing_s: float = 10.0  # after this wait, worse priorities get their share of admissions too
@@ -69,13 +79,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"prefix_cache_tenant_share: must be above 0 and at most 1, got {self.prefix_cache_tenant_share}"
             )
         positive = (
-            "tensor_parallel_size",
-            "pipeline_parallel_size",
-            "data_parallel_size",
-            "max_num_seqs",
-            "max_num_partial_prefills",
-            "max_queued_requests",
-            "max_queued_tokens",
+            *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+            *("max_num_seqs", "max_num_partial_prefills", "max_queued_requests", "max_queued_tokens"),
+            *("max_loras", "max_lora_rank"),
         )
         for field in positive:
             if getattr(self, field) < 1:
@@ -86,6 +92,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "kv_cache_memory_bytes",
             "max_num_batched_tokens",
             "num_speculative_tokens",
+            "max_cpu_loras",
+            "kv_host_memory_bytes",
         )
         for field in not_negative:
             if getattr(self, field) < 0:
@@ -96,6 +104,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for tenant, weight in self.tenant_weights.items():
             if weight <= 0:
                 raise ConfigError(f"tenant_weights[{tenant}]: must be above 0, got {weight}")
+        self._validate_lora()
+        if self.preemption_mode == "swap" and not self.kv_host_memory_bytes:
+            raise ConfigError("preemption_mode: swap needs kv_host_memory_bytes")
         choices = {
             "device": ("auto", "cpu", "cuda"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -103,7 +114,30 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
             "task": ("auto", "generate", "embed"),
             "distributed_backend": ("auto", "nccl", "gloo"),
+            "preemption_mode": ("auto", "recompute", "swap"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field}: must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+
+    def _validate_lora(self) -> None:
+        if self.enable_lora and self.num_ranks > 1:
+            raise ConfigError(
+                "enable_lora: adapters need a model that is whole on one device; use data_parallel_size for more"
+            )
+        if not self.enable_lora:
+            for field in ("lora_modules", "lora_root"):
+                if getattr(self, field):
+                    raise ConfigError(f"{field}: needs enable_lora")
+            return
+        kept = self.max_cpu_loras or 4 * self.max_loras
+        if kept < self.max_loras:
+            raise ConfigError(f"max_cpu_loras: must be at least max_loras ({self.max_loras}), got {kept}")
+        if len(self.lora_modules) > kept:
+            raise ConfigError(f"lora_modules: {len(self.lora_modules)} adapters, but max_cpu_loras is {kept}")
+        for name in self.lora_modules:
+            if not name or not name.isprintable() or len(name) > MAX_ADAPTER_NAME or name in self.served_model_names:
+                raise ConfigError(
+                    f"lora_modules: {name[:MAX_ADAPTER_NAME]!r} is no name for an adapter: it must be printable, at "
+                    f"most {MAX_ADAPTER_NAME} characters, and no name of the model"
+                )

@@ -14,16 +14,21 @@ from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullErro
 from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
-from octavo_engine.kv.events import KVEventBatch, KVEventLog
+from octavo_engine.kv.events import MEDIUM_HOST, KVEventBatch, KVEventLog
+from octavo_engine.kv.host_tier import HostTier
+from octavo_engine.lora.manager import AdapterManager
+from octavo_engine.lora.slots import LoadedAdapter
 from octavo_engine.messages import (
     AddRequest,
     EmbedRequest,
     EngineStats,
     FinishReason,
+    LoadAdapter,
     ModelInfo,
     SequenceOutput,
     StepOutput,
     TokenLogprobs,
+    UnloadAdapter,
 )
 from octavo_engine.prompt import check_prompt
 from octavo_engine.rejection import rejection
@@ -35,6 +40,7 @@ from octavo_engine.sampler.sampler import ALL_EXCLUDED, NOT_FINITE, Sampler
 from octavo_engine.sampler.state import SamplerState, TokenConstraint
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.limits import limits_for
+from octavo_engine.scheduler.preemption import CopyTime
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
 from octavo_engine.scheduler.sequence import SequenceState
@@ -87,7 +93,13 @@ class EngineCore:
             tenant_quota=config.prefix_cache_tenant_share,
             events=self._kv_events,
         )
-        self.scheduler = Scheduler(limits_for(config, info.device), BlockManager(self.pool))
+        self.adapters = AdapterManager(runner, config) if config.enable_lora else None
+        self.scheduler = Scheduler(
+            limits_for(config, info.device),
+            BlockManager(self.pool, self._host_tier(info.kv_host_blocks, block_size)),
+            None if self.adapters is None else self.adapters.slots,
+            CopyTime(info.kv_bytes_per_token * block_size),
+        )
         if config.num_speculative_tokens:
             self.scheduler.speculator = Speculator(
                 config.num_speculative_tokens, self.scheduler.step_time, self._max_model_len
@@ -105,7 +117,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._embeddings or self._grammars or self._outputs)
+        return self.scheduler.has_work or bool(self._embeddings or self._grammars or self._outputs or self.adapters)
 
     def add(self, request: AddRequest) -> None:
         """Queue a sequence. Raises `InvalidRequestError` or `QueueFullError`."""
@@ -114,6 +126,7 @@ class EngineCore:
         request.sampling.validate(self.model.vocab_size)
         if self.model.task != "generate":
             raise InvalidRequestError(f"{self.model.name} is an embedding model and cannot generate text", "model")
+        self._adapter(request.adapter)
         structured = request.sampling.structured
         if structured is None:
             self._enqueue(request, self._clock(), None)
@@ -128,8 +141,19 @@ class EngineCore:
         seed = request.sampling.seed
         if seed is None:
             seed = request_seed(self._config.seed, request.request_id)
-        seq = Seq(request, arrival_s, seed=seed, end_token_ids=end_token_ids, constraint=constraint)
+        adapter = self._adapter(request.adapter)
+        seq = Seq(request, arrival_s, seed=seed, end_token_ids=end_token_ids, constraint=constraint, adapter=adapter)
         self.scheduler.add(seq)
+        if self.adapters is not None and adapter is not None:
+            self.adapters.slots.begin(adapter)
+
+    def load_adapter(self, command: LoadAdapter) -> None:
+        """Begin to load an adapter; an output says how it went. Raises `InvalidRequestError`."""
+        self._adapter_manager().load(command)
+
+    def unload_adapter(self, command: UnloadAdapter) -> None:
+        """Forget an adapter once it is unused; an output says when. Raises `InvalidRequestError`."""
+        self._adapter_manager().unload(command)
 
     def add_embedding(self, request: EmbedRequest) -> None:
         """Queue a text to pool. Raises `InvalidRequestError` or `QueueFullError`."""
@@ -151,6 +175,8 @@ class EngineCore:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences go on."""
         self.pool.reset_cache()
+        if self.scheduler.blocks.host is not None:
+            self.scheduler.blocks.host.pool.reset_cache()
 
     def step(self) -> StepOutput:
         """Compute one batch. Raises `StepFailedError` when the runner itself is broken."""
@@ -161,7 +187,13 @@ class EngineCore:
             self._take_compiled()
         if self._embeddings:
             self._outputs.extend(self._embeddings.step())
+        if self.adapters:
+            self._outputs.extend(self.adapters.step(wait_for_one=not self.scheduler.has_work))
         batch = self.scheduler.schedule(started)
+        self._move_blocks()
+        if self.adapters is not None:
+            for slot, adapter in self.adapters.slots.take_placements():
+                self._runner.place_adapter(slot, adapter)
         if batch.slices:
             self._compute(batch)
         outputs, self._outputs = self._outputs, []
@@ -173,12 +205,37 @@ class EngineCore:
         """While there is no work: is all the model needs still there? Raises `EngineDeadError`."""
         self._runner.heartbeat()
 
+    def _host_tier(self, num_blocks: int, block_size: int) -> HostTier | None:
+        if not num_blocks:
+            return None
+        pool = BlockPool(
+            num_blocks,
+            block_size,
+            enable_caching=self._config.enable_prefix_caching,
+            tenant_quota=self._config.prefix_cache_tenant_share,
+            events=self._kv_events,
+            medium=MEDIUM_HOST,
+        )
+        return HostTier(pool)
+
+    def _move_blocks(self) -> None:
+        """Carry out the copies that scheduling decided on, before anything overwrites their sources."""
+        host = self.scheduler.blocks.host
+        if host is None or not host.has_transfers:
+            return
+        transfers = host.take_transfers()
+        started = self._clock()
+        for transfer in transfers:
+            self._runner.move_blocks(transfer)
+        self.scheduler.preemption.copy.observe(sum(map(len, transfers)), self._clock() - started)
+
     def take_kv_events(self) -> KVEventBatch | None:
         """What became of cached blocks since the last call; None if nothing did, or if nobody wants to know."""
         return None if self._kv_events is None else self._kv_events.take()
 
     def stats(self) -> EngineStats:
         scheduler, speculator = self.scheduler, self.scheduler.speculator
+        host = scheduler.blocks.host
         return EngineStats(
             step=self._num_steps,
             time=time.time(),
@@ -200,11 +257,32 @@ class EngineCore:
             roofline_prefill=self._roofline.prefill if self._roofline is not None else 0.0,
             spec_draft_tokens=speculator.num_drafted if speculator is not None else 0,
             spec_accepted_tokens=speculator.num_accepted if speculator is not None else 0,
+            adapters=self.adapters.slots.stats() if self.adapters is not None else [],
+            host_blocks_total=host.pool.num_blocks if host is not None else 0,
+            host_blocks_used=host.pool.num_used if host is not None else 0,
+            host_blocks_cached=host.pool.num_cached if host is not None else 0,
+            host_hits=scheduler.host_hits,
+            host_blocks_stored=host.num_stored if host is not None else 0,
+            host_blocks_fetched=host.num_fetched if host is not None else 0,
+            num_preemptions_by_swap=scheduler.preemption.num_swapped,
         )
 
     def check_prompt(self, prompt: Sequence[int], room: int = 1) -> None:
         """Raise `InvalidRequestError` for a prompt that cannot run with `room` more tokens."""
         check_prompt(prompt, self.model, room)
+
+    def _adapter_manager(self) -> AdapterManager:
+        if self.adapters is None:
+            raise InvalidRequestError("this engine runs without adapters; start it with enable_lora", "lora_name")
+        return self.adapters
+
+    def _adapter(self, name: str) -> LoadedAdapter | None:
+        """The adapter a request names, None for the base model. Raises `InvalidRequestError`."""
+        if not name:
+            return None
+        if self.adapters is None:
+            raise InvalidRequestError(f"model: adapter {name!r} is not loaded", "model")
+        return self.adapters.slots.find(name)
 
     def _check_id(self, request_id: str) -> None:
         if self.scheduler.get(request_id) is not None or request_id in self._embeddings or request_id in self._grammars:
@@ -385,11 +463,13 @@ class EngineCore:
 
     def _fail(self, seq: Seq, error: OctavoError) -> None:
         """End a sequence whose computation went wrong; nothing it wrote to the cache is given to others."""
-        self.pool.unpublish(seq.table.blocks)
+        self.scheduler.blocks.distrust(seq.table)
         self._finish(seq, FinishReason.ERROR, error)
 
     def _end(self, seq: Seq, reason: FinishReason) -> None:
         self.scheduler.finish(seq)
+        if self.adapters is not None and seq.adapter is not None:
+            self.adapters.end(seq.adapter)
         self._finished[reason.value] += 1
 
 

@@ -96,16 +96,22 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str] = "",
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt (text or token ids), in the given order; `on_output` hears of each as it ends.
 
+        `adapter`: the loaded adapter to answer with, for all prompts or for each; empty is the base model.
         Raises `InvalidRequestError` before anything runs if a prompt or its sampling is impossible. A prompt that
         fails while it runs has the finish reason `error`.
         """
         items = _prompt_list(prompts)
         params = _sampling_list(sampling, len(items))
-        return self._run([self._collector(item, param) for item, param in zip(items, params, strict=True)], on_output)
+        adapters = [adapter] * len(items) if isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(items):
+            raise InvalidRequestError(f"adapter: got {len(adapters)} names for {len(items)} prompts", "adapter")
+        collectors = [self._collector(*each) for each in zip(items, params, adapters, strict=True)]
+        return self._run(collectors, on_output)
 
     def chat(
         self,
@@ -184,11 +190,11 @@ class LLM:
 
         return next_tokens
 
-    def _collector(self, prompt: Prompt, sampling: SamplingParams) -> _Collector:
+    def _collector(self, prompt: Prompt, sampling: SamplingParams, adapter: str = "") -> _Collector:
         sampling.validate(self.model.vocab_size)
         token_ids = self._encode(prompt)
         self._core.check_prompt(token_ids)
-        return _Collector(prompt if isinstance(prompt, str) else None, token_ids, sampling)
+        return _Collector(prompt if isinstance(prompt, str) else None, token_ids, sampling, adapter)
 
     def _run(
         self, collectors: list[_Collector], on_output: Callable[[RequestOutput], None] | None
@@ -218,7 +224,14 @@ class LLM:
             sampling = collector.sampling
             if sampling.seed is not None and index:
                 sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
-            self._core.add(AddRequest(request_id=name, prompt_token_ids=collector.prompt_token_ids, sampling=sampling))
+            self._core.add(
+                AddRequest(
+                    request_id=name,
+                    prompt_token_ids=collector.prompt_token_ids,
+                    sampling=sampling,
+                    adapter=collector.adapter,
+                )
+            )
             owners[name] = (collector, collector.open(index, name, self.tokenizer))
 
     def _take(self, collector: _Collector, seq: _Sequence, output: SequenceOutput) -> bool:
@@ -283,8 +296,9 @@ class _Sequence:
 class _Collector:
     """One prompt while its completions grow."""
 
-    def __init__(self, prompt: str | None, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+    def __init__(self, prompt: str | None, prompt_token_ids: list[int], sampling: SamplingParams, adapter: str) -> None:
         self.prompt = prompt
+        self.adapter = adapter
         self.prompt_token_ids = prompt_token_ids
         self.sampling = sampling
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None

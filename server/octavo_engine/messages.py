@@ -36,6 +36,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     cache_salt: str = ""
     priority: int = 0
     deadline_s: float | None = None
+    adapter: str = ""  # name of a loaded adapter; empty: the base model
     arrival_time: float = 0.0  # time.time() at the API edge
 
 
@@ -54,6 +55,22 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
     arrival_time: float = 0.0
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="load_adapter"):
+    """Load an adapter from a folder; `replace` puts it in the place of one of the same name, once that is unused."""
+
+    request_id: str
+    name: str
+    path: str
+    replace: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="unload_adapter"):
+    """Forget an adapter once the sequences that use it have ended."""
+
+    request_id: str
+    name: str
+
+
 class ResetPrefixCache(msgspec.Struct, frozen=True, kw_only=True, tag="reset_prefix_cache"):
     """Forget every cached block that no running sequence holds."""
 
@@ -62,7 +79,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Leave the step loop and exit 0."""
 
 
-Command = AddRequest | AbortRequest | EmbedRequest | ResetPrefixCache | Shutdown
+Command = AddRequest | AbortRequest | EmbedRequest | LoadAdapter | UnloadAdapter | ResetPrefixCache | Shutdown
 
 
 # ---------------------------------------------------------------- engine -> API process
@@ -96,6 +113,18 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     retry_after_s: float | None = None
 
 
+class AdapterStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A loaded adapter. is_resident: it lies in one of the device's slots. is_leaving: takes no new sequences."""
+
+    name: str
+    path: str = ""
+    rank: int = 0
+    is_resident: bool = False
+    is_leaving: bool = False
+    num_running: int = 0
+    num_waiting: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine, sent after each step that did work and at least once a second.
 
@@ -122,6 +151,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     spec_draft_tokens: int = 0
     spec_accepted_tokens: int = 0
     queued_work_s: float = 0.0  # seconds of work that wait, by the learned step-time model
+    adapters: list[AdapterStats] = []
+    host_blocks_total: int = 0
+    host_blocks_used: int = 0  # that hold preempted sequences
+    host_blocks_cached: int = 0  # that can be found by content
+    host_hits: int = 0  # tokens of prefix_hits that came from host memory
+    host_blocks_stored: int = 0
+    host_blocks_fetched: int = 0
+    num_preemptions_by_swap: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
@@ -156,10 +193,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     num_parameters: int
     weight_bytes: int
+    adapter_bytes: int = 0  # reserved for adapters on the device
     kv_block_size: int
     kv_blocks_total: int
     kv_bytes_per_token: int
     num_ranks: int = 1
+    kv_host_blocks: int = 0
     phase_seconds: dict[str, float] = {}
 
 

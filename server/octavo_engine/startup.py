@@ -21,9 +21,18 @@ def build_engine(config: EngineConfig, on_progress: OnProgress, load: LoadRunner
     """
     config.validate()
     if load is not None:
-        return EngineCore(load(config, on_progress), config)
-    runner = _real_loader()(config, on_progress)
-    return EngineCore(runner, config, roofline=Roofline(runner.info, measure_limits(runner.info)))
+        core = EngineCore(load(config, on_progress), config)
+    else:
+        runner = _real_loader()(config, on_progress)
+        core = EngineCore(runner, config, roofline=Roofline(runner.info, measure_limits(runner.info)))
+    _load_adapters(core, config)
+    return core
+
+
+def _load_adapters(core: EngineCore, config: EngineConfig) -> None:
+    for name, uri in config.lora_modules.items():
+        if core.adapters is not None:
+            core.adapters.load_at_start(name, uri)
 
 
 def _real_loader() -> LoadRunner:

@@ -31,6 +31,7 @@ class SequenceRequest:
     caller: Caller
     cache_salt: str = ""
     priority: int = 0
+    adapter: str = ""  # empty: the base model
     continues_prompt: bool = False  # the text is appended to the prompt's own
     shares_prompt: bool = False  # with a sibling that the prompt is already counted for
     operation: str = "text_completion"  # in the words of the GenAI semantic conventions
@@ -114,6 +115,7 @@ class Generator:
             cache_salt=request.cache_salt,
             priority=request.priority,
             deadline_s=request.caller.deadline_s,
+            adapter=request.adapter,
         )
         try:
             async for output in outputs:

@@ -37,6 +37,7 @@ class Limits:
     metadata_entries: int = 64
     template_kwargs: int = 64
     model_name_chars: int = 512
+    listed_names: int = 20  # in the error about a model that is not served
     embed_inputs: int = 2_048
     detokenize_tokens: int = 4_000_000
     stored_files: int = 1_000  # of one tenant

@@ -45,13 +45,16 @@ SnapshotSource = Callable[[], Snapshot | None]
 
 
 class Metrics:
-    """The registry of one replica. `snapshot` gives what a scrape reads, None while loading."""
+    """The registry of one replica. `snapshot` gives what a scrape reads, None while loading. `max_loras` is 0 where
+    adapters are off."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, snapshot: SnapshotSource, version: str, max_num_seqs: int, usage: UsageLog) -> None:
+    def __init__(
+        self, snapshot: SnapshotSource, version: str, max_num_seqs: int, usage: UsageLog, max_loras: int = 0
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(snapshot))
+        self.registry.register(EngineCollector(snapshot, max_loras))
         self.registry.register(UsageCollector(usage))
         self._rejections = Counter(
             "octavo_http_rejections", "Requests answered with an error, by reason.", ["reason"], registry=self.registry
@@ -137,8 +140,9 @@ class Observe:
 class EngineCollector(Collector):
     """Reads the engine's snapshot at scrape time; empty while no model is loaded."""
 
-    def __init__(self, snapshot: SnapshotSource) -> None:
+    def __init__(self, snapshot: SnapshotSource, max_loras: int) -> None:
         self._snapshot = snapshot
+        self._max_loras = max_loras
 
     def collect(self) -> Iterator[Metric]:
         current = self._snapshot()
@@ -148,6 +152,7 @@ class EngineCollector(Collector):
         yield from _counters(current.name, current.stats)
         yield from _finished(current.name, current.stats)
         yield from _model(current.name, current.info)
+        yield from _adapters(current.stats, self._max_loras)
 
 
 class UsageCollector(Collector):
@@ -216,9 +221,39 @@ def _counters(model: str, stats: EngineStats) -> Iterator[Metric]:
         vllm = CounterMetricFamily(f"vllm:{name}", help_text, labels=["model_name", "engine"])
         vllm.add_metric([model, "0"], value)
         yield vllm
+    yield from _host_tier(model, stats)
     steps = CounterMetricFamily("octavo_engine_steps", "Engine steps.", labels=["model_name"])
     steps.add_metric([model], stats.step)
     yield steps
+
+
+def _host_tier(model: str, stats: EngineStats) -> Iterator[Metric]:
+    """KV blocks in host memory, and how sequences were preempted."""
+    preempted = CounterMetricFamily(
+        "octavo_preemptions", "Sequences preempted, by what became of their KV blocks.", labels=["model_name", "method"]
+    )
+    preempted.add_metric([model, "swap"], stats.num_preemptions_by_swap)
+    preempted.add_metric([model, "recompute"], stats.num_preemptions - stats.num_preemptions_by_swap)
+    yield preempted
+    if not stats.host_blocks_total:
+        return
+    cached = CounterMetricFamily(
+        "octavo_prompt_tokens_cached", "Tokens found in the prefix cache, by where.", labels=["model_name", "source"]
+    )
+    cached.add_metric([model, "device"], stats.prefix_hits - stats.host_hits)
+    cached.add_metric([model, "host"], stats.host_hits)
+    yield cached
+    blocks = GaugeMetricFamily("octavo_host_kv_blocks", "KV blocks in host memory.", labels=["model_name", "state"])
+    blocks.add_metric([model, "total"], stats.host_blocks_total)
+    blocks.add_metric([model, "held"], stats.host_blocks_used)
+    blocks.add_metric([model, "findable"], stats.host_blocks_cached)
+    yield blocks
+    copied = CounterMetricFamily(
+        "octavo_host_kv_blocks_copied", "KV blocks copied to and from host memory.", labels=["model_name", "direction"]
+    )
+    copied.add_metric([model, "to_host"], stats.host_blocks_stored)
+    copied.add_metric([model, "to_device"], stats.host_blocks_fetched)
+    yield copied
 
 
 def _finished(model: str, stats: EngineStats) -> Iterator[Metric]:
@@ -255,3 +290,25 @@ def _model(model: str, info: ModelInfo) -> Iterator[Metric]:
     )  # fmt: skip
     cache.add_metric([model, "0", str(info.kv_block_size), str(info.kv_blocks_total)], 1)
     yield cache
+
+
+def _adapters(stats: EngineStats, max_loras: int) -> Iterator[Metric]:
+    """vLLM's series, whose value is a time and whose labels carry the names, and a plain one for each adapter."""
+    if not max_loras:
+        return
+    vllm = GaugeMetricFamily(
+        "vllm:lora_requests_info", "Adapters in use; the value is when it was read.",
+        labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
+    )  # fmt: skip
+    waiting = ",".join(adapter.name for adapter in stats.adapters if adapter.num_waiting)
+    running = ",".join(adapter.name for adapter in stats.adapters if adapter.num_running)
+    vllm.add_metric([str(max_loras), waiting, running], stats.time)
+    yield vllm
+    own = GaugeMetricFamily(
+        "octavo_lora_requests", "Sequences of each loaded adapter.", labels=["adapter", "state", "resident"]
+    )
+    for adapter in stats.adapters:
+        resident = "true" if adapter.is_resident else "false"
+        own.add_metric([adapter.name, "running", resident], adapter.num_running)
+        own.add_metric([adapter.name, "waiting", resident], adapter.num_waiting)
+    yield own

@@ -42,7 +42,8 @@ class Replica:
         self.batches = Batches.open(settings.batch_folder, self.lifecycle)
         self.text = TextPool()
         self.usage = UsageLog()
-        self.metrics = Metrics(self._snapshot, VERSION, settings.max_num_seqs, self.usage)
+        max_loras = settings.max_loras if settings.enable_lora else 0
+        self.metrics = Metrics(self._snapshot, VERSION, settings.max_num_seqs, self.usage, max_loras)
         self.telemetry = Telemetry(settings.otlp_endpoint, VERSION)
         self._load_tokenizer = load_tokenizer
         self._served: ServedModel | None = None
@@ -65,6 +66,7 @@ class Replica:
             sampling_defaults=self._sampling_defaults(info.path),
             tool_parser=tool_parser_for(self.settings.tool_call_parser, template),
             thinks=thinks(self.settings.reasoning_parser, template),
+            adapters=self._adapters,
         )
         latencies = self.metrics.for_model(self._served.name)
         self._generator = Generator(self.engine, tokenizer, latencies, self.telemetry, self._served.name)
@@ -115,6 +117,9 @@ class Replica:
         if defaults != SamplingDefaults():
             logger.info("sampling defaults of the checkpoint: %s", defaults.describe())
         return defaults
+
+    def _adapters(self) -> list[str]:
+        return [adapter.name for adapter in self.engine.stats.adapters if not adapter.is_leaving]
 
     def _snapshot(self) -> Snapshot | None:
         served = self._served

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo_engine.messages import ModelInfo
@@ -16,7 +17,10 @@ from octavo_server.parsers.choose import ToolParserFactory
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The loaded model as callers see it. `names[0]` is the one that metrics and responses carry."""
+    """The loaded model as callers see it. `names[0]` is the one that metrics and responses carry.
+
+    `adapters` gives the names of the adapters that are loaded at the moment; each is a model of its own to callers.
+    """
 
     info: ModelInfo
     tokenizer: Tokenizer
@@ -25,6 +29,7 @@ class ServedModel:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     tool_parser: ToolParserFactory | None = None
     thinks: bool = False
+    adapters: Callable[[], Sequence[str]] = tuple
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -39,15 +44,23 @@ class ServedModel:
         return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
     def check_name(self, requested: str | None) -> str:
-        """The name to answer with; raises a 404 for a model that is not served here. None means the only one."""
+        """The name to answer with; raises a 404 for a model that is not served here. None means the base model."""
         if requested is None or requested in self.names:
             return requested or self.name
+        adapters = self.adapters()
+        if requested in adapters:
+            return requested
+        available = ", ".join([*self.names, *adapters][: LIMITS.listed_names])
         raise ApiError(
             404,
-            f"model: {requested[: LIMITS.identifier_chars]!r} is not served here; available: {', '.join(self.names)}",
+            f"model: {requested[: LIMITS.identifier_chars]!r} is not served here; available: {available}",
             param="model",
             reason="unknown_model",
         )
+
+    def adapter_of(self, name: str) -> str:
+        """The adapter that a checked name stands for; empty for the base model."""
+        return "" if name in self.names else name
 
     def require_task(self, task: str, route: str) -> None:
         """Raise a 400 when this model cannot do what the route is for."""

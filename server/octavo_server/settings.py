@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,30 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if name in FIELDS:
             if _SERVICE_LINK.fullmatch(key) and "://" in value:
                 continue
-            values[name] = value.split(",") if name == "served_model_names" else value
+            values[name] = _from_text(name, value)
         elif not _SERVICE_LINK.fullmatch(key) and difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85):
             raise ConfigError(f"environment: {key}: unknown setting{_hint(name, ENV_PREFIX)}")
     return values
+
+
+def _from_text(name: str, value: str) -> object:
+    """A variable's text, for the settings that are lists or mappings taken apart at commas."""
+    if name == "served_model_names":
+        return value.split(",")
+    return pairs(value.split(","), name) if name == "lora_modules" else value
+
+
+def pairs(entries: Sequence[str], setting: str) -> dict[str, str]:
+    """`name=value` entries as a mapping; raises `ConfigError`."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        if not separator or not name or not value:
+            raise ConfigError(f"{setting}: expected NAME=PATH, got {entry!r}")
+        if name in found:
+            raise ConfigError(f"{setting}: {name!r} is given twice")
+        found[name] = value
+    return found
 
 
 def _hint(name: str, prefix: str = "") -> str:

@@ -35,6 +35,7 @@ class Received:
     cache_salt: str
     priority: int
     deadline_s: float | None
+    adapter: str = ""
 
 
 @dataclass
@@ -109,11 +110,14 @@ class FakeEngine:
         cache_salt: str = "",
         priority: int = 0,
         deadline_s: float | None = None,
+        adapter: str = "",
     ) -> AsyncIterator[SequenceOutput]:
         assert request_id not in self.received, "request ids must be unique"
         if len(self.running) >= self.max_queued:
             raise QueueFullError("the queue is full (1000 requests wait)", 3.2)
-        self.received[request_id] = Received(prompt_token_ids, sampling, tenant, cache_salt, priority, deadline_s)
+        self.received[request_id] = Received(
+            prompt_token_ids, sampling, tenant, cache_salt, priority, deadline_s, adapter
+        )
         self.running[request_id] = len(prompt_token_ids) // BLOCK_SIZE + 1
         reason = FinishReason.ABORT
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from octavo_kernels.cpu import bindings as _bindings
+from octavo_kernels.cpu import lora as _lora  # noqa: F401  registers the op
 from octavo_kernels.cpu import ops as _ops  # noqa: F401  registers the ops
 from octavo_kernels.cpu import threads as _threads
 from octavo_kernels.cpu.step import NativeStep

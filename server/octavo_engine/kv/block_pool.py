@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from octavo_engine.kv.events import KVEventLog
+from octavo_engine.kv.events import MEDIUM_DEVICE, KVEventLog
 from octavo_engine.kv.eviction import EvictionQueue
 
 
@@ -14,6 +14,7 @@ class BlockPool:
     A block is held (reference count above 0) or free. A free block may still be cached: it is found by its key until
     its memory is reused, in the order of `EvictionQueue`. `tenant_quota` bounds the share of all blocks that one
     tenant's cached blocks may keep others from. `events`, if given, hears what becomes findable and what does not.
+    `on_evict` hears (block, key, tenant) of a cached block right before its memory is given to somebody else.
     """
 
     def __init__(
@@ -24,7 +25,9 @@ class BlockPool:
         enable_caching: bool = True,
         tenant_quota: float = 1.0,
         events: KVEventLog | None = None,
+        medium: str = MEDIUM_DEVICE,
     ) -> None:
+        self.on_evict: Callable[[int, bytes, str], None] | None = None
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_caching = enable_caching
@@ -32,6 +35,8 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._hits = [0] * num_blocks
         self._events = events
+        self._medium = medium
+        self._tenants = [""] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._block_by_key: dict[bytes, int] = {}
 
@@ -82,6 +87,9 @@ class BlockPool:
         blocks = []
         for _ in range(count):
             block = self._free.pop()
+            key = self._keys[block]
+            if key is not None and self.on_evict is not None:
+                self.on_evict(block, key, self._tenants[block])
             self._forget(block)
             self._references[block] = 1
             blocks.append(block)
@@ -98,6 +106,7 @@ class BlockPool:
                 if self._keys[block] is None:
                     self._free.add_unused(block)
                 else:
+                    self._tenants[block] = tenant
                     self._free.add_cached(block, self._hits[block], tenant)
 
     def publish(self, block: int, key: bytes) -> bool:
@@ -108,10 +117,10 @@ class BlockPool:
         self._keys[block] = key
         return True
 
-    def announce(self, keys: list[bytes], parent: bytes | None, tokens: list[int]) -> None:
+    def announce(self, keys: list[bytes], parent: bytes | None, tokens: list[int], adapter: str = "") -> None:
         """Tell the event log of a chain of blocks that was published."""
         if self._events is not None:
-            self._events.stored(keys, parent, tokens)
+            self._events.stored(keys, parent, tokens, adapter, self._medium)
 
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable because their content cannot be trusted."""
@@ -124,7 +133,7 @@ class BlockPool:
         for block in list(self._block_by_key.values()):
             self._drop(block)
         self._events = events
-        if events is not None:
+        if events is not None and self._medium == MEDIUM_DEVICE:
             events.cleared()
 
     def _drop(self, block: int) -> None:
@@ -141,4 +150,4 @@ class BlockPool:
             self._keys[block] = None
             del self._block_by_key[key]
             if self._events is not None:
-                self._events.removed(key)
+                self._events.removed(key, self._medium)

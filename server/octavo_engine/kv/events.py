@@ -7,6 +7,7 @@ import time
 import msgspec
 
 MEDIUM_DEVICE = "GPU"  # vLLM's name for the first tier, wherever it lies
+MEDIUM_HOST = "CPU"
 
 
 class BlockStored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -50,17 +51,31 @@ class KVEventLog:
         self._block_size = block_size
         self._events: list[KVEvent] = []
 
-    def stored(self, keys: list[bytes], parent: bytes | None, tokens: list[int]) -> None:
+    def stored(
+        self,
+        keys: list[bytes],
+        parent: bytes | None,
+        tokens: list[int],
+        adapter: str = "",
+        medium: str = MEDIUM_DEVICE,
+    ) -> None:
         self._events.append(
-            BlockStored(block_hashes=keys, parent_block_hash=parent, token_ids=tokens, block_size=self._block_size)
+            BlockStored(
+                block_hashes=keys,
+                parent_block_hash=parent,
+                token_ids=tokens,
+                block_size=self._block_size,
+                lora_name=adapter or None,
+                medium=medium,
+            )
         )
 
-    def removed(self, key: bytes) -> None:
+    def removed(self, key: bytes, medium: str = MEDIUM_DEVICE) -> None:
         last = self._events[-1] if self._events else None
-        if isinstance(last, BlockRemoved):
+        if isinstance(last, BlockRemoved) and last.medium == medium:
             last.block_hashes.append(key)
         else:
-            self._events.append(BlockRemoved(block_hashes=[key]))
+            self._events.append(BlockRemoved(block_hashes=[key], medium=medium))
 
     def cleared(self) -> None:
         self._events.append(AllBlocksCleared())

@@ -37,6 +37,22 @@ def num_kv_blocks(config: EngineConfig, model: ModelInfo, free_bytes: int) -> in
     return int(blocks)
 
 
+def num_host_blocks(config: EngineConfig, model: ModelInfo, free_bytes: int) -> int:
+    """Blocks that fit `kv_host_memory_bytes`; raises `ConfigError` where the machine has less memory free than that."""
+    if config.kv_host_memory_bytes > free_bytes:
+        raise ConfigError(
+            f"kv_host_memory_bytes: {config.kv_host_memory_bytes / GIB:.2f} GiB are asked for, "
+            f"{free_bytes / GIB:.2f} GiB are free; lower it or give the replica more memory"
+        )
+    needed = model.kv_bytes_per_token * model.kv_block_size * config.num_ranks
+    blocks = config.kv_host_memory_bytes // needed
+    if blocks < 1:
+        raise ConfigError(
+            f"kv_host_memory_bytes: one block needs {needed} bytes, {config.kv_host_memory_bytes} were given"
+        )
+    return blocks
+
+
 def _shortest_useful(config: EngineConfig, model: ModelInfo) -> int:
     """A length the operator asked for must fit; a length that only the checkpoint allows may be cut down to 512."""
     return model.max_model_len if config.max_model_len else min(model.max_model_len, 512)

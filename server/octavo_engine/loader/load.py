@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
-from octavo_engine.kv.sizing import num_kv_blocks
+from octavo_engine.kv.sizing import num_host_blocks, num_kv_blocks
 from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo_engine.loader.pooling_config import is_embedding_checkpoint, read_pooling
 from octavo_engine.loader.quantization import OnTheFly
 from octavo_engine.loader.weights import WeightLoader
+from octavo_engine.lora.layers import AdaptedModel
 from octavo_engine.messages import LoadProgress, ModelInfo
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.decoder import Decoder
@@ -29,6 +31,7 @@ from octavo_engine.runner.interface import ModelRunner
 from octavo_engine.runner.machine import choose_device, choose_dtype, choose_kv_dtype, free_memory_bytes, usable_cpus
 from octavo_engine.runner.pooling import PoolingMethod
 from octavo_engine.runner.torch_runner import TorchModelRunner
+from octavo_engine.scheduler.limits import limits_for
 from octavo_engine.storage import resolve
 
 OnProgress = Callable[[LoadProgress], None]
@@ -63,6 +66,9 @@ def load_rank(config: EngineConfig, path: Path, phases: Phases, host: RankHost |
         with phases.run("kv_cache"):
             blocks = _num_blocks(config, runner.info, 1 if host is None else host.ranks_here)
             runner.allocate_kv_cache(blocks if host is None else host.control.minimum(blocks))
+            if config.kv_host_memory_bytes:
+                blocks = num_host_blocks(config, runner.info, free_memory_bytes(torch.device("cpu")))
+                runner.allocate_host_cache(blocks if host is None else host.control.minimum(blocks))
     with phases.run("warmup"):
         runner.warm_up()
     runner.record_phases(phases.seconds)
@@ -109,8 +115,15 @@ def _read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost
         kv_bytes_per_token=model.cache_layout.bytes_per_token(kv_dtype),
         num_ranks=config.num_ranks,
     )
+    adapted = None
+    if config.enable_lora and task == "embed":
+        raise ConfigError("enable_lora: adapters are for models that generate; this one embeds")
+    if config.enable_lora:
+        max_num_tokens = limits_for(config, device.type).max_num_batched_tokens
+        adapted = AdaptedModel(model, dtype, config.max_loras, config.max_lora_rank, max_num_tokens)
+        info = msgspec.structs.replace(info, adapter_bytes=adapted.nbytes)
     default = PoolingMethod.LAST if model.can_generate else PoolingMethod.MEAN
-    return TorchModelRunner(model, info, kv_dtype, read_pooling(path, default))
+    return TorchModelRunner(model, info, kv_dtype, read_pooling(path, default), adapted)
 
 
 def _on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None:

@@ -14,14 +14,16 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import ConfigError, EngineDeadError
+from octavo_engine.errors import ConfigError, EngineDeadError, ModelLoadError
+from octavo_engine.kv.transfers import Transfer
 from octavo_engine.loader.load import Phases, load_rank
+from octavo_engine.lora.adapter import Adapter
 from octavo_engine.messages import ModelInfo
 from octavo_engine.parallel.control import send_order
 from octavo_engine.parallel.host import RankHost, read_nodes
 from octavo_engine.parallel.joining import failure, join, open_store, wait_for_ranks
 from octavo_engine.parallel.processes import RankProcesses
-from octavo_engine.parallel.steps import Numbers, Order, encode_lists, encode_slices
+from octavo_engine.parallel.steps import Numbers, Order, encode_lists, encode_slices, encode_transfer
 from octavo_engine.runner.batch_builder import check_slices
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.machine import usable_cpus
@@ -114,6 +116,15 @@ class ParallelRunner:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         if pairs:
             self._together(Order.COPY_BLOCKS, encode_lists(pairs), lambda: self._runner.copy_blocks(pairs))
+
+    def move_blocks(self, transfer: Transfer) -> None:
+        self._together(*encode_transfer(transfer), lambda: self._runner.move_blocks(transfer))
+
+    def read_adapter(self, name: str, path: Path, max_rank: int) -> Adapter:
+        raise ModelLoadError(f"{path}: adapters need a model that is whole on one device")
+
+    def place_adapter(self, slot: int, adapter: Adapter) -> None:
+        raise ModelLoadError(f"{adapter.path}: adapters need a model that is whole on one device")
 
     def heartbeat(self) -> None:
         self._together(Order.HEARTBEAT, None, lambda: self._host.control.minimum(0))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from octavo_engine.kv.transfers import Direction, Transfer
 from octavo_engine.runner.interface import SequenceSlice
 
 Numbers = npt.NDArray[np.int32]
@@ -21,6 +22,8 @@ class Order(enum.IntEnum):
     EMBED = 2
     COPY_BLOCKS = 3
     HEARTBEAT = 4
+    TO_HOST = 5
+    TO_DEVICE = 6
 
 
 def encode_slices(slices: Sequence[SequenceSlice], block_size: int) -> Numbers:
@@ -43,6 +46,17 @@ def decode_slices(numbers: Numbers) -> list[SequenceSlice]:
     tokens = _split(rest, num_tokens)
     blocks = _split(rest[sum(num_tokens) :], num_blocks)
     return [SequenceSlice(*parts) for parts in zip(tokens, starts, blocks, num_logits, strict=True)]
+
+
+def encode_transfer(transfer: Transfer) -> tuple[Order, Numbers]:
+    """The order for a direction, and [destination, source] of each block."""
+    order = Order.TO_HOST if transfer.direction is Direction.TO_HOST else Order.TO_DEVICE
+    return order, encode_lists(list(transfer.source_of.items()))
+
+
+def decode_transfer(order: Order, numbers: Numbers) -> Transfer:
+    direction = Direction.TO_HOST if order is Order.TO_HOST else Direction.TO_DEVICE
+    return Transfer(direction, {pair[0]: pair[1] for pair in decode_lists(numbers)})
 
 
 def encode_lists(lists: Sequence[Sequence[int]]) -> Numbers:

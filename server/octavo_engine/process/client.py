@@ -38,6 +38,7 @@ from octavo_engine.messages import (
     Event,
     Failed,
     FinishReason,
+    LoadAdapter,
     LoadProgress,
     ModelInfo,
     Ready,
@@ -45,6 +46,7 @@ from octavo_engine.messages import (
     SequenceOutput,
     Shutdown,
     StepOutput,
+    UnloadAdapter,
 )
 from octavo_engine.process.stream import OutputStream
 from octavo_engine.process.worker import run_worker
@@ -153,6 +155,7 @@ class EngineProcessClient:
         cache_salt: str = "",
         priority: int = 0,
         deadline_s: float | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[SequenceOutput, None]:
         self._check_open()
         check_prompt(prompt_token_ids, self.model, room=1)
@@ -166,6 +169,7 @@ class EngineProcessClient:
             cache_salt=cache_salt,
             priority=priority,
             deadline_s=deadline_s,
+            adapter=adapter,
             arrival_time=time.time(),
         )
         stream = self._open_stream(request)
@@ -199,6 +203,21 @@ class EngineProcessClient:
             raise RequestFailedError(output.error or "the engine returned no vector for this text")
         return output
 
+    async def load_adapter(self, *, request_id: str, name: str, path: str, replace: bool = False) -> None:
+        await self._ask(LoadAdapter(request_id=request_id, name=name, path=path, replace=replace))
+
+    async def unload_adapter(self, *, request_id: str, name: str) -> None:
+        await self._ask(UnloadAdapter(request_id=request_id, name=name))
+
+    async def _ask(self, command: LoadAdapter | UnloadAdapter) -> None:
+        """Send a command and wait for its one answer; a caller that leaves does not undo it."""
+        self._check_open()
+        stream = self._open_stream(command)
+        try:
+            _raise_rejection(await stream.get())
+        finally:
+            self._streams.pop(command.request_id, None)
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
         self._check_open()
@@ -231,7 +250,7 @@ class EngineProcessClient:
                 f"the waiting queue is full ({config.max_queued_requests} requests); try again in {rate:.0f} s", rate
             )
 
-    def _open_stream(self, request: AddRequest | EmbedRequest) -> OutputStream:
+    def _open_stream(self, request: AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter) -> OutputStream:
         if request.request_id in self._streams:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use by a request still running", "request_id"

@@ -13,7 +13,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
-from octavo_engine.messages import EngineStats, LoadProgress, ModelInfo, SequenceOutput
+from octavo_engine.messages import AdapterStats, EngineStats, LoadProgress, ModelInfo, SequenceOutput
 from octavo_engine.process.client import EngineProcessClient
 from octavo_engine.runner.machine import choose_device, usable_cpus
 from octavo_engine.sampling_params import SamplingParams
@@ -89,8 +89,9 @@ class DataParallelClient:
         cache_salt: str = "",
         priority: int = 0,
         deadline_s: float | None = None,
+        adapter: str = "",
     ) -> AsyncIterator[SequenceOutput]:
-        index = choose_engine(self._loads, prompt_token_ids, cache_salt)
+        index = choose_engine(self._loads, prompt_token_ids, cache_salt + adapter)
         stream = self._engines[index].generate(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
@@ -99,6 +100,7 @@ class DataParallelClient:
             cache_salt=cache_salt,
             priority=priority,
             deadline_s=deadline_s,
+            adapter=adapter,
         )
         self._loads[index] += 1
         try:
@@ -118,6 +120,24 @@ class DataParallelClient:
         finally:
             self._loads[index] -= 1
 
+    async def load_adapter(self, *, request_id: str, name: str, path: str, replace: bool = False) -> None:
+        """On every engine, or on none: where one refuses, the others let go of it again."""
+        loading = (
+            engine.load_adapter(request_id=request_id, name=name, path=path, replace=replace)
+            for engine in self._engines
+        )
+        results = await asyncio.gather(*loading, return_exceptions=True)
+        refusal = next((result for result in results if isinstance(result, BaseException)), None)
+        if refusal is None:
+            return
+        loaded = [engine for engine, result in zip(self._engines, results, strict=True) if result is None]
+        undoing = (engine.unload_adapter(request_id=f"{request_id}-undo", name=name) for engine in loaded)
+        await asyncio.gather(*undoing, return_exceptions=True)
+        raise refusal
+
+    async def unload_adapter(self, *, request_id: str, name: str) -> None:
+        await asyncio.gather(*(engine.unload_adapter(request_id=request_id, name=name) for engine in self._engines))
+
     async def shutdown(self, timeout_s: float) -> None:
         await asyncio.gather(*(engine.shutdown(timeout_s) for engine in self._engines))
 
@@ -134,14 +154,34 @@ def merge_stats(stats: Sequence[EngineStats]) -> EngineStats:
     merged: dict[str, object] = {}
     for name in EngineStats.__struct_fields__:
         values = [getattr(item, name) for item in stats]
-        if isinstance(values[0], dict):
+        if name == "adapters":
+            merged[name] = _merge_adapters([item.adapters for item in stats])
+        elif isinstance(values[0], dict):
             keys = {key for value in values for key in value}
             merged[name] = {key: sum(value.get(key, 0) for value in values) for key in sorted(keys)}
         elif name in _LARGEST:
             merged[name] = max(values)
         else:
             merged[name] = sum(values) / (len(values) if name in _MEANS else 1)
-    return msgspec.convert(merged, EngineStats, strict=False)
+    return msgspec.convert(merged, EngineStats, strict=False, from_attributes=True)
+
+
+def _merge_adapters(by_engine: Sequence[Sequence[AdapterStats]]) -> list[AdapterStats]:
+    """Adapters that every engine has."""
+    merged = []
+    for first in by_engine[0]:
+        same = [adapter for adapters in by_engine for adapter in adapters if adapter.name == first.name]
+        if len(same) == len(by_engine):
+            merged.append(
+                msgspec.structs.replace(
+                    first,
+                    is_resident=any(adapter.is_resident for adapter in same),
+                    is_leaving=any(adapter.is_leaving for adapter in same),
+                    num_running=sum(adapter.num_running for adapter in same),
+                    num_waiting=sum(adapter.num_waiting for adapter in same),
+                )
+            )
+    return merged
 
 
 def engine_config(config: EngineConfig) -> EngineConfig:
@@ -153,7 +193,13 @@ def engine_config(config: EngineConfig) -> EngineConfig:
     fraction = config.kv_cache_memory_fraction
     if choose_device(config.device).type == "cpu":  # they measure the same free memory
         fraction /= count
-    return msgspec.structs.replace(config, data_parallel_size=1, num_threads=threads, kv_cache_memory_fraction=fraction)
+    return msgspec.structs.replace(
+        config,
+        data_parallel_size=1,
+        num_threads=threads,
+        kv_cache_memory_fraction=fraction,
+        kv_host_memory_bytes=config.kv_host_memory_bytes // count,
+    )
 
 
 def engine_gpus(config: EngineConfig, index: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

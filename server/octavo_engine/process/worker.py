@@ -23,11 +23,13 @@ from octavo_engine.messages import (
     EmbedRequest,
     Event,
     Failed,
+    LoadAdapter,
     Ready,
     ResetPrefixCache,
     SequenceOutput,
     Shutdown,
     StepOutput,
+    UnloadAdapter,
 )
 from octavo_engine.process.parent import die_with_parent
 from octavo_engine.rejection import rejection
@@ -140,18 +142,27 @@ def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:
         core.abort(command.request_ids)
     elif isinstance(command, ResetPrefixCache):
         core.reset_prefix_cache()
-    elif isinstance(command, AddRequest | EmbedRequest):
+    elif isinstance(command, AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter):
         try:
-            if isinstance(command, AddRequest):
-                core.add(command)
-            else:
-                core.add_embedding(command)
+            _submit(core, command)
         except (InvalidRequestError, QueueFullError) as error:
             return [rejection(command.request_id, error)]
         except Exception as error:  # a request the engine cannot even take in must not end the others
             logger.error("a request could not be queued: %s", type(error).__name__)
             return [rejection(command.request_id, RequestFailedError(f"the engine cannot run this request: {error}"))]
     return []
+
+
+def _submit(core: EngineCore, command: AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter) -> None:
+    match command:
+        case AddRequest():
+            core.add(command)
+        case EmbedRequest():
+            core.add_embedding(command)
+        case LoadAdapter():
+            core.load_adapter(command)
+        case UnloadAdapter():
+            core.unload_adapter(command)
 
 
 def _connect(

@@ -19,11 +19,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """token_ids: [T] int64; logits_indices: [L] int64 rows of the flat batch, in the order of the slices."""
+    """token_ids: [T] int64; logits_indices: [L] int64 rows of the flat batch, in the order of the slices;
+    adapter_slots: [T] int32, -1 without an adapter, or None where no sequence has one."""
 
     token_ids: torch.Tensor
     batch: AttentionBatch
     logits_indices: torch.Tensor
+    adapter_slots: torch.Tensor | None = None
 
 
 def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.device) -> StepInputs:
@@ -53,7 +55,8 @@ def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.d
         max_query_len=int(query_lens.max()),
         max_seq_len=int(seq_lens.max()),
     )
-    return StepInputs(_tensor(token_ids, device), batch, _tensor(_logits_rows(slices, order, ends), device))
+    logits_rows = _tensor(_logits_rows(slices, order, ends), device)
+    return StepInputs(_tensor(token_ids, device), batch, logits_rows, _adapter_slots(ordered, query_lens, device))
 
 
 def check_slices(slices: Sequence[SequenceSlice], block_size: int) -> None:
@@ -83,6 +86,13 @@ def build_packed(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
         max_seq_len=int(lengths.max()),
     )
     return _tensor(token_ids, device), batch
+
+
+def _adapter_slots(ordered: Sequence[SequenceSlice], query_lens: Array, device: torch.device) -> torch.Tensor | None:
+    if all(piece.adapter_slot is None for piece in ordered):
+        return None
+    slots = [-1 if piece.adapter_slot is None else piece.adapter_slot for piece in ordered]
+    return _tensor(np.repeat(np.array(slots, dtype=np.int32), query_lens), device)
 
 
 def _block_tables(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> Array:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from octavo_engine.kv.transfers import Transfer
+from octavo_engine.lora.adapter import Adapter
 from octavo_engine.messages import ModelInfo
 
 
@@ -18,13 +21,15 @@ class SequenceSlice:
     `token_ids` are the new tokens, at positions `start .. start + len(token_ids) - 1`; everything before `start` is
     already in the KV cache at the blocks of `block_table` (block i holds positions i*block_size .. ). The table
     already covers the new tokens. `num_logits` asks for the logits of the last that many new positions (0: none,
-    1: to sample the next token, len(token_ids): prompt log-probabilities or speculation).
+    1: to sample the next token, len(token_ids): prompt log-probabilities or speculation). `adapter_slot` is where the
+    sequence's adapter was placed, None for the base model.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     num_logits: int = 1
+    adapter_slot: int | None = None
 
 
 class ModelRunner(Protocol):
@@ -46,6 +51,15 @@ class ModelRunner(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks source -> destination (copy-on-write)."""
+
+    def move_blocks(self, transfer: Transfer) -> None:
+        """Copy KV blocks between the device and host memory; returns once they are copied."""
+
+    def read_adapter(self, name: str, path: Path, max_rank: int) -> Adapter:
+        """Read an adapter for this model into host memory, in any thread; raises `ModelLoadError`."""
+
+    def place_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter into a slot on the device, over what was there."""
 
     def heartbeat(self) -> None:
         """Called now and then while there is nothing to compute; raises `EngineDeadError` where a part is lost."""

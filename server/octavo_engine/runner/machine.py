@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -68,6 +70,18 @@ def cpu_flags() -> frozenset[str]:
         if line.startswith(("flags", "Features")):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For small torch ops between native ones: torch's threads and the native ones would wait for the same processors
+    in turn, each of them spinning."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def usable_cpus(cgroup: Path = _CGROUP) -> int:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import msgspec
 import torch
 
-from octavo_engine.errors import ConfigError, InvalidRequestError
+from octavo_engine.errors import ConfigError, InvalidRequestError, ModelLoadError
+from octavo_engine.kv.transfers import Transfer
+from octavo_engine.lora.adapter import Adapter
+from octavo_engine.lora.layers import AdaptedModel
+from octavo_engine.lora.peft_files import read_adapter
 from octavo_engine.messages import ModelInfo
 from octavo_engine.models.interface import Model
 from octavo_engine.runner.batch_builder import build_packed, build_step
 from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
+from octavo_engine.runner.host_cache import HostCache
 from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.machine import one_torch_thread
 from octavo_engine.runner.pooling import Pooling
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
@@ -26,15 +34,25 @@ _WARM_UP_STEPS = ((0, 1), (0, 17), (0, 64), (0, 600), (2000, 64), (2000, 5))
 class TorchModelRunner:
     """Runs a model through `octavo_kernels`; a backend that compiles whole steps takes over if it can."""
 
-    def __init__(self, model: Model, info: ModelInfo, kv_dtype: torch.dtype, pooling: Pooling) -> None:
+    def __init__(
+        self,
+        model: Model,
+        info: ModelInfo,
+        kv_dtype: torch.dtype,
+        pooling: Pooling,
+        adapted: AdaptedModel | None = None,
+    ) -> None:
         self.model = model
         self._info = info
         self._device = torch.device(info.device)
         self._kv_dtype = kv_dtype
         self._pooling = pooling
         self._caches: list[PagedKVCache] = []
+        self._host_cache = HostCache([])
         self._step: CompiledStep | None = None
         self._step_backend = ""
+        self._adapted = adapted
+        self._adapted_step: CompiledStep | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -52,7 +70,9 @@ class TorchModelRunner:
         if num_blocks < 1:
             raise ConfigError(f"num_kv_blocks: must be at least 1, got {num_blocks}")
         try:
-            self._caches = [self._new_cache(num_blocks) for _ in range(self.model.cache_layout.num_layers)]
+            self._caches = [
+                self._new_cache(num_blocks, self._device) for _ in range(self.model.cache_layout.num_layers)
+            ]
         except (OSError, RuntimeError) as error:  # how the system and torch report exhausted memory
             raise ConfigError(
                 f"num_kv_blocks: {num_blocks} blocks need {needed / 2**30:.1f} GiB on {self._device}, "
@@ -61,17 +81,42 @@ class TorchModelRunner:
         self._compile()
         self._info = msgspec.structs.replace(self._info, kv_blocks_total=num_blocks)
 
+    def allocate_host_cache(self, num_blocks: int) -> None:
+        self._host_cache = HostCache([self._new_cache(num_blocks, torch.device("cpu")) for _ in self._caches])
+        self._info = msgspec.structs.replace(self._info, kv_host_blocks=num_blocks)
+
+    @torch.inference_mode()
+    def move_blocks(self, transfer: Transfer) -> None:
+        self._host_cache.move(transfer, self._caches)
+
     @torch.inference_mode()
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         if not slices:
             return self._nothing()
         inputs = build_step(slices, self._info.kv_block_size, self._device)
-        if self._step is not None:
-            return self._step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
-        hidden = self.model.forward(inputs.token_ids, inputs.batch, self._caches)
-        if not self.model.rank.is_last_stage:
-            return self._nothing()
-        return self.model.logits(hidden[inputs.logits_indices])
+        model, step = self.model, self._step
+        if inputs.adapter_slots is not None:
+            if self._adapted is None:
+                raise InvalidRequestError("model: this engine runs without adapters", "model")
+            self._adapted.active.set(inputs.adapter_slots)
+            model, step = self._adapted.model, self._adapted_step
+        if step is not None:
+            return step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
+        with one_torch_thread() if model is not self.model and self._step is not None else nullcontext():
+            hidden = model.forward(inputs.token_ids, inputs.batch, self._caches)
+            if not self.model.rank.is_last_stage:
+                return self._nothing()
+            return model.logits(hidden[inputs.logits_indices])
+
+    def read_adapter(self, name: str, path: Path, max_rank: int) -> Adapter:
+        if self._adapted is None:
+            raise ModelLoadError(f"{path}: this engine runs without adapters; start it with enable_lora")
+        return read_adapter(name, path, self._adapted.targets, max_rank, self._adapted.dtype)
+
+    @torch.inference_mode()
+    def place_adapter(self, slot: int, adapter: Adapter) -> None:
+        if self._adapted is not None:
+            self._adapted.place(slot, adapter)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -110,8 +155,8 @@ class TorchModelRunner:
         """Keep how long each phase of start-up took."""
         self._info = msgspec.structs.replace(self._info, phase_seconds=seconds)
 
-    def _new_cache(self, num_blocks: int) -> PagedKVCache:
-        return self.model.cache_layout.new_cache(num_blocks, self._info.kv_block_size, self._kv_dtype, self._device)
+    def _new_cache(self, num_blocks: int, device: torch.device) -> PagedKVCache:
+        return self.model.cache_layout.new_cache(num_blocks, self._info.kv_block_size, self._kv_dtype, device)
 
     def _compile(self) -> None:
         plan = self.model.plan()
@@ -120,9 +165,13 @@ class TorchModelRunner:
         self._step_backend = f"{compiled[0]} (whole step)" if compiled else ""
         alone = self._info.num_ranks == 1  # graphs would have to record what ranks say to each other
         if compiled is None and self._device.type == "cuda" and self._info.task == "generate" and alone:
-            capture = capture_cuda_graph()
-            model, longest = self.model, self._info.max_model_len
-            self._step = DecodeGraphs(model.forward, model.logits, longest, self._device, capture)
+            self._step = self._decode_graphs(self.model)
+            if self._adapted is not None:
+                self._adapted_step = self._decode_graphs(self._adapted.model)
+
+    def _decode_graphs(self, model: Model) -> DecodeGraphs:
+        longest = self._info.max_model_len
+        return DecodeGraphs(model.forward, model.logits, longest, self._device, capture_cuda_graph())
 
     def _describe_backend(self) -> str:
         if self._step_backend:

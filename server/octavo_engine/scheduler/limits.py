@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,14 @@ from octavo_engine.errors import ConfigError
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
 DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
+
+
+class PreemptionMode(enum.StrEnum):
+    """`AUTO` takes the cheaper way each time."""
+
+    AUTO = "auto"
+    RECOMPUTE = "recompute"
+    SWAP = "swap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,7 @@ class SchedulerLimits:
     max_logits_rows: int = 512
     min_coming_blocks: int = 4
     deferral_window: int = 16
+    preemption_mode: PreemptionMode = PreemptionMode.AUTO
 
 
 def limits_for(config: EngineConfig, device: str) -> SchedulerLimits:
@@ -64,4 +74,5 @@ def limits_for(config: EngineConfig, device: str) -> SchedulerLimits:
         tenant_weights=config.tenant_weights,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
+        preemption_mode=PreemptionMode(config.preemption_mode),
     )

@@ -6,12 +6,14 @@ import enum
 import heapq
 
 from octavo_engine.errors import QueueFullError
-from octavo_engine.kv.block_manager import BlockManager
+from octavo_engine.kv.block_manager import BlockManager, PrefixMatch
+from octavo_engine.lora.slots import AdapterSlots
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.fairness import VirtualTokens
 from octavo_engine.scheduler.forecast import Forecast, OutputLengths
 from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.preemption import CopyTime, Preemption
 from octavo_engine.scheduler.sequence import Sequence, SequenceState
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
@@ -34,11 +36,17 @@ class Scheduler:
 
     Every running sequence that decodes gets its token in every step; what is left of the token budget goes to
     prefills in chunks, of which a long one never takes all while others wait. A sequence gets the blocks of its whole
-    prompt when it is admitted; when a decode finds no free block, the sequence of the worst rank is preempted: its
-    blocks are freed and its tokens are computed again later, from the prefix cache as far as that still has them.
+    prompt when it is admitted; when a decode finds no free block, a sequence of the worst priority is preempted: its
+    blocks are freed, and its tokens wait in host memory or are computed again later (see `Preemption`).
     """
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        adapters: AdapterSlots | None = None,
+        copy: CopyTime | None = None,
+    ) -> None:
         if limits.max_num_batched_tokens <= limits.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({limits.max_num_batched_tokens}) must be above max_num_seqs "
@@ -46,14 +54,17 @@ class Scheduler:
             )
         self.limits = limits
         self.blocks = blocks
+        self.adapters = adapters
         self.speculator: Speculator | None = None
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.host_hits = 0
         self._sequences: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self.fairness = VirtualTokens(limits.tenant_weights)
         self.step_time = StepTimeModel()
+        self.preemption = Preemption(blocks, self.step_time, limits.preemption_mode, copy or CopyTime(0))
         self.lengths = OutputLengths()
         self._forecast = Forecast(self.step_time, self.lengths, limits.max_num_seqs)
         self._waiting = WaitingQueue(self.fairness, ageing_s=limits.ageing_s)
@@ -110,9 +121,9 @@ class Scheduler:
         """The one place where a sequence ends, whatever the reason: its blocks are free afterwards."""
         if seq.state is SequenceState.WAITING:
             self._waiting.remove(seq)
+            self.blocks.forget_set_aside(seq.table)
         elif seq.state is SequenceState.RUNNING:
-            del self._running[seq.request_id]
-            self.blocks.free(seq.table)
+            self._stop(seq)
         else:
             return
         seq.state = SequenceState.FINISHED
@@ -144,7 +155,7 @@ class Scheduler:
                     drafting.append(seq)
                     continue
                 sequences.append(seq)
-                slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1))
+                slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1, seq.adapter_slot))
             else:
                 prefills.append(seq)
         for seq in drafting:
@@ -210,13 +221,21 @@ class Scheduler:
             while seq.state is SequenceState.RUNNING and len(seq.tokens) > seq.table.capacity:
                 if self.blocks.grow(seq.table, len(seq.tokens)):
                     break
-                self._preempt(max(self._running.values(), key=lambda candidate: candidate.rank))
+                self._preempt(self.preemption.victim(self._running.values()))
                 preempted = True
         return preempted
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _stop(self, seq: Sequence) -> None:
+        """A running sequence runs no more: what it holds is free."""
         del self._running[seq.request_id]
         self.blocks.free(seq.table)
+        if self.adapters is not None and seq.adapter is not None:
+            self.adapters.unpin(seq.adapter)
+            seq.adapter_slot = None
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.preemption.set_aside(seq)
+        self._stop(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         seq.state = SequenceState.WAITING
@@ -277,15 +296,24 @@ class Scheduler:
 
     def _try_start(self, seq: Sequence, reserve: int, now: float) -> Admission:
         blocks = self.blocks
-        cached = [] if seq.wants_prompt_logprobs else blocks.match_prefix(seq.table, seq.tokens)
-        if self._running and blocks.num_coming(seq.table, cached) >= self.limits.min_coming_blocks:
+        match = PrefixMatch([])
+        if not seq.wants_prompt_logprobs or seq.table.set_aside:
+            match = blocks.match_prefix(seq.table, seq.tokens)
+        if match.slots:
+            match = self.preemption.worth_fetching(match)
+        if self._running and blocks.num_coming(seq.table, match) >= self.limits.min_coming_blocks:
             return Admission.DEFERRED
-        if blocks.num_free_after(cached, len(seq.tokens)) < reserve:
+        if blocks.num_free_after(match, len(seq.tokens)) < reserve:
             return Admission.BLOCKED
-        blocks.allocate(seq.table, cached, len(seq.tokens))
-        seq.num_computed = len(cached) * blocks.pool.block_size
+        if self.adapters is not None and seq.adapter is not None:
+            seq.adapter_slot = self.adapters.pin(seq.adapter)
+            if seq.adapter_slot is None:
+                return Admission.BLOCKED
+        blocks.allocate(seq.table, match, seq.tokens)
+        seq.num_computed = match.num_tokens
         self.prefix_queries += len(seq.tokens)
         self.prefix_hits += seq.num_computed
+        self.host_hits += match.num_tokens - blocks.on_device(match).num_tokens
         if seq.first_scheduled_s is None:
             seq.first_scheduled_s = now
             seq.num_cached_tokens = seq.num_computed
@@ -338,11 +366,12 @@ class Scheduler:
 
 def _verifying_slice(seq: Sequence) -> SequenceSlice:
     """The last token and the guesses after it, with logits for every one of them."""
-    return SequenceSlice([seq.tokens[-1], *seq.drafted], seq.num_computed, seq.table.blocks, 1 + len(seq.drafted))
+    tokens = [seq.tokens[-1], *seq.drafted]
+    return SequenceSlice(tokens, seq.num_computed, seq.table.blocks, len(tokens), seq.adapter_slot)
 
 
 def _prefill_slice(seq: Sequence, num_tokens: int) -> SequenceSlice:
     start = seq.num_computed
     end = start + num_tokens
     num_logits = num_tokens if seq.wants_prompt_logprobs else int(end == len(seq.tokens))
-    return SequenceSlice(seq.tokens[start:end], start, seq.table.blocks, num_logits)
+    return SequenceSlice(seq.tokens[start:end], start, seq.table.blocks, num_logits, seq.adapter_slot)

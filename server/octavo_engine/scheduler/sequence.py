@@ -6,6 +6,7 @@ import enum
 
 from octavo_engine.kv.block_manager import BlockTable
 from octavo_engine.kv.hashing import root_key
+from octavo_engine.lora.slots import LoadedAdapter
 from octavo_engine.messages import AddRequest, TokenLogprobs
 from octavo_engine.sampler.state import SamplerState, TokenConstraint
 from octavo_engine.speculation.draft import Draft
@@ -23,11 +24,14 @@ class Sequence:
     """Tokens, KV blocks and progress of one request.
 
     `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache.
-    `drafted` are guessed tokens that the current step verifies.
+    `drafted` are guessed tokens that the current step verifies. `adapter_slot` is set while a sequence with an adapter
+    runs.
     `rank` orders sequences that run, smaller first: the worst is preempted when memory runs out.
     """
 
     __slots__ = (
+        "adapter",
+        "adapter_slot",
         "arrival_s",
         "deadline_s",
         "draft",
@@ -60,13 +64,17 @@ class Sequence:
         seed: int = 0,
         end_token_ids: frozenset[int] = frozenset(),
         constraint: TokenConstraint | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         self.request_id = request.request_id
         self.tenant = request.tenant
         self.sampling = request.sampling
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
-        self.table = BlockTable(root_key(request.cache_salt), request.tenant)
+        self.adapter = adapter
+        self.adapter_slot: int | None = None
+        content = () if adapter is None else (adapter.adapter.name, adapter.adapter.digest)
+        self.table = BlockTable(root_key(request.cache_salt, content), request.tenant, request.adapter)
         self.sampler = SamplerState(
             request.sampling, seed, self.tokens, self.num_prompt_tokens, end_token_ids, constraint
         )

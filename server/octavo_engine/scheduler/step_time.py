@@ -65,6 +65,13 @@ class StepTimeModel:
         """Seconds the step should take; 0 before anything is known."""
         return sum(max(0.0, w) * x for w, x in zip(self._weights, _features(load), strict=True))
 
+    def prefill_seconds(self, start: int, end: int) -> float:
+        """What the tokens at positions `start .. end - 1` add to the steps that compute them; 0 before it is known."""
+        if not self.is_ready:
+            return 0.0
+        quadratic = max(0.0, self._weights[3]) * _SCALE[3]
+        return (end - start) * self.seconds_per_token + quadratic * (end * end - start * start) / 2
+
     def prefill_tokens_within(self, seconds: float, decode: StepLoad, start: int) -> int | None:
         """Prefill tokens, at positions from `start` on, that fit a step of `seconds` beside `decode`.
 

@@ -56,7 +56,7 @@ def model_at(path: Path, shown_as: str) -> Path:
                 "convert the model to safetensors or GGUF"
             )
         raise ModelLoadError(f"model {shown_as!r}: name a .gguf file or the folder of a checkpoint, not {path.name}")
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return path
     gguf_files = sorted(path.glob("*.gguf"))
     if len(gguf_files) == 1:

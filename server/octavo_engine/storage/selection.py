@@ -39,7 +39,7 @@ def model_name(shown_as: str, chosen: Sequence[str]) -> str:
     """What of the chosen files is the model: the GGUF file, or `.` for the folder; raises `ModelLoadError`."""
     if len(chosen) == 1 and chosen[0].lower().endswith(".gguf"):
         return chosen[0]
-    if "config.json" not in chosen:
+    if not {"config.json", "adapter_config.json"} & set(chosen):
         raise ModelLoadError(f"{shown_as}: holds safetensors files but no config.json that describes the model")
     return "."
 

@@ -83,15 +83,16 @@ class V2Model(Protocol):
 
 
 class ServedV2Model:
-    """The replica's model as v2 clients see it: text in, text or vector out."""
+    """The replica's model, or one of its adapters, as v2 clients see it: text in, text or vector out."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, adapter: str = "") -> None:
         self._replica = replica
+        self._adapter = adapter
         self.statistics = ModelStatistics()
 
     @property
     def name(self) -> str:
-        return self.served.name
+        return self._adapter or self.served.name
 
     @property
     def version(self) -> str:
@@ -217,6 +218,7 @@ class ServedV2Model:
             caller=caller,
             cache_salt=caller.cache_salt(fields.cache_salt),
             priority=caller.priority if caller.priority is not None else fields.priority or 0,
+            adapter=self._adapter,
             continues_prompt=True,
             structured_param="" if constraint is None else constraint.param,
         )

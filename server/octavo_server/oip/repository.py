@@ -37,6 +37,7 @@ class Repository:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._engine_model = ServedV2Model(replica)
+        self._adapters: dict[str, ServedV2Model] = {}
         self._files: dict[str, ArrayModel] = {}
         self._log_verbose = 0
 
@@ -51,8 +52,8 @@ class Repository:
         """A model that can be used now; raises a 404."""
         model: V2Model | None = self._files.get(name)
         if model is None:
-            self._engine_model.served.check_name(name)
-            model = self._engine_model
+            served = self._engine_model.served
+            model = self._adapted(served.adapter_of(served.check_name(name)))
         if version not in ("", model.version):
             raise ApiError(404, f"model {name[:128]} has no version {version[:20]!r}", reason="unknown_model")
         return model
@@ -85,7 +86,7 @@ class Repository:
             names: tuple[str, ...] = self._replica.settings.served_model_names or (self._replica.settings.model,)
             state = "LOADING"
         else:
-            names = self._engine_model.served.names
+            names = (*self._engine_model.served.names, *self._engine_model.served.adapters())
             state = "READY" if self.ready else "UNAVAILABLE"
         reason = "" if state == "READY" else self._replica.health_problem() or phase.value
         rows = [{"name": name, "version": VERSION, "state": state, "reason": reason} for name in names]
@@ -117,10 +118,17 @@ class Repository:
         if model is not None:
             model.close()
             return
-        self._engine_model.served.check_name(name)
-        raise ApiError(
-            501, f"{name} lives as long as its replica; scale the service down instead", reason="unload_refused"
-        )
+        served = self._engine_model.served
+        instead = "use /v1/unload_lora_adapter" if served.adapter_of(served.check_name(name)) else "scale down"
+        raise ApiError(501, f"{name} is not unloaded here; {instead} instead", reason="unload_refused")
+
+    def _adapted(self, adapter: str) -> ServedV2Model:
+        """The engine's model with an adapter, which has statistics of its own while it is loaded."""
+        if not adapter:
+            return self._engine_model
+        loaded = self._engine_model.served.adapters()
+        self._adapters = {name: model for name, model in self._adapters.items() if name in loaded}
+        return self._adapters.setdefault(adapter, ServedV2Model(self._replica, adapter))
 
     def _found(self) -> dict[str, tuple[str, Path]]:
         folder = self._replica.settings.model_repository

@@ -113,7 +113,8 @@ async def start_chat(
     identity = ResponseIdentity.new(prefix, served, model, request.request_id)
     n = request.n or 1
     usage = UsageCounter([prompt], n, log_fields)
-    sequences = sequence_requests([prompt], n, identity, request, caller, constraint)
+    adapter = served.adapter_of(model)
+    sequences = sequence_requests([prompt], n, identity, request, caller, constraint, adapter=adapter)
     deltas = await replica.generator.start(sequences)
     answers = [
         ChatAnswer(

@@ -66,7 +66,10 @@ def router(replica: Replica) -> APIRouter:
         identity = ResponseIdentity.new("cmpl", served, model, request.request_id)
         log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
         usage = UsageCounter(prompts, best_of, log_fields)
-        sequences = sequence_requests(prompts, best_of, identity, request, caller, constraint, continues_prompt=True)
+        adapter = served.adapter_of(model)
+        sequences = sequence_requests(
+            prompts, best_of, identity, request, caller, constraint, adapter=adapter, continues_prompt=True
+        )
         deltas = await replica.generator.start(sequences)
         renderer = _Renderer(served, request, identity, prompts, best_of)
         if request.stream:

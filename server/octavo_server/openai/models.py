@@ -17,9 +17,10 @@ def router(replica: Replica) -> APIRouter:
 
     @routes.get("/v1/models")
     async def list_models() -> Response:
-        """Every name this replica serves."""
+        """Every name this replica serves, and the adapters that are loaded."""
         served = replica.served
-        return JsonResponse(ModelList(data=[_card(served, name) for name in served.names]))
+        names = [*served.names, *served.adapters()]
+        return JsonResponse(ModelList(data=[_card(served, name) for name in names]))
 
     @routes.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
@@ -31,4 +32,11 @@ def router(replica: Replica) -> APIRouter:
 
 
 def _card(served: ServedModel, name: str) -> ModelCard:
-    return ModelCard(id=name, created=served.created, root=served.name, max_model_len=served.info.max_model_len)
+    adapter = served.adapter_of(name)
+    return ModelCard(
+        id=name,
+        created=served.created,
+        root=adapter or served.name,
+        parent=served.name if adapter else None,
+        max_model_len=served.info.max_model_len,
+    )

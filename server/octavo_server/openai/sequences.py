@@ -57,6 +57,7 @@ def sequence_requests(
     caller: Caller,
     constraint: Constraint | None,
     *,
+    adapter: str = "",
     continues_prompt: bool = False,
 ) -> list[SequenceRequest]:
     """`n` sequences for each prompt, in response order; sibling seeds differ so that siblings differ."""
@@ -80,6 +81,7 @@ def sequence_requests(
                     caller=caller,
                     cache_salt=salt,
                     priority=priority,
+                    adapter=adapter,
                     continues_prompt=continues_prompt,
                     shares_prompt=sibling > 0,
                     operation="text_completion" if continues_prompt else "chat",

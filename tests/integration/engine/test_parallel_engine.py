@@ -14,6 +14,7 @@ import psutil
 import pytest
 import transformers as hf
 
+from char_tokenizer import CharTokenizer
 from engine_health import DEATH_S, death_of
 from models.tiny_checkpoints import SIZES, load, write_checkpoint
 from octavo_engine.config import EngineConfig
@@ -138,3 +139,15 @@ async def test_two_nodes_make_one_engine(checkpoint: Path) -> None:
             os.killpg(second.pid, signal.SIGKILL)
         second.wait()
         await client.shutdown(timeout_s=5.0)
+
+
+def test_ranks_swap_their_parts_of_a_sequence_together(checkpoint: Path) -> None:
+    llm = LLM(
+        str(checkpoint), tokenizer=CharTokenizer(), tensor_parallel_size=2, kv_host_memory_bytes=1 << 20,
+        preemption_mode="swap", **{**SETTINGS, "num_kv_blocks": 10},
+    )  # fmt: skip
+    prompts = [[5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    results = llm.generate(prompts, GREEDY)
+
+    assert llm.stats.num_preemptions_by_swap > 0
+    assert [result.outputs[0].token_ids for result in results] == [_greedy(checkpoint, prompt) for prompt in prompts]

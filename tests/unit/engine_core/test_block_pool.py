@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo_engine.kv.block_manager import BlockManager, BlockTable
+from octavo_engine.kv.block_manager import BlockManager, BlockTable, PrefixMatch
 from octavo_engine.kv.block_pool import BlockPool
 from octavo_engine.kv.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventLog
 from octavo_engine.kv.eviction import EvictionQueue
@@ -95,7 +95,7 @@ def test_the_first_block_with_a_content_stays_the_one_found() -> None:
 def test_growing_needs_free_blocks_and_changes_nothing_without_them() -> None:
     manager = BlockManager(BlockPool(2, 4))
     table = BlockTable(root_key())
-    manager.allocate(table, [], 8)
+    manager.allocate(table, PrefixMatch([]), [0] * 8)
     assert not manager.grow(table, 9)
     assert (table.capacity, len(table.blocks)) == (8, 2)
 
@@ -104,10 +104,10 @@ def test_a_hit_always_leaves_a_token_to_compute() -> None:
     manager = BlockManager(BlockPool(8, 4))
     tokens = [1, 2, 3, 4, 5, 6, 7, 8]
     first, second = BlockTable(root_key()), BlockTable(root_key())
-    manager.allocate(first, [], 8)
+    manager.allocate(first, PrefixMatch([]), tokens)
     manager.publish(first, tokens, 8)
-    assert manager.match_prefix(second, tokens) == first.blocks[:1]
-    assert manager.match_prefix(second, [*tokens, 9]) == first.blocks
+    assert manager.match_prefix(second, tokens) == PrefixMatch(first.blocks[:1], [], 4)
+    assert manager.match_prefix(second, [*tokens, 9]) == PrefixMatch(first.blocks, [], 8)
 
 
 def cached(queue: EvictionQueue, blocks: list[int], num_hits: int = 0, tenant: str = "") -> None:
@@ -189,11 +189,11 @@ def test_events_tell_the_whole_story_of_the_cache() -> None:
     manager = BlockManager(BlockPool(3, 4, events=log))
     tokens = list(range(1, 13))
     table = BlockTable(root_key())
-    manager.allocate(table, [], 12)
+    manager.allocate(table, PrefixMatch([]), [0] * 12)
     manager.publish(table, tokens, 8)
     manager.publish(table, tokens, 12)
     manager.free(table)
-    manager.allocate(BlockTable(root_key()), [], 8)
+    manager.allocate(BlockTable(root_key()), PrefixMatch([]), [0] * 8)
     manager.pool.reset_cache()
     batch = log.take()
     assert batch is not None

@@ -14,6 +14,7 @@ from fake_runner import CRASH, NAN, FakeRunner, greedy
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
 from octavo_engine.errors import InvalidRequestError, QueueFullError
+from octavo_engine.lora.adapter import Adapter
 from octavo_engine.messages import AddRequest, FinishReason
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler.sequence import SequenceState
@@ -32,7 +33,9 @@ ADD = st.tuples(
     st.sampled_from(["", "x"]),
     st.one_of(st.none(), st.floats(0.5, 20.0)),
     st.sampled_from([0, 0, 0, 0, 0, 0, CRASH, NAN]),
+    st.sampled_from(["", "", "", "a", "b", "c"]),
 )
+ADAPTERS = ("a", "b", "c")
 ACTIONS = st.lists(
     st.one_of(
         ADD,
@@ -55,13 +58,17 @@ class World:
     budget: int
     prefix_caching: bool
     num_speculative_tokens: int = 0
+    num_host_blocks: int = 0
+    preemption_mode: str = "auto"
     now: float = 0.0
-    prompts: dict[str, tuple[list[int], int]] = field(default_factory=dict)
+    prompts: dict[str, tuple[list[int], int, str]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, FinishReason] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.runner = FakeRunner(num_blocks=self.num_blocks, block_size=4, max_model_len=64)
+        self.runner = FakeRunner(
+            num_blocks=self.num_blocks, block_size=4, max_model_len=64, num_host_blocks=self.num_host_blocks
+        )
         config = EngineConfig(
             model="fake",
             max_num_seqs=self.max_num_seqs,
@@ -70,8 +77,15 @@ class World:
             max_queued_requests=30,
             enable_prefix_caching=self.prefix_caching,
             num_speculative_tokens=self.num_speculative_tokens,
+            enable_lora=True,
+            max_loras=2,
+            preemption_mode=self.preemption_mode,
         )
         self.core = EngineCore(self.runner, config, lambda: self.now)
+        assert self.core.adapters is not None
+        self.adapters = self.core.adapters.slots
+        for name in ADAPTERS:
+            self.adapters.add(Adapter(name, "", f"weights of {name}", rank=1))
 
     def act(self, action: tuple) -> None:  # type: ignore[type-arg]
         kind = action[0]
@@ -89,7 +103,14 @@ class World:
                 self.step()
 
     def add(
-        self, prompt: list[int], max_tokens: int, priority: int, salt: str, deadline: float | None, poison: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int,
+        salt: str,
+        deadline: float | None,
+        poison: int,
+        adapter: str,
     ) -> None:
         name = f"r{len(self.prompts)}"
         prompt = [*prompt, poison] if poison else prompt
@@ -101,12 +122,13 @@ class World:
             priority=priority,
             cache_salt=salt,
             deadline_s=deadline,
+            adapter=adapter,
         )
         try:
             self.core.add(request)
         except (InvalidRequestError, QueueFullError):
             return
-        self.prompts[name] = (prompt, max_tokens)
+        self.prompts[name] = (prompt, max_tokens, adapter)
         self.tokens[name] = []
 
     def step(self) -> None:
@@ -136,12 +158,26 @@ class World:
         holders = Counter(block for seq in running for block in seq.table.blocks)
         assert all(pool.references(block) == holders[block] for block in range(pool.num_blocks))
         assert pool.num_used == len(holders)
+        self.check_host()
+        pins = Counter(seq.adapter.adapter.name for seq in running if seq.adapter is not None)
+        assert {a.name: a.num_running for a in self.adapters.stats()} == {name: pins[name] for name in ADAPTERS}
         contents: dict[int, tuple[tuple[int, ...], bytes]] = {}
         for seq in running:
             assert len(set(seq.table.blocks)) == len(seq.table.blocks)
             for index, block in enumerate(seq.table.blocks):
                 content = (tuple(seq.tokens[: (index + 1) * 4]), seq.table.root)
                 assert contents.setdefault(block, content) == content
+
+    def check_host(self) -> None:
+        """Host slots are held by sequences that were set aside, and by nobody else."""
+        host = self.core.scheduler.blocks.host
+        if host is None:
+            return
+        holders = Counter(slot for seq in self.core.scheduler.sequences() for slot in seq.table.set_aside)
+        assert all(host.pool.references(slot) == holders[slot] for slot in range(host.pool.num_blocks))
+        assert all(
+            seq.state is SequenceState.WAITING or not seq.table.set_aside for seq in self.core.scheduler.sequences()
+        )
 
     def run_to_idle(self) -> None:
         longest = 64 + 12
@@ -159,6 +195,8 @@ class World:
     max_num_seqs=st.integers(1, 6),
     extra_budget=st.integers(1, 24),
     prefix_caching=st.booleans(),
+    num_host_blocks=st.sampled_from([0, 3, 12, 40]),
+    preemption_mode=st.sampled_from(["auto", "recompute", "swap"]),
 )
 def test_any_sequence_of_events_ends_with_the_right_tokens_and_no_block_lost(
     actions: list[tuple],  # type: ignore[type-arg]
@@ -166,8 +204,12 @@ def test_any_sequence_of_events_ends_with_the_right_tokens_and_no_block_lost(
     max_num_seqs: int,
     extra_budget: int,
     prefix_caching: bool,
+    num_host_blocks: int,
+    preemption_mode: str,
 ) -> None:
-    world = World(num_blocks, max_num_seqs, max_num_seqs + extra_budget, prefix_caching)
+    budget = max_num_seqs + extra_budget
+    host = (num_host_blocks, preemption_mode)
+    world = World(num_blocks, max_num_seqs, budget, prefix_caching, 0, *host)
     check(world, actions)
 
 
@@ -183,7 +225,9 @@ def crowd(random: Random) -> list[tuple]:  # type: ignore[type-arg]
             deadline = random.uniform(0.2, 5.0) if random.random() < 0.1 else None
             poison = random.choice([CRASH, NAN]) if random.random() < 0.08 else 0
             salt = random.choice(["", "x"])
-            actions.append((kind, prompt, random.randint(1, 12), random.randint(-2, 2), salt, deadline, poison))
+            adapter = random.choice(["", "", *ADAPTERS])
+            priority = random.randint(-2, 2)
+            actions.append((kind, prompt, random.randint(1, 12), priority, salt, deadline, poison, adapter))
         elif kind == "wait":
             actions.append((kind, random.uniform(0.0, 1.0)))
         elif kind == "reset":
@@ -198,7 +242,9 @@ def test_a_crowd_gets_the_right_tokens_under_memory_pressure(seed: int) -> None:
     random = Random(seed)
     max_num_seqs = random.randint(2, 6)
     budget = max_num_seqs + random.randint(1, 24)
-    world = World(random.randint(8, 20), max_num_seqs, budget, random.random() < 0.7, random.choice([0, 2, 4]))
+    caching, guessing = random.random() < 0.7, random.choice([0, 2, 4])
+    host = (random.choice([0, 2, 10, 40]), random.choice(["auto", "recompute", "swap", "swap"]))
+    world = World(random.randint(8, 20), max_num_seqs, budget, caching, guessing, *host)
     check(world, crowd(random))
 
 
@@ -210,9 +256,10 @@ def check(world: World, actions: list[tuple]) -> None:  # type: ignore[type-arg]
     assert world.core.pool.num_used == 0
     assert not world.core.scheduler.blocks._promised
     assert world.core.pool.num_free == world.num_blocks
-    for name, (prompt, max_tokens) in world.prompts.items():
+    assert all(adapter.num_waiting == adapter.num_running == 0 for adapter in world.adapters.stats())
+    for name, (prompt, max_tokens, adapter) in world.prompts.items():
         poisoned = CRASH in prompt or NAN in prompt
-        expected = [] if poisoned else greedy(prompt, max_tokens)
+        expected = [] if poisoned else greedy(prompt, max_tokens, f"weights of {adapter}" if adapter else "")
         if world.reasons[name] is FinishReason.LENGTH:
             assert world.tokens[name] == expected[: min(max_tokens, world.core.model.max_model_len - len(prompt))]
         else:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
-from octavo_engine.messages import EngineStats
+from octavo_engine.messages import AdapterStats, EngineStats
 from octavo_engine.process.data_parallel import choose_engine, engine_config, merge_stats
 
 LOADS = st.lists(st.integers(0, 50), min_size=1, max_size=8)
@@ -56,3 +56,15 @@ def test_engines_share_the_processors_and_the_memory() -> None:
 def test_one_address_for_events_is_not_enough_for_two_engines() -> None:
     with pytest.raises(ConfigError, match="kv_events_endpoint: several engines cannot publish on one address"):
         engine_config(EngineConfig(model="m", kv_events_endpoint="tcp://*:5557", data_parallel_size=2))
+
+
+def test_an_adapter_is_there_when_every_engine_has_it() -> None:
+    one = EngineStats(adapters=[AdapterStats(name="a", num_running=2), AdapterStats(name="b")])
+    two = EngineStats(adapters=[AdapterStats(name="a", num_running=1, is_resident=True)])
+
+    assert merge_stats([one, two]).adapters == [AdapterStats(name="a", num_running=3, is_resident=True)]
+
+
+def test_adapters_need_a_whole_model() -> None:
+    with pytest.raises(ConfigError, match="enable_lora: adapters need a model that is whole"):
+        EngineConfig(model="m", enable_lora=True, tensor_parallel_size=2).validate()

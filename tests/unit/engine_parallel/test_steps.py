@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo_engine.parallel.steps import decode_lists, decode_slices, encode_lists, encode_slices
+from octavo_engine.kv.transfers import Direction, Transfer
+from octavo_engine.parallel.steps import (
+    decode_lists,
+    decode_slices,
+    decode_transfer,
+    encode_lists,
+    encode_slices,
+    encode_transfer,
+)
 from octavo_engine.runner.interface import SequenceSlice
 
 IDS = st.integers(0, 2**31 - 1)
@@ -36,3 +44,10 @@ def test_slices_survive_the_way_with_the_blocks_in_use(sent: list[SequenceSlice]
 @given(st.lists(st.lists(IDS, max_size=10), max_size=6))
 def test_lists_survive_the_way(sent: list[list[int]]) -> None:
     assert decode_lists(encode_lists(sent)) == sent
+
+
+@given(st.sampled_from(Direction), st.dictionaries(IDS, IDS, max_size=8))
+def test_copies_to_and_from_host_memory_survive_the_way(direction: Direction, source_of: dict[int, int]) -> None:
+    order, numbers = encode_transfer(Transfer(direction, source_of))
+    heard = decode_transfer(order, numbers)
+    assert (heard.direction, heard.source_of) == (direction, source_of)

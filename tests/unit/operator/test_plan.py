@@ -122,14 +122,22 @@ def test_a_field_that_the_runtime_cannot_express_is_refused_never_dropped() -> N
     [
         ({"model": {"storageUri": "hf://o/m", "task": "Transcribe"}}, "spec.model.task"),
         ({"model": {"storageUri": "hf://o/m", "format": {"name": "onnx"}}}, "spec.model.format"),
-        ({"model": {"storageUri": "hf://o/m", "adapters": {"items": [{"name": "a", "storageUri": "hf://o/a"}]}}},
-         "spec.model.adapters"),
     ],
 )  # fmt: skip
 def test_what_the_engine_cannot_do_is_refused(spec: dict[str, Any], path: str) -> None:
     with pytest.raises(Unplannable) as caught:
         plan(service(**spec))
     assert path in [e.path for e in caught.value.errors]
+
+
+def test_adapters_are_switched_on_where_the_runtime_serves_them() -> None:
+    adapters = {"items": [{"name": "a", "storageUri": "pvc://disk/a"}], "maxLoaded": 3, "maxRank": 32}
+    subject = service(model={"storageUri": "hf://o/m", "adapters": adapters})
+    argv = " ".join(workload(subject).argv)
+    assert "--enable-lora --lora-root /mnt/models --max-loras 3 --max-lora-rank 32" in argv
+    with pytest.raises(Unplannable) as caught:
+        plan(subject, runtime())
+    assert "spec.model.adapters" in [e.path for e in caught.value.errors]
 
 
 def test_a_runtime_without_cpu_support_needs_an_accelerator() -> None:

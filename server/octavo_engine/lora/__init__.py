@@ -1,0 +1,1 @@
+"""Low-rank adapters: many beside one base model, mixed in one batch, loaded and unloaded while the engine runs."""
