@@ -107,10 +107,11 @@ def _fits(judgement: Judgement, fault: Fault | None) -> _Verdict:
         return _Verdict(
             "FitsAccelerator", "True", "Measured", f"the cache of a replica holds {tokens:,} tokens{requests}"
         )
-    if judgement.fit is not None:
-        fits, message = judgement.fit.fits, judgement.fit.message
-        return _Verdict("FitsAccelerator", "True" if fits else "False", "Estimated" if fits else "DoesNotFit", message)
-    return _Verdict("FitsAccelerator", "Unknown", "NotEstimated", judgement.not_estimated)
+    plan = judgement.plan
+    if plan is not None and plan.fit is not None:
+        status, reason = ("True", "Estimated") if plan.fit.fits else ("False", "DoesNotFit")
+        return _Verdict("FitsAccelerator", status, reason, plan.fit.message)
+    return _Verdict("FitsAccelerator", "Unknown", "NotEstimated", plan.not_estimated if plan else "")
 
 
 def _scheduled(judgement: Judgement, fault: Fault | None) -> _Verdict:

@@ -12,7 +12,6 @@ from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.autoscale.decide import Decision
 from octavo_operator.autoscale.observer import Capacity
 from octavo_operator.canary import Trial
-from octavo_operator.fit import Fit
 from octavo_operator.observation import Observation
 from octavo_operator.plan import Plan, Unplannable
 from octavo_operator.routes import RouteView
@@ -46,10 +45,8 @@ class Judgement:
     capacity: Capacity = field(default_factory=Capacity)
     revision: str = ""  # of the pods that are wanted
     adapters: tuple[AdapterView, ...] = ()
-    fit: Fit | None = None
     trial: Trial | None = None
     wanted: int | None = None  # replicas of the whole service; what its Deployment says when None
-    not_estimated: str = ""  # why there is no `fit`
 
     @property
     def max_model_len(self) -> int | None:

@@ -15,6 +15,7 @@ from octavo_operator.conditions import MAX_MESSAGE, service_conditions
 from octavo_operator.faults import find_fault, last_line
 from octavo_operator.judgement import Judgement, timestamp
 from octavo_operator.observation import PodView, seconds
+from octavo_operator.plan.values import ModelFacts
 from octavo_operator.render.labels import SERVICE_LABEL
 
 HISTORY_LENGTH = 10
@@ -78,8 +79,9 @@ def _model(judgement: Judgement) -> dict[str, Any]:
         model["state"] = "Failed"
     elif any(p.counts and p.scheduled for p in observation.pods):
         model["state"] = "Loading"
-    if judgement.service.spec.model.revision:
-        model["revision"] = judgement.service.spec.model.revision
+    elif judgement.plan is not None and judgement.plan.waiting_for:
+        model["state"] = "Downloading"
+    model |= _stored(judgement)
     times = start_seconds(observation.pods)
     if times:
         model["loadSecondsP50"] = round(median(times))
@@ -88,6 +90,20 @@ def _model(judgement: Judgement) -> dict[str, Any]:
         latest = max(failed, key=lambda p: p.created_at)
         model["lastFailure"] = last_line(latest.exit_message) or latest.exit_reason or f"exit code {latest.exit_code}"
     return model
+
+
+def _stored(judgement: Judgement) -> dict[str, Any]:
+    """Commit and size of the stored model: as the hub told them, else as they were told of this very spec."""
+    facts = judgement.plan.model if judgement.plan else ModelFacts()
+    before = judgement.previous()
+    same_spec = before.get("observedGeneration") == judgement.service.metadata.generation
+    known = (before.get("model") or {}) if same_spec else {}
+    written = judgement.service.spec.model.revision or ""
+    stored = {
+        "revision": facts.revision or known.get("revision") or written,
+        "bytesTotal": facts.shape.weight_bytes if facts.shape else known.get("bytesTotal"),
+    }
+    return {name: value for name, value in stored.items() if value}
 
 
 def start_seconds(pods: Sequence[PodView]) -> list[float]:

@@ -30,6 +30,10 @@ def operator(
     gateway_url: Annotated[
         str, typer.Option(envvar="OCTAVO_GATEWAY_URL", help="Base address for clients, shown in status.url.")
     ] = "",
+    hub_endpoint: Annotated[
+        str,
+        typer.Option(envvar="OCTAVO_HUB_ENDPOINT", help="Hub to ask whether hf:// models fit; empty: none is asked."),
+    ] = "",
     scaling_interval: Annotated[float, typer.Option(min=0.5, help="Seconds between scaling decisions.")] = 5.0,
     scrape_concurrency: Annotated[int, typer.Option(min=1, help="Replicas asked for metrics at once.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Services reconciled at once.")] = 8,
@@ -49,6 +53,7 @@ def operator(
         leader_election=leader_election,
         engine_image=engine_image,
         gateway_url=gateway_url,
+        hub_endpoint=hub_endpoint,
         scaling_interval_s=scaling_interval,
         scrape_concurrency=scrape_concurrency,
         workers=workers,

@@ -32,11 +32,9 @@ class ModelStatus(Observed):
     state: str = "Pending"
     """Pending, Downloading, Loading, Loaded or Failed."""
     revision: str = ""
-    """Revision in use."""
+    """Revision in use; the commit behind a branch where the hub told it."""
     bytes_total: Int64 | None = None
-    """Size of the model's files."""
-    bytes_done: Int64 | None = None
-    """Bytes read so far."""
+    """Size of the model's weights, where the hub told it."""
     load_seconds_p50: Annotated[int | None, Field(alias="loadSecondsP50")] = None
     """Median seconds from the start of a pod to its readiness."""
     last_failure: str | None = None

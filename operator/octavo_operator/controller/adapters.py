@@ -12,6 +12,7 @@ import aiohttp
 
 from octavo_operator.adapters import Action, AdapterView, Attempts, Holding, Step, adapter_steps, adapter_views
 from octavo_operator.api.serving_runtime import AdapterApi
+from octavo_operator.controller.bounded_read import read_up_to
 from octavo_operator.controller.client import ApiError, KubeClient, Object
 from octavo_operator.controller.kinds import POD
 from octavo_operator.controller.reconciler import Reconciler, ServiceState
@@ -140,7 +141,7 @@ class AdapterLoop:
         url = base + (api.load if step.action is Action.LOAD else api.unload)
         try:
             async with http.post(url, json=body, timeout=aiohttp.ClientTimeout(total=LOAD_TIMEOUT_S)) as answer:
-                text = (await answer.content.read(MAX_ANSWER_BYTES)).decode(errors="replace")
+                text = (await read_up_to(answer, MAX_ANSWER_BYTES)).decode(errors="replace")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return str(error) or type(error).__name__, False
         if answer.status < 300 or (step.action is Action.UNLOAD and answer.status == 404):
@@ -165,7 +166,7 @@ class AdapterLoop:
             async with http.get(url, timeout=timeout) as answer:
                 if answer.status != 200:
                     return None
-                document = json.loads(await answer.content.read(MAX_ANSWER_BYTES))
+                document = json.loads(await read_up_to(answer, MAX_ANSWER_BYTES))
             return frozenset(str(model["id"]) for model in document["data"])
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             return None

@@ -76,6 +76,7 @@ class EngineRoom:
             group.create_task(self.adapters.run())
             if not self.settings.namespaces:  # an install for some namespaces writes nothing that is the cluster's
                 group.create_task(self.tenants.run())
+            group.create_task(self.reconciler.hub.run(self.services.add))
             group.create_task(self._relist_forever())
 
     async def _find_optional_kinds(self) -> None:

@@ -30,6 +30,7 @@ from octavo_operator.canary import (
 from octavo_operator.canary_meter import CanaryMeter, trial_view
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
+from octavo_operator.controller.hub import HubFacts
 from octavo_operator.controller.kinds import (
     CHILDREN,
     CLUSTER_SERVING_RUNTIME,
@@ -58,7 +59,7 @@ from octavo_operator.judgement import Judgement, Scaling
 from octavo_operator.observation import Observation, deployment_view, observe, split_pods
 from octavo_operator.plan import Facts, Plan, Unplannable, plan
 from octavo_operator.plan.runtime import choose_runtime
-from octavo_operator.plan.values import ModelClaim, Workload
+from octavo_operator.plan.values import ModelClaim, ModelFacts, Workload
 from octavo_operator.render import CanaryRender, Owner, render_plan
 from octavo_operator.render.deployment import Kept, canary_name, kept_name
 from octavo_operator.render.groups import nodes_name
@@ -120,6 +121,7 @@ class Reconciler:
         self._settings = settings
         self._now = now
         self.states: dict[Key, ServiceState] = {}
+        self.hub = HubFacts(settings.hub_endpoint, now)
         self.optional_kinds: frozenset[Kind] = frozenset()  # of those that a cluster need not have, the ones it has
 
     async def reconcile(self, key: Key) -> float | None:
@@ -185,8 +187,16 @@ class Reconciler:
             engine_image=self._settings.engine_image,
             model_claims=self._claims(service.namespace),
             leader_worker_set=LEADER_WORKER_SET in self.optional_kinds,
+            model=self._model_facts(service),
         )
         return plan(service, runtime, facts), runtime.kind
+
+    def _model_facts(self, service: InferenceService) -> ModelFacts:
+        """What the hub says of the model; it is not asked once a replica was measured, which says more."""
+        measured = service.status.capacity if service.status else None
+        if measured is not None and measured.kv_tokens_per_replica is not None:
+            return ModelFacts(unknown="a replica was measured instead")
+        return self.hub.facts(service.spec.model, (service.namespace, service.name))
 
     def observe(self, key: Key) -> Observation:
         """What is seen of a service."""

@@ -16,6 +16,7 @@ from octavo_operator.autoscale.history import History
 from octavo_operator.autoscale.metrics import Page, parse_page
 from octavo_operator.autoscale.observer import Observer
 from octavo_operator.autoscale.signals import ReplicaSample
+from octavo_operator.controller.bounded_read import read_up_to
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import INFERENCE_SERVICE, POD
 from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler, ServiceState
@@ -182,7 +183,7 @@ class ScalingLoop:
                 async with http.get(url, timeout=timeout) as answer:
                     if answer.status != 200:
                         return None
-                    body = await answer.content.read(MAX_PAGE_BYTES)
+                    body = await read_up_to(answer, MAX_PAGE_BYTES)
                     return body.decode(errors="replace")
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return None

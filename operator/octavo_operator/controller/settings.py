@@ -26,6 +26,7 @@ class OperatorSettings:
     resync_s: float = 300.0  # every service is looked at anew this often
     relist_s: float = 60.0  # our own kinds are listed this often: a watch that went silent is no blindness
     gateway_url: str = ""
+    hub_endpoint: str = ""  # asked for the shape of hf:// models; empty: nothing is asked
     engine_image: str | None = None
     health_port: int = 8081  # 0 takes a free one
     watch_stale_s: float = 110.0

@@ -13,6 +13,7 @@ import aiohttp
 from octavo_operator.api.errors import ManifestErrors
 from octavo_operator.api.inference_tenant import InferenceTenant
 from octavo_operator.api.validation import parse
+from octavo_operator.controller.bounded_read import read_up_to
 from octavo_operator.controller.client import ApiError, KubeClient, Object
 from octavo_operator.controller.kinds import INFERENCE_TENANT, POD
 from octavo_operator.controller.replicas import GATEWAY_PORT, can_be_reached, replica_url
@@ -77,6 +78,6 @@ class TenantLoop:
             async with http.get(f"{replica_url(pod, GATEWAY_PORT)}/tenants", timeout=timeout) as answer:
                 if answer.status != 200:
                     return None
-                return read_gateway(json.loads(await answer.content.read(MAX_ANSWER_BYTES)))
+                return read_gateway(json.loads(await read_up_to(answer, MAX_ANSWER_BYTES)))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return None

@@ -19,9 +19,12 @@ from octavo_operator.api.serving_runtime import (
     StartupProbe,
 )
 from octavo_operator.autoscale.policy import ScalingPolicy, policy_of
+from octavo_operator.plan.accelerators import device_errors
 from octavo_operator.plan.arguments import command_line
 from octavo_operator.plan.fields import portable_values
+from octavo_operator.plan.fit import estimate_fit
 from octavo_operator.plan.runtime import check_support, image_of, replica_nodes
+from octavo_operator.plan.shape import Fit
 from octavo_operator.plan.source import ModelSource, adapter_sources, model_source
 from octavo_operator.plan.values import (
     DrainPlan,
@@ -54,6 +57,7 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
         service = _without_propagation(service)
     resources = _resources(service)
     errors = check_support(service, runtime.spec, resources)
+    errors += device_errors(service, runtime.spec.engine)
     source, source_errors = model_source(service, runtime.spec, facts)
     adapters, adapter_errors = adapter_sources(service, runtime.spec, facts)
     names = {"MODEL_URI": source.uri, "MODEL_PATH": source.uri, "MODEL_NAME": service.model_name}
@@ -69,11 +73,15 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
     if errors:
         raise Unplannable("UnsupportedField", errors)
     workload = _workload(service, runtime.spec, facts, resources, argv, source, adapters, nodes)
+    fit = estimate_fit(service, resources, runtime.spec.supports, shape) if (shape := facts.model.shape) else None
     return Plan(
         workloads=(workload,),
         warnings=tuple(_warnings(service, workload)),
         runtime=runtime.metadata.name,
         waiting_for=source.waiting_for,
+        fit=fit if isinstance(fit, Fit) else None,
+        not_estimated=fit if isinstance(fit, str) else "" if fit else facts.model.unknown,
+        model=facts.model,
     )
 
 

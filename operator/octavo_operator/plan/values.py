@@ -13,6 +13,7 @@ from octavo_operator.api.kubernetes import EnvVarSource, SecretKeyRef
 from octavo_operator.api.operations import Observability, Rollout, Scheduling
 from octavo_operator.api.serving_runtime import AdapterApi, MetricMap
 from octavo_operator.autoscale.policy import ScalingPolicy
+from octavo_operator.plan.shape import Fit, ModelShape
 
 GRACE_MARGIN_S = 15
 DEFAULT_ENGINE_IMAGE = "ghcr.io/octavo-dev/octavo-engine:latest"
@@ -37,6 +38,15 @@ class ModelClaim:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a stored model; `unknown` says why its shape is not."""
+
+    shape: ModelShape | None = None
+    revision: str = ""  # the commit that a branch stands for
+    unknown: str = "the model's shape is not known"
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a plan depends on beyond the service and its runtime."""
 
@@ -44,6 +54,7 @@ class Facts:
     engine_image: str | None = None  # the release's image of Octavo's own engine
     model_claims: Mapping[str, ModelClaim] = field(default_factory=lambda: MappingProxyType({}))  # by ModelCache
     leader_worker_set: bool = False  # whether the cluster has that kind
+    model: ModelFacts = field(default_factory=lambda: ModelFacts())
 
 
 @dataclass(frozen=True)
@@ -199,6 +210,9 @@ class Plan:
     warnings: tuple[str, ...] = ()
     runtime: str = ""
     waiting_for: str = ""
+    fit: Fit | None = None
+    not_estimated: str = ""  # why there is no `fit`
+    model: ModelFacts = field(default_factory=ModelFacts)
 
 
 class Unplannable(OctavoOperatorError):  # noqa: N818 - the condition's own word
