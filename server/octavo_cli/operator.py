@@ -38,6 +38,12 @@ def operator(
     scrape_concurrency: Annotated[int, typer.Option(min=1, help="Replicas asked for metrics at once.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Services reconciled at once.")] = 8,
     health_port: Annotated[int, typer.Option(help="Port of /healthz, /readyz and /metrics.")] = 8081,
+    webhook_port: Annotated[
+        int | None, typer.Option(help="Port of the validating webhook; none is served without it.")
+    ] = None,
+    webhook_cert_dir: Annotated[
+        str, typer.Option(help="Folder with tls.crt and tls.key of the webhook.")
+    ] = "/etc/octavo/webhook",
     log_level: Annotated[str, typer.Option(envvar="OCTAVO_LOG_LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the Kubernetes operator until it is told to stop.
@@ -58,6 +64,8 @@ def operator(
         scrape_concurrency=scrape_concurrency,
         workers=workers,
         health_port=health_port,
+        webhook_port=webhook_port,
+        webhook_cert_dir=webhook_cert_dir,
     )
     try:
         code = asyncio.run(run(settings))

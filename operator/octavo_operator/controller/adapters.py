@@ -15,8 +15,9 @@ from octavo_operator.api.serving_runtime import AdapterApi
 from octavo_operator.controller.bounded_read import read_up_to
 from octavo_operator.controller.client import ApiError, KubeClient, Object
 from octavo_operator.controller.kinds import POD
-from octavo_operator.controller.reconciler import Reconciler, ServiceState
+from octavo_operator.controller.reconciler import Reconciler
 from octavo_operator.controller.replicas import replica_url
+from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.render.labels import ADAPTERS_ANNOTATION

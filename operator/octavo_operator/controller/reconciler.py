@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
-from octavo_operator.adapters import AdapterView
 from octavo_operator.api.errors import FieldError, ManifestErrors
 from octavo_operator.api.inference_service import InferenceService, InferenceServiceSpec
 from octavo_operator.api.kubernetes import ObjectMeta
@@ -16,18 +13,14 @@ from octavo_operator.api.model import ModelSpec
 from octavo_operator.api.model_cache import ModelCache
 from octavo_operator.api.serving_runtime import ClusterServingRuntime, ServingRuntime
 from octavo_operator.api.validation import parse
-from octavo_operator.autoscale.decide import Decision
-from octavo_operator.autoscale.observer import Capacity
 from octavo_operator.canary import (
-    News,
     Phase,
-    Trial,
     advance,
     canary_weight,
     news,
     split_replicas,
 )
-from octavo_operator.canary_meter import CanaryMeter, trial_view
+from octavo_operator.canary_meter import trial_view
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.hub import HubFacts
@@ -44,64 +37,34 @@ from octavo_operator.controller.kinds import (
     STATEFUL_SET,
     kind_of,
 )
+from octavo_operator.controller.readable import model_claims, readable
+from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.desired import Runtime, with_presets
 from octavo_operator.diff import reconcile, stamped
 from octavo_operator.groups import (
-    GroupMemory,
     group_views,
     groups_deployment,
     groups_to_recreate,
     newest_hashes,
 )
-from octavo_operator.judgement import Judgement, Scaling
+from octavo_operator.judgement import Judgement
 from octavo_operator.observation import Observation, deployment_view, observe, split_pods
 from octavo_operator.plan import Facts, Plan, Unplannable, plan
 from octavo_operator.plan.runtime import choose_runtime
-from octavo_operator.plan.values import ModelClaim, ModelFacts, Workload
+from octavo_operator.plan.values import ModelFacts, Workload
 from octavo_operator.render import CanaryRender, Owner, render_plan
 from octavo_operator.render.deployment import Kept, canary_name, kept_name
 from octavo_operator.render.groups import nodes_name
 from octavo_operator.render.labels import SERVICE_LABEL
-from octavo_operator.render.model_cache import claim_name, model_path
 from octavo_operator.render.pod import pod_template
 from octavo_operator.render.revision import revision_of, template_revision
-from octavo_operator.routes import RouteView
-from octavo_operator.status import HISTORY_LENGTH, Status, restored_trial, service_status, without_change
+from octavo_operator.status import Status, restored_trial, service_status, without_change
 
 log = logging.getLogger("octavo.operator")
 SCALING_STATUS_EVERY_S = 30.0
 BENIGN = frozenset({"ReplicasNotReady", "Suspended", "WaitingForModelCache"})  # not ready, but nothing is wrong
-
-
-@dataclass
-class ServiceState:
-    """What the operator remembers of a service between looks; all of it can be lost without harm."""
-
-    plan: Plan | None = None
-    decision: Decision | None = None
-    replicas: int | None = None  # the autoscaler's number
-    scalings: tuple[Scaling, ...] = ()  # newest first
-    untold_scalings: int = 0
-    told_numbers: tuple[object, ...] = ()  # of decision and capacity that the status was last asked to show
-    revision: str = ""  # of the pods that are wanted
-    capacity: Capacity = field(default_factory=Capacity)
-    route: RouteView | None = None
-    adapters: tuple[AdapterView, ...] = ()
-    adapters_loading: bool = False
-    trial: Trial | None = None
-    meter: CanaryMeter = field(default_factory=CanaryMeter)
-    wanted: int | None = None  # replicas of the whole service, those of a canary among them
-    untold: tuple[News, ...] = ()
-    groups: GroupMemory = field(default_factory=GroupMemory)
-    status_written: float = 0.0
-    conditions: dict[str, tuple[str, str]] = field(default_factory=dict)  # type to (status, reason) last told
-
-    def scaled(self, scaling: Scaling) -> None:
-        """Remember a change for the status, and that its Event is still to be written."""
-        self.scalings = (scaling, *self.scalings)[:HISTORY_LENGTH]
-        self.untold_scalings = min(self.untold_scalings + 1, HISTORY_LENGTH)
 
 
 class Reconciler:
@@ -185,7 +148,7 @@ class Reconciler:
         runtime = choose_runtime(service, with_presets(self._runtimes()))
         facts = Facts(
             engine_image=self._settings.engine_image,
-            model_claims=self._claims(service.namespace),
+            model_claims=model_claims(readable(ModelCache, self._caches(service.namespace))),
             leader_worker_set=LEADER_WORKER_SET in self.optional_kinds,
             model=self._model_facts(service),
         )
@@ -318,20 +281,11 @@ class Reconciler:
 
     def _runtimes(self) -> Iterator[Runtime]:
         """Every readable runtime; one that is not valid is left out, and its own status says so."""
-        yield from _readable(ServingRuntime, self._store.all(SERVING_RUNTIME))
-        yield from _readable(ClusterServingRuntime, self._store.all(CLUSTER_SERVING_RUNTIME))
+        yield from readable(ServingRuntime, self._store.all(SERVING_RUNTIME))
+        yield from readable(ClusterServingRuntime, self._store.all(CLUSTER_SERVING_RUNTIME))
 
-    def _claims(self, namespace: str) -> dict[str, ModelClaim]:
-        claims = {}
-        for raw in self._store.all(MODEL_CACHE):
-            if raw["metadata"].get("namespace") != namespace:
-                continue
-            cache = parse(ModelCache, raw)
-            phase = cache.status.phase if cache.status else "Pending"
-            claims[cache.metadata.name] = ModelClaim(
-                claim_name(cache), model_path(cache), ready=phase == "Ready", message=f"the download is {phase}"
-            )
-        return claims
+    def _caches(self, namespace: str) -> Iterator[Object]:
+        return (raw for raw in self._store.all(MODEL_CACHE) if raw["metadata"].get("namespace") == namespace)
 
     async def _refuse_unreadable(self, raw: Object, wrong: ManifestErrors) -> None:
         """A spec that this version cannot read, such as one stored under an older CRD: say so, change nothing."""
@@ -392,14 +346,3 @@ def _unreadable(raw: Object) -> InferenceService:
         spec=InferenceServiceSpec(model=ModelSpec(storage_uri="")),
         status=None,
     )
-
-
-_R = TypeVar("_R", ServingRuntime, ClusterServingRuntime)
-
-
-def _readable(model: type[_R], objects: Iterable[Object]) -> Iterator[_R]:
-    for raw in objects:
-        try:
-            yield parse(model, raw)
-        except ManifestErrors as wrong:
-            log.warning("%s %s is not valid: %s", model.__name__, raw["metadata"]["name"], wrong)

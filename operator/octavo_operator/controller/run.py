@@ -16,6 +16,7 @@ from octavo_operator.controller.handlers import build_registry
 from octavo_operator.controller.health import HealthServer
 from octavo_operator.controller.leader import LeaderElection
 from octavo_operator.controller.settings import OperatorSettings
+from octavo_operator.controller.webhook import Webhook
 
 log = logging.getLogger("octavo.operator")
 STOP_WITHIN_S = 20.0
@@ -63,7 +64,7 @@ class Operator:
 
 
 async def run(settings: OperatorSettings) -> int:
-    """Run until told to stop; returns the exit code. Raises `NoCluster`."""
+    """Run until told to stop; returns the exit code. Raises `NoCluster`, or `WebhookUnusable`."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,8 +72,11 @@ async def run(settings: OperatorSettings) -> int:
     client = connect(find_cluster())
     election = LeaderElection(client, settings)
     health = HealthServer(settings)
+    webhook = None if settings.webhook_port is None else Webhook(client, settings)
     try:
         await health.start()
+        if webhook is not None:
+            await webhook.start()
         if settings.leader_election and not await _first(stopping.wait(), election.acquire()):
             return 0
         operator = Operator(settings)
@@ -84,6 +88,8 @@ async def run(settings: OperatorSettings) -> int:
             await election.release()
         return code
     finally:
+        if webhook is not None:
+            await webhook.stop()
         await health.stop()
         await client.close()
 

@@ -19,8 +19,9 @@ from octavo_operator.autoscale.signals import ReplicaSample
 from octavo_operator.controller.bounded_read import read_up_to
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import INFERENCE_SERVICE, POD
-from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler, ServiceState
+from octavo_operator.controller.reconciler import SCALING_STATUS_EVERY_S, Reconciler
 from octavo_operator.controller.replicas import GATEWAY_PORT, can_be_reached, replica_url
+from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.judgement import Scaling

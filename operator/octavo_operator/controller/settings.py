@@ -30,6 +30,8 @@ class OperatorSettings:
     engine_image: str | None = None
     health_port: int = 8081  # 0 takes a free one
     watch_stale_s: float = 110.0
+    webhook_port: int | None = None  # None: no webhook is served; 0 takes a free port
+    webhook_cert_dir: str = "/etc/octavo/webhook"  # tls.crt and tls.key
 
     @classmethod
     def own_namespace_default(cls) -> str:

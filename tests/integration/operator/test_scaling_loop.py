@@ -16,9 +16,10 @@ from octavo_operator.autoscale.metrics import parse_page
 from octavo_operator.controller.client import Kind, KubeClient
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
-from octavo_operator.controller.reconciler import Reconciler, ServiceState
+from octavo_operator.controller.reconciler import Reconciler
 from octavo_operator.controller.replicas import ADDRESS_ANNOTATION
 from octavo_operator.controller.scaling import ScalingLoop, gateway_signals
+from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Store
 from octavo_operator.plan import plan

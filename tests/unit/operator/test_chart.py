@@ -170,3 +170,30 @@ def test_the_gateway_gets_its_secrets_as_environment_and_a_bounded_spool() -> No
     assert {"--workers=2", "--ledger=/spool", "--admin-port=9091"} <= set(container["args"])
     assert {"name": "spool", "emptyDir": {"sizeLimit": "2Gi"}} in pod["volumes"]
     assert not any("url" in argument for argument in container["args"])
+
+
+def test_the_webhook_is_off_unless_asked_for_and_then_trusts_the_certificate_it_serves() -> None:
+    assert not any("webhook" in json.dumps(d["metadata"]["name"]) for d in helm_template())
+    by_kind = {d["kind"]: d for d in helm_template("webhook.enabled=true") if "webhook" in d["metadata"]["name"]}
+    secret, configuration = by_kind["Secret"], by_kind["ValidatingWebhookConfiguration"]
+    (webhook,) = configuration["webhooks"]
+    assert webhook["failurePolicy"] == "Ignore"
+    assert webhook["clientConfig"]["caBundle"] == secret["data"]["ca.crt"]
+    assert webhook["clientConfig"]["service"]["name"] == by_kind["Service"]["metadata"]["name"]
+    (operator,) = [
+        d
+        for d in helm_template("webhook.enabled=true")
+        if d["kind"] == "Deployment" and "operator" in d["metadata"]["name"]
+    ]
+    (volume,) = [v for v in operator["spec"]["template"]["spec"]["volumes"] if v["name"] == "webhook"]
+    assert volume["secret"]["secretName"] == secret["metadata"]["name"]
+
+
+@needs_helm
+def test_a_certificate_of_ones_own_takes_the_place_of_the_charts() -> None:
+    own = "webhook.enabled=true,webhook.tls.secretName=mine,webhook.tls.caBundle=Q0E=,webhook.failurePolicy=Fail"
+    documents = helm_template(own)
+    assert not [d for d in documents if d["kind"] == "Secret" and "webhook" in d["metadata"]["name"]]
+    (configuration,) = [d for d in documents if d["kind"] == "ValidatingWebhookConfiguration"]
+    assert configuration["webhooks"][0]["clientConfig"]["caBundle"] == "Q0E="
+    assert configuration["webhooks"][0]["failurePolicy"] == "Fail"
