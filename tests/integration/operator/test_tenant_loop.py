@@ -38,6 +38,13 @@ def secret(name: str, *keys: str) -> dict[str, Any]:
     return {"metadata": {"name": name}, "data": data}
 
 
+def metrics_address(server: GatewayServer) -> str:
+    assert server.listeners is not None
+    address = server.listeners.metrics_address
+    assert address is not None
+    return address
+
+
 class Statuses(KubeClient):
     """A client that keeps what is written."""
 
@@ -66,8 +73,7 @@ class Installation:
         server = GatewayServer(settings, Registry(), directory=build_from_cluster([], []) if tenants else None)
         await server.start()
         self.gateways.append(server)
-        assert server.metrics_address is not None
-        annotations = {ADDRESS_ANNOTATION: server.metrics_address.removeprefix("http://")}
+        annotations = {ADDRESS_ANNOTATION: metrics_address(server).removeprefix("http://")}
         labels = {"app.kubernetes.io/component": "gateway"}
         name = f"gateway-{len(self.gateways)}"
         metadata = {"name": name, "namespace": "octavo-system", "labels": labels, "annotations": annotations}
@@ -130,7 +136,7 @@ async def test_no_key_and_no_hash_is_told(installation: Installation) -> None:
     gateway = await installation.start_gateway()
     resource = tenant("acme", "acme-keys")
     gateway.app.accounts.set_directory(build_from_cluster([resource], [secret("acme-keys", KEY)]))
-    async with installation.session.get(f"{gateway.metrics_address}/tenants") as answer:
+    async with installation.session.get(f"{metrics_address(gateway)}/tenants") as answer:
         page = await answer.text()
     assert "acme" in page
     assert KEY not in page
