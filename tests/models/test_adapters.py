@@ -73,7 +73,7 @@ def test_each_sequence_of_a_batch_gets_its_own_adapter(tmp_path: Path, family: s
     plain = reference_logits(base, prompts)
     assert all(relative_error(found[i], plain[i]) > 1e-2 for i in range(3)), "the adapters change nothing"
     alone = [mixed_logits(runner, [prompt], [slot])[0] for prompt, slot in zip(prompts, [0, 1, 2], strict=False)]
-    assert all(relative_error(a, b) < 1e-5 for a, b in zip(alone, found, strict=False))
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(alone, found, strict=False))
 
 
 def test_a_slot_holds_nothing_of_the_adapter_before(tmp_path: Path) -> None:
