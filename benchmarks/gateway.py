@@ -111,6 +111,8 @@ def _start(name: str, command: list[str], port: int) -> Gateway:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     for _ in range(240):
+        if process.poll() is not None:  # whoever answers at that port, it is not this one
+            break
         try:
             question = urllib.request.Request(
                 f"http://127.0.0.1:{port}/v1/models", headers={"authorization": f"Bearer {KEY}"}
@@ -120,8 +122,6 @@ def _start(name: str, command: list[str], port: int) -> Gateway:
                     return Gateway(name, port, process)
         except (urllib.error.URLError, OSError):
             pass
-        if process.poll() is not None:
-            break
         time.sleep(0.5)
     process.kill()
     raise SystemExit(f"{name} does not start; its log is {log}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import logging
@@ -11,14 +10,15 @@ from datetime import UTC, datetime
 from urllib.parse import parse_qs
 
 from octavo_gateway.app import Gateway
-from octavo_gateway.asgi import TEXT, Receive, Scope, Send, header, respond
+from octavo_gateway.asgi import HTML, TEXT, Receive, Scope, Send, header, respond
 from octavo_gateway.errors import AuthenticationError, BadRequestError, GatewayError, RouteNotFoundError
 from octavo_gateway.exchange import error_body, error_headers
 from octavo_gateway.tenancy import hash_key, new_key
 from octavo_gateway.tenancy.keys import format_hash
 from octavo_gateway.tenancy.tenant import Tenant
-from octavo_gateway.usage import GROUPS, LedgerError, UsageRow, read_usage
-from octavo_gateway.web import state_document
+from octavo_gateway.usage import GROUPS
+from octavo_gateway.web import PAGE_HEADERS, page
+from octavo_gateway.web.usage import usage_rows
 
 log = logging.getLogger("octavo.gateway.audit")
 
@@ -27,7 +27,8 @@ Page = Callable[[dict[str, str]], Awaitable[bytes]]
 
 class AdminApi:
     """ASGI application. /metrics, /health and /tenants, which the operator reads, need no token: network policy guards
-    the port. The rest needs it, and without one there is nothing else.
+    the port. The rest needs it, and without one there is nothing else. At / is the web page, which asks for the token
+    and shows all tenants.
     """
 
     def __init__(self, gateway: Gateway, token: str | None) -> None:
@@ -37,6 +38,8 @@ class AdminApi:
             ("GET", "/admin/tenants"): self._tenants,
             ("GET", "/admin/usage"): self._usage,
             ("GET", "/admin/state"): self._state,
+            ("GET", "/api/state"): self._state,
+            ("GET", "/api/usage"): self._usage_this_month,
             ("POST", "/admin/keys"): self._key,
         }
 
@@ -54,6 +57,9 @@ class AdminApi:
             ready = path != "/health/ready" or (self._gateway.synced and not self._gateway.leaving)
             await respond(send, 200 if ready else 503, b"{}")
             return
+        if method == "GET" and path == "/" and self._token is not None:
+            await respond(send, 200, page(admin=True), HTML, PAGE_HEADERS)
+            return
         try:
             body = await self._page(scope)
         except GatewayError as error:
@@ -64,7 +70,8 @@ class AdminApi:
     async def _page(self, scope: Scope) -> bytes:
         given = header(scope["headers"], b"authorization") or b""
         allowed = self._token is not None and hmac.compare_digest(given, b"Bearer " + self._token)
-        log.info("admin %s %s: %s", scope["method"], scope["path"][:200], "allowed" if allowed else "refused")
+        if not (allowed and scope["path"].startswith("/api/")):  # the page asks for these every second
+            log.info("admin %s %s: %s", scope["method"], scope["path"][:200], "allowed" if allowed else "refused")
         if not allowed:
             raise AuthenticationError
         page = self._pages.get((scope["method"], scope["path"]))
@@ -87,32 +94,21 @@ class AdminApi:
         return json.dumps({"tenants": [_tenant(tenant, running.get(tenant.name, 0)) for tenant in tenants]}).encode()
 
     async def _usage(self, query: dict[str, str]) -> bytes:
-        ledger = self._gateway.accounts.ledger
-        if ledger is None:
-            raise RouteNotFoundError("This gateway keeps no ledger; start it with --ledger.")
         by = tuple(query.get("by", "tenant").split(","))
         for name in by:
             if name not in GROUPS:
                 raise BadRequestError(f"by: must be out of {', '.join(GROUPS)}, got {name[:40]!r}.", param="by")
         since, until = _time(query, "since"), _time(query, "until")
 
-        def read() -> list[UsageRow]:
-            ledger.flush()
-            return read_usage(ledger.location, by, since=since, until=until, tenant=query.get("tenant"))
+        ledger = self._gateway.accounts.ledger
+        rows = await usage_rows(ledger, by, since=since, until=until, tenant=query.get("tenant"))
+        return json.dumps({"by": list(by), "rows": rows}).encode()
 
-        try:
-            rows = await asyncio.to_thread(read)
-        except LedgerError as error:
-            log.error("%s", error)
-            raise GatewayError("The ledger cannot be read; the gateway's log has the details.") from None
-        return json.dumps({"by": list(by), "rows": [_usage_row(by, row) for row in rows]}).encode()
+    async def _usage_this_month(self, query: dict[str, str]) -> bytes:
+        return await self._gateway.usage_this_month.document(None)
 
     async def _state(self, query: dict[str, str]) -> bytes:
-        gateway = self._gateway
-        entries = gateway.registry.snapshot.models.values()
-        return state_document(
-            entries, gateway.loads, await gateway.all_signals(), draining=gateway.leaving, version=gateway.version
-        )
+        return await self._gateway.state()
 
     async def _key(self, query: dict[str, str]) -> bytes:
         """A fresh key and the hash to put into the tenant's Secret. Nothing is stored here."""
@@ -132,17 +128,6 @@ def _tenant(tenant: Tenant, num_running: int) -> dict[str, object]:
         "keys": sorted(key.name for key in tenant.keys),
         "limits": {name: value for name, value in limits.items() if value is not None},
         "concurrent_requests": num_running,
-    }
-
-
-def _usage_row(by: tuple[str, ...], row: UsageRow) -> dict[str, object]:
-    return dict(zip(by, row.group, strict=True)) | {
-        "requests": row.requests,
-        "prompt_tokens": row.prompt_tokens,
-        "cached_tokens": row.cached_tokens,
-        "output_tokens": row.output_tokens,
-        "estimated_requests": row.estimated,
-        "cost": round(row.cost, 6),
     }
 
 

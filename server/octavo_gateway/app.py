@@ -45,6 +45,8 @@ from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import Ledger, PriceTable
 from octavo_gateway.usage.collector import UsageCollector
 from octavo_gateway.usage.meter import ask_for_usage
+from octavo_gateway.web import state_document
+from octavo_gateway.web.usage import UsageThisMonth
 from octavo_gateway.workers.merging import merge_pages, merge_signals
 from octavo_gateway.workers.peers import METRICS, Peers
 from octavo_gateway.workers.seat import Seat
@@ -129,6 +131,7 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self.proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
+        self.usage_this_month = UsageThisMonth(lambda: accounts.ledger, clock)
         self._tracing = Tracing(settings.otlp_endpoint, octavo_version())
         if settings.redis_url is not None:
             failures = metrics.shared_limit_failures
@@ -150,6 +153,18 @@ class Gateway:
         if self._peers is None:
             return self.metrics.page()
         return merge_pages(await self._peers.ask(METRICS), self._peers.last_words())
+
+    async def state(self, identity: Identity | None = None) -> bytes:
+        """What the web page shows: the models of this caller, of all for None."""
+        models = self.registry.snapshot.models.values()
+        return state_document(
+            [entry for entry in models if identity is None or identity.tenant.may_use(entry.name)],
+            self.loads,
+            await self.all_signals(),
+            draining=self.leaving,
+            usage=self.accounts.ledger is not None,
+            version=self.version,
+        )
 
     async def all_signals(self) -> Callable[[str], GatewaySignals]:
         """As `signals`, over all workers."""

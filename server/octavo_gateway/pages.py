@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from octavo_gateway.asgi import HTML, TEXT
 from octavo_gateway.errors import MethodNotAllowedError, RouteNotFoundError
 from octavo_gateway.exchange import Exchange
-from octavo_gateway.web import PAGE_HEADERS, page, state_document
+from octavo_gateway.web import PAGE_HEADERS, page
 
 if TYPE_CHECKING:
     from octavo_gateway.app import Gateway
@@ -36,6 +36,7 @@ class Pages:
         self._pages: dict[str, Page] = {
             "/": self._web_page,
             "/api/state": self._state,
+            "/api/usage": self._usage,
             "/health": self._ready,
             "/health/live": self._live,
             "/health/ready": self._ready,
@@ -82,11 +83,13 @@ class Pages:
         await exchange.respond(200, page(), HTML, PAGE_HEADERS)
 
     async def _state(self, exchange: Exchange) -> None:
-        gateway, identity = self._gateway, exchange.identity
-        models = gateway.registry.snapshot.models.values()
-        entries = [entry for entry in models if identity is None or identity.tenant.may_use(entry.name)]
-        signals = await gateway.all_signals()
-        document = state_document(entries, gateway.loads, signals, draining=gateway.leaving, version=octavo_version())
+        document = await self._gateway.state(exchange.identity)
+        await exchange.respond(200, document, extra=[(b"cache-control", b"no-store")])
+
+    async def _usage(self, exchange: Exchange) -> None:
+        """This month's sums of the caller's tenant; where there are no tenants, of everything."""
+        tenant = exchange.identity.tenant.name if exchange.identity is not None else None
+        document = await self._gateway.usage_this_month.document(tenant)
         await exchange.respond(200, document, extra=[(b"cache-control", b"no-store")])
 
     async def _list_models(self, exchange: Exchange) -> None:

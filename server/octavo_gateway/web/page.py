@@ -10,11 +10,16 @@ from importlib.resources import files
 
 from octavo_gateway.asgi import Headers
 
+_INSIDE = re.compile(rb"/\* ([a-z]+\.(?:css|js)) \*/")
 
-@lru_cache(maxsize=1)
-def page() -> bytes:
-    """The HTML document."""
-    return files("octavo_gateway.web").joinpath("index.html").read_bytes()
+
+@lru_cache(maxsize=2)
+def page(*, admin: bool = False) -> bytes:
+    """The HTML document, with its style and its scripts inside; `admin`: without the chat, about all tenants."""
+    folder = files("octavo_gateway.web")
+    document = folder.joinpath("index.html").read_bytes()
+    document = _INSIDE.sub(lambda name: folder.joinpath(name[1].decode()).read_bytes(), document)
+    return document.replace(b"<body>", b'<body class="admin">') if admin else document
 
 
 def _hashes(tag: str) -> str:

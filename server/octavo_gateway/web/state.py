@@ -16,11 +16,12 @@ def state_document(
     signals: Callable[[str], GatewaySignals],
     *,
     draining: bool,
+    usage: bool,
     version: str,
 ) -> bytes:
-    """The state of these models now."""
+    """The state of these models now. `usage`: the gateway keeps a ledger that can be asked."""
     models = [_model(entry, loads, signals(entry.name)) for entry in entries]
-    return json.dumps({"version": version, "draining": draining, "models": models}).encode()
+    return json.dumps({"version": version, "draining": draining, "usage": usage, "models": models}).encode()
 
 
 def _model(entry: ModelEntry, loads: LoadBook, signals: GatewaySignals) -> dict[str, object]:

@@ -45,6 +45,7 @@ ROUTES = [
     ("GET", "/v2/health/live", None, True, 200, 200),
     ("GET", "/v2/health/ready", None, True, 200, 200),
     ("GET", "/api/state", None, False, 200, 200),
+    ("GET", "/api/usage", None, False, 404, 404),  # no ledger here
     ("GET", "/version", None, False, 200, 200),
     ("GET", "/metrics", None, False, 404, 404),
     ("GET", "/v1/models", None, False, 200, 200),

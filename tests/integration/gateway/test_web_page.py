@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -12,8 +13,13 @@ from fakes.browser import open_tab
 from fakes.gateway_door import HELLO, entry, open_door, until
 from fakes.openai_replica import OpenAIReplica
 from octavo_gateway.registry import ModelEntry
+from octavo_gateway.tenancy import KeyRecord, Tenant, TenantDirectory, hash_key, new_key
+from octavo_gateway.usage import Ledger, PriceTable
+from octavo_gateway.usage.prices import Price
 
 METRICS = "octavo_requests_waiting 2\noctavo_requests_running 3\noctavo_kv_cache_utilization 0.42\n"
+ADMIN_TOKEN = "a-long-admin-token"
+ROWS = "[...document.querySelectorAll('#usage tbody tr')].map((row) => [...row.cells].map((cell) => cell.textContent))"
 SCREENSHOTS = os.environ.get("OCTAVO_SCREENSHOTS")
 
 
@@ -124,6 +130,79 @@ async def test_every_control_has_a_name_and_nothing_overflows_on_a_phone(width: 
     assert len(controls) >= 6
     assert [n for n in controls if not n.get("name", {}).get("value")] == []
     assert overflow <= 0
+
+
+MARKDOWN = """## A list
+- **bold** and `code <b>`
+- *soft*
+
+```python
+print("<script>")
+```
+1. one"""
+
+
+async def test_the_markdown_of_an_answer_becomes_nodes_and_never_html() -> None:
+    async with open_door() as door, open_tab(door.url + "/") as tab:
+        await tab.run(f"document.querySelector('#log').replaceChildren(...markdown({json.dumps(MARKDOWN)}))")
+        html = await tab.run("document.querySelector('#log').innerHTML")
+
+    assert html == (
+        "<h3>A list</h3><ul><li><strong>bold</strong> and <code>code &lt;b&gt;</code></li><li><em>soft</em></li></ul>"
+        '<pre><code>print("&lt;script&gt;")</code></pre><ol><li>one</li></ol>'
+    )
+
+
+def _tenants(*names: str) -> tuple[dict[str, str], TenantDirectory]:
+    keys = {name: new_key() for name in names}
+    return keys, TenantDirectory([Tenant(name, (KeyRecord("key", hash_key(key)),)) for name, key in keys.items()])
+
+
+async def test_a_tenant_sees_its_own_usage_and_an_administrator_everybodys(tmp_path: Path) -> None:
+    keys, directory = _tenants("team-a", "team-b")
+    prices = PriceTable({"m": Price(input=1000.0, cached_input=0.0, output=2000.0)})
+    ledger = Ledger(tmp_path)
+    async with (
+        OpenAIReplica("r0", metrics=METRICS).serve() as replica,
+        open_door(
+            entry(replica), directory=directory, ledger=ledger, prices=prices, admin_port=0, admin_token=ADMIN_TOKEN
+        ) as door,
+    ):
+        for name, count in (("team-a", 2), ("team-b", 1)):
+            for _ in range(count):
+                await door.read(HELLO, headers={"authorization": f"Bearer {keys[name]}"})
+        async with door.http.get(door.url + "/api/usage") as response:
+            assert response.status == 401
+        async with open_tab(door.url + "/") as tab:
+            await tab.until("!document.querySelector('#gate').hidden")
+            await tab.run("document.querySelector('#gate-key').focus()")
+            await tab.type(keys["team-a"])
+            await tab.run("document.querySelector('#gate button').click()")
+            await tab.until("document.querySelector('#usage tbody')?.rows.length === 1")
+            own = await tab.run(ROWS)
+            title = await tab.run("document.querySelector('#usage-title').textContent")
+            assert await tab.run("document.querySelector('#gate').hidden")
+            await _picture(tab, "tenant")
+        async with open_tab(f"{door.server.listeners.admin_address}/", width=1280) as tab:
+            await tab.until("!document.querySelector('#gate').hidden")
+            await tab.run(f"setKey({ADMIN_TOKEN!r})")
+            await tab.until("document.querySelector('#usage tbody')?.rows.length === 2")
+            await tab.until("document.querySelector('aside td')?.textContent.includes('r0')")
+            everybody = await tab.run(ROWS)
+            chat = await tab.run("getComputedStyle(document.querySelector('main')).display")
+            await _picture(tab, "admin")
+    ledger.close()
+
+    assert own == [["m", "2", "14", "0%", "10", "0.034"]]
+    assert "team-a" in title
+    assert [row[:3] for row in everybody] == [["team-a", "m", "2"], ["team-b", "m", "1"]]
+    assert chat == "none"
+
+
+async def test_without_a_ledger_there_is_no_usage() -> None:
+    async with open_door() as door, door.http.get(door.url + "/api/usage") as response:
+        assert response.status == 404
+        assert "--ledger" in (await response.json())["error"]["message"]
 
 
 async def test_heartbeats_of_a_cold_model_are_shown_while_it_wakes() -> None:
