@@ -24,7 +24,7 @@ def service_conditions(judgement: Judgement, previous: Mapping[str, Any]) -> lis
         _scheduled(judgement, fault),
         _model_ready(judgement, fault),
         _route_ready(judgement, previous),
-        _adapters_ready(judgement),
+        _adapters_ready(judgement, previous),
         _progressing(judgement),
         _scaling_active(judgement, previous),
         _degraded(judgement, fault),
@@ -100,12 +100,12 @@ def _fits(judgement: Judgement, fault: Fault | None) -> _Verdict:
     """What was seen counts; before anything ran, what can be computed."""
     if fault is not None and fault.reason in ("DoesNotFit", "OOMKilled"):
         return _Verdict("FitsAccelerator", "False", fault.reason, fault.message)
-    tokens = judgement.capacity.kv_tokens
-    if tokens is not None:
-        longest = judgement.max_model_len
-        requests = f", or {tokens // longest} requests of {longest:,} tokens" if longest else ""
+    capacity = judgement.known_capacity()
+    if "kvTokensPerReplica" in capacity:
+        held, at_once = capacity["kvTokensPerReplica"], capacity.get("maxConcurrencyAtMaxLen")
+        requests = f", or {at_once} requests of full length" if at_once is not None else ""
         return _Verdict(
-            "FitsAccelerator", "True", "Measured", f"the cache of a replica holds {tokens:,} tokens{requests}"
+            "FitsAccelerator", "True", "Measured", f"the cache of a replica holds {held:,} tokens{requests}"
         )
     plan = judgement.plan
     if plan is not None and plan.fit is not None:
@@ -163,8 +163,10 @@ def _route_ready(judgement: Judgement, previous: Mapping[str, Any]) -> _Verdict:
     return _Verdict("RouteReady", "True", "Published")
 
 
-def _adapters_ready(judgement: Judgement) -> _Verdict:
+def _adapters_ready(judgement: Judgement, previous: Mapping[str, Any]) -> _Verdict:
     views = judgement.adapters
+    if views is None and judgement.service.spec.model.adapters is not None:
+        return _before("AdaptersReady", previous) or _Verdict("AdaptersReady", "Unknown", "NotAskedYet")
     if not views:
         return _Verdict("AdaptersReady", "True", "NoAdapters")
     failed = [view for view in views if view.state is AdapterState.FAILED]

@@ -44,9 +44,26 @@ class Judgement:
     route: RouteView | None = None  # None until the gateways were asked
     capacity: Capacity = field(default_factory=Capacity)
     revision: str = ""  # of the pods that are wanted
-    adapters: tuple[AdapterView, ...] = ()
+    adapters: tuple[AdapterView, ...] | None = None  # None until the replicas were asked
     trial: Trial | None = None
     wanted: int | None = None  # replicas of the whole service; what its Deployment says when None
+
+    def known_capacity(self) -> dict[str, Any]:
+        """What was measured of these very pods, also before a restart of the operator; pods of another revision say
+        nothing about them."""
+        before: Mapping[str, Any] = self.previous().get("capacity") or {}
+        if before.get("revision") != self.revision:
+            before = {}
+        capacity = {name: before[name] for name in ("kvTokensPerReplica", "maxConcurrencyAtMaxLen") if name in before}
+        measured = self.capacity
+        if measured.kv_tokens is not None:
+            capacity["kvTokensPerReplica"] = measured.kv_tokens
+            if self.max_model_len:
+                capacity["maxConcurrencyAtMaxLen"] = measured.kv_tokens // self.max_model_len
+        peak = max(measured.peak_tokens_per_minute, int(before.get("peakTokensPerMinute") or 0))
+        if peak:
+            capacity["peakTokensPerMinute"] = peak
+        return {**capacity, "revision": self.revision} if capacity else {}
 
     @property
     def max_model_len(self) -> int | None:

@@ -57,9 +57,11 @@ def service_status(judgement: Judgement) -> Status:
         status["canary"] = _canary(trial, service.spec.rollout.canary)
     if judgement.adapters:
         status["adapters"] = [_adapter(view) for view in judgement.adapters]
+    elif judgement.adapters is None and previous.get("adapters"):
+        status["adapters"] = [{k: v for k, v in adapter.items() if v != ""} for adapter in previous["adapters"]]
     if revisions := _revisions(judgement):
         status["revisions"] = revisions
-    if capacity := _capacity(judgement, previous.get("capacity") or {}):
+    if capacity := judgement.known_capacity():
         status["capacity"] = capacity
     return status
 
@@ -156,22 +158,6 @@ def _revisions(judgement: Judgement) -> list[dict[str, Any]]:
         name = f"{judgement.service.name}-{template_hash}"
         revisions.append({"name": name, "weight": share, "readyReplicas": serving})
     return revisions[:MAX_REVISIONS]
-
-
-def _capacity(judgement: Judgement, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured of these very pods; what pods of another revision carried says nothing about them."""
-    measured, revision = judgement.capacity, judgement.revision
-    if before.get("revision") != revision:
-        before = {}
-    capacity = {name: before[name] for name in ("kvTokensPerReplica", "maxConcurrencyAtMaxLen") if name in before}
-    if measured.kv_tokens is not None:
-        capacity["kvTokensPerReplica"] = measured.kv_tokens
-        if judgement.max_model_len:
-            capacity["maxConcurrencyAtMaxLen"] = measured.kv_tokens // judgement.max_model_len
-    peak = max(measured.peak_tokens_per_minute, int(before.get("peakTokensPerMinute") or 0))
-    if peak:
-        capacity["peakTokensPerMinute"] = peak
-    return {**capacity, "revision": revision} if capacity else {}
 
 
 def _scaling(judgement: Judgement, decision: Decision, before: Mapping[str, Any]) -> dict[str, Any]:

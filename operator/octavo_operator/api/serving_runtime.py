@@ -13,6 +13,7 @@ from octavo_operator.api.model import KVCacheQuantization, ModelFormat, Task, We
 
 HttpPath = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^/")]
 MetricName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]*$")]
+ModelSourceKind = Annotated[str, Field(pattern="^(Uri|HuggingFaceId|Path)$")]
 Argument = Annotated[str, Field(max_length=1024)]
 
 
@@ -237,6 +238,8 @@ class MultiNode(Part):
 class AdapterApi(Part):
     """Where an engine takes and gives up LoRA adapters while it runs; for supports.adapters Dynamic."""
 
+    source: ModelSourceKind | None = None
+    """What it reads adapters from, as modelSource says of models; the same when omitted."""
     load: HttpPath = "/v1/load_lora_adapter"
     """POST {"lora_name": ..., "lora_path": ...} here loads one."""
     unload: HttpPath = "/v1/unload_lora_adapter"
@@ -265,7 +268,7 @@ class ServingRuntimeSpec(Part):
     """What the runtime can do."""
     protocols: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=8)] = ["openai-v1"]
     """Protocols it speaks: openai-v1, v2, grpc-v2."""
-    model_source: Annotated[str, Field(pattern="^(Uri|HuggingFaceId|Path)$")] = "Uri"
+    model_source: ModelSourceKind = "Uri"
     """What $(MODEL_URI) holds: the address as written, the repository id of hf:// addresses, or only local paths."""
     container: Container
     """The engine's container."""

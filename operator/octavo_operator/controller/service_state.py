@@ -29,7 +29,7 @@ class ServiceState:
     revision: str = ""  # of the pods that are wanted
     capacity: Capacity = field(default_factory=Capacity)
     route: RouteView | None = None
-    adapters: tuple[AdapterView, ...] = ()
+    adapters: tuple[AdapterView, ...] | None = None  # None until the replicas were asked
     adapters_loading: bool = False
     trial: Trial | None = None
     meter: CanaryMeter = field(default_factory=CanaryMeter)

@@ -31,7 +31,7 @@ def model_source(
     model = service.spec.model
     if model.cache_ref is not None:
         return _cached(model.cache_ref.name, facts), []
-    return _source(model.storage_uri, MODEL_FIELD, runtime, facts)
+    return _source(model.storage_uri, MODEL_FIELD, runtime.model_source, facts)
 
 
 def adapter_sources(
@@ -43,23 +43,24 @@ def adapter_sources(
     adapters = service.spec.model.adapters
     for index, adapter in enumerate(adapters.items if adapters else []):
         path = f"spec.model.adapters.items[{index}].storageUri"
-        sources[adapter.name], wrong = _source(adapter.storage_uri, path, runtime, facts)
+        kind = runtime.adapter_api.source or runtime.model_source
+        sources[adapter.name], wrong = _source(adapter.storage_uri, path, kind, facts)
         errors += wrong
     return sources, errors
 
 
-def _source(uri: str, field: str, runtime: ServingRuntimeSpec, facts: Facts) -> tuple[ModelSource, list[FieldError]]:
+def _source(uri: str, field: str, kind: str, facts: Facts) -> tuple[ModelSource, list[FieldError]]:
     if uri.startswith("pvc://"):
         claim, _, path = uri.removeprefix("pvc://").partition("/")
         mount = f"{PVC_MOUNT}/{claim}"
         return ModelSource(f"{mount}/{path}".rstrip("/"), (ClaimMount(claim, mount),), takes_revision=False), []
     if uri.startswith("file://") and facts.target is Target.LOCAL:
         return ModelSource(uri, takes_revision=False), []
-    if runtime.model_source == "HuggingFaceId":
+    if kind == "HuggingFaceId":
         if uri.startswith("hf://"):
             return ModelSource(uri.removeprefix("hf://")), []
         return ModelSource(uri), [_unreadable(field, "hf:// and pvc:// addresses", uri)]
-    if runtime.model_source == "Path":
+    if kind == "Path":
         return ModelSource(uri), [_unreadable(field, "pvc:// addresses", uri)]
     return ModelSource(uri), []
 

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo_engine.config import EngineConfig
+from octavo_engine.parallel.host import read_nodes
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.validation import parse
 from octavo_operator.desired import plan_service
@@ -218,3 +220,19 @@ def test_groups_look_like_a_deployment_of_them() -> None:
     view = groups_deployment(unseen, group_views((*replicas, *workers), newest_hashes(unseen)))
     assert view is not None
     assert view.rolling, "the controller has not seen the newest template"
+
+
+def test_octavos_own_engine_reads_what_its_nodes_are_given() -> None:
+    """The environment of the rendered pods, as Kubernetes fills it in, is what the engine asks for."""
+    parallelism, resources = {"tensor": 4}, {"limits": {"nvidia.com/gpu": 2}}
+    plan = planned(runtime={"name": "octavo"}, parallelism=parallelism, resources=resources)
+    assert "--tensor-parallel-size 4" in " ".join(plan.workloads[0].argv)
+    sets = rendered(plan, "StatefulSet", replicas=1)
+    config = EngineConfig(model="m", tensor_parallel_size=4)
+    first = read_nodes(config, env(sets["big-g0"]["spec"]["template"]))
+    given = env(sets["big-g0-w"]["spec"]["template"])
+    assert given["NODE_RANK"].startswith("metadata.labels"), "filled in by the kubelet with the pod's ordinal"
+    second = read_nodes(config, {**given, "NODE_RANK": str(sets["big-g0-w"]["spec"]["ordinals"]["start"])})
+    assert (first.index, second.index, first.count, second.count) == (0, 1, 2, 2)
+    assert [list(nodes.ranks_here(config.num_ranks)) for nodes in (first, second)] == [[0, 1], [2, 3]]
+    assert (first.address, first.port) == (second.address, second.port) == ("big-g0-0.big-nodes.team.svc", 29_500)

@@ -134,10 +134,17 @@ def test_adapters_are_switched_on_where_the_runtime_serves_them() -> None:
     adapters = {"items": [{"name": "a", "storageUri": "pvc://disk/a"}], "maxLoaded": 3, "maxRank": 32}
     subject = service(model={"storageUri": "hf://o/m", "adapters": adapters})
     argv = " ".join(workload(subject).argv)
-    assert "--enable-lora --lora-root /mnt/models --max-loras 3 --max-lora-rank 32" in argv
+    assert "--enable-lora --lora-root /mnt/models --max-cpu-loras 1024 --max-loras 3 --max-lora-rank 32" in argv
     with pytest.raises(Unplannable) as caught:
         plan(subject, runtime())
     assert "spec.model.adapters" in [e.path for e in caught.value.errors]
+
+
+def test_octavos_engine_reads_adapters_from_volumes_only() -> None:
+    adapters = {"items": [{"name": "a", "storageUri": "hf://o/a"}]}
+    with pytest.raises(Unplannable) as caught:
+        plan(service(model={"storageUri": "hf://o/m", "adapters": adapters}))
+    assert [e.path for e in caught.value.errors] == ["spec.model.adapters.items[0].storageUri"]
 
 
 def test_a_runtime_without_cpu_support_needs_an_accelerator() -> None:

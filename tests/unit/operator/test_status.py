@@ -13,10 +13,11 @@ from octavo_operator.autoscale.history import History
 from octavo_operator.autoscale.observer import Capacity
 from octavo_operator.autoscale.policy import ScalingPolicy
 from octavo_operator.autoscale.signals import Signals
+from octavo_operator.desired import plan_service
 from octavo_operator.faults import find_fault, last_line
 from octavo_operator.judgement import Judgement, Scaling
 from octavo_operator.observation import Observation, observe
-from octavo_operator.plan import Unplannable, plan
+from octavo_operator.plan import Facts, Unplannable, plan
 from octavo_operator.routes import RouteView
 from octavo_operator.status import service_status, without_change
 
@@ -318,3 +319,23 @@ def test_a_peak_alone_is_no_news() -> None:
     smaller = judged(observe(deployment(), [READY_POD]), capacity=Capacity(90, 10, 950))
     assert without_change(first, higher)
     assert not without_change(first, smaller)
+
+
+def test_an_operator_that_has_just_started_says_what_was_said_before() -> None:
+    adapters = {"items": [{"name": "sql", "storageUri": "hf://o/sql"}]}
+    subject = {"model": {"storageUri": "hf://org/model", "adapters": adapters}, "runtime": {"name": "vllm"}}
+    seen = observe(deployment(), [READY_POD])
+    vllm = plan_service(service(**subject, resources={"limits": {"nvidia.com/gpu": 1}}), [], Facts())
+    first = judged(
+        seen,
+        service(**subject),
+        plan=vllm,
+        revision="a1",
+        capacity=Capacity(118_000, 16_384, 900),
+        adapters=(AdapterView("sql", AdapterState.LOADED, 1),),
+        route=RouteView(1, 1, 1),
+        gateway_url="http://gw",
+    )
+    restarted = judged(seen, service(status=first, **subject), plan=vllm, revision="a1", gateway_url="http://gw")
+    assert restarted["conditions"] == first["conditions"]
+    assert restarted == first
