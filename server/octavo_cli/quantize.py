@@ -72,6 +72,9 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Keep layers whose name contains this; may be repeated.")
     ] = None,
+    sensitive: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the weights, those 4 bits hurt most, to keep in 8 bits.")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Version or Git revision of the model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -101,6 +104,7 @@ def quantize(
         num_windows=windows,
         window_tokens=window_tokens,
         ignore=tuple(ignore or ()),
+        sensitive_share=sensitive,
         device=device,
         revision=revision,
     )
@@ -166,8 +170,8 @@ def _print(report: QuantizationReport) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{report.num_quantized} projections, {report.calibration_tokens} calibration tokens, "
-        f"perplexity on {report.evaluation_tokens} other tokens; "
+        f"{report.num_quantized} projections, {report.num_in_8_bits} of them kept in 8 bits; "
+        f"{report.calibration_tokens} calibration tokens, perplexity on {report.evaluation_tokens} other tokens; "
         f"{report.seconds:.0f} s, {report.peak_memory_bytes / 2**30:.1f} GiB memory at most"
     )
     console.print(f"Serve it: octavo serve {report.output}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import safetensors.torch
 import torch
 import transformers as hf
 
@@ -75,6 +76,38 @@ def test_transformers_and_the_engine_read_the_same_model(source: Path, options: 
     assert report.num_quantized == 3 * 7
 
 
+def test_the_projections_that_rounding_hurts_most_get_eight_bits(source: Path, tmp_path: Path) -> None:
+    even, even_report = quantized(source, method=Method.RTN, bits=4, output=tmp_path / "even")
+    output, report = quantized(source, method=Method.RTN, bits=4, sensitive_share=0.3)
+    config = json.loads((output / "config.json").read_text())["quantization_config"]["config_groups"]
+    named = config["group_1"]["targets"]
+    weights = safetensors.torch.load_file(output / "model.safetensors")
+    sizes = {name: weights[f"{name}.weight_shape"].prod().item() for name in named}
+    total = sum(value.prod().item() for name, value in weights.items() if name.endswith(".weight_shape"))
+    theirs = hf.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    prompts = random_prompts((9, 30))
+    read = reference_logits(theirs, prompts)
+    exact = reference_logits(hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), prompts)
+
+    assert 0.2 < sum(sizes.values()) / total <= 0.3
+    assert report.num_in_8_bits == len(named) > even_report.num_in_8_bits == 0
+    assert rms_error(paged_logits(load(output), prompts), read) < 0.01
+    assert rms_error(read, exact) < rms_error(paged_logits(load(even), prompts), exact)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 8, "sensitive_share": 0.1}, "only for 4 bits"),
+        ({"bits": 4, "sensitive_share": 1.5}, "from 0 to below 1"),
+        ({"bits": 4, "sensitive_share": 0.3, "format": Format.GPTQ}, "cannot keep in 8 bits some projections"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused(source: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantized(source, method=Method.RTN, **options)
+
+
 def test_zero_points_reach_the_engine(source: Path) -> None:
     output, _ = quantized(source, method=Method.RTN, bits=4, symmetric=False)
     exact = reference_logits(hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), [[5, 6, 7, 8, 9]])
@@ -95,7 +128,7 @@ def test_the_gptq_format_holds_the_same_weights(source: Path, symmetric: bool, t
     ("options", "message"),
     [
         ({"method": Method.RTN, "bits": 8}, "holds 4-bit weights, not W8A16"),
-        ({"method": Method.RTN, "bits": 4, "ignore": ("o_proj",)}, "cannot leave out single projections"),
+        ({"method": Method.RTN, "bits": 4, "ignore": ("o_proj",)}, "cannot leave out some projections"),
     ],
 )
 def test_the_gptq_format_refuses_what_it_cannot_hold(source: Path, options: dict, message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from octavo_engine.errors import ConfigError
 from octavo_engine.quantize import compressed_tensors, gptq_layout
-from octavo_engine.quantize.scheme import Scheme
+from octavo_engine.quantize.scheme import EXACT, Scheme
 from octavo_kernels.quantized_weights import IntWeight
 
 
@@ -30,12 +30,18 @@ class Layout:
     quantization_config: Mapping[str, Any]
 
 
-def choose_layout(kind: Format, scheme: Scheme, rows: Sequence[int], kept: Sequence[str]) -> Layout:
-    """The layout for projections of that many rows; raises `ConfigError`. kept: projections left as they are."""
+def choose_layout(
+    kind: Format, scheme: Scheme, rows: Sequence[int], kept: Sequence[str], exactly: Sequence[str]
+) -> Layout:
+    """The layout for projections of that many rows; raises `ConfigError`.
+
+    kept: projections left as they are. exactly: those in 8 bits among others in 4.
+    """
     if kind is Format.COMPRESSED_TENSORS:
-        config = compressed_tensors.quantization_config(scheme, ["lm_head", *kept])
+        config = compressed_tensors.quantization_config(scheme, ["lm_head", *kept], EXACT, exactly)
         return Layout(compressed_tensors.encode, config)
     gptq_layout.check(scheme, rows)
-    if kept:
-        raise ConfigError(f"format gptq: cannot leave out single projections such as {kept[0]}; use compressed-tensors")
+    for names, what in ((kept, "leave out"), (exactly, "keep in 8 bits")):
+        if names:
+            raise ConfigError(f"format gptq: cannot {what} some projections ({names[0]}); use compressed-tensors")
     return Layout(gptq_layout.encode, gptq_layout.quantization_config(scheme))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,8 @@ from octavo_engine.quantize.observed import ObservingLoader, Projection
 from octavo_engine.quantize.perplexity import perplexity
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scaling import awq_scale, smoothquant_scale
-from octavo_engine.quantize.scheme import Method, Scheme, as_int_weight, choose_scheme, fit_grid
+from octavo_engine.quantize.scheme import EXACT, Method, Scheme, as_int_weight, choose_scheme, fit_grid
+from octavo_engine.quantize.sensitivity import most_sensitive
 from octavo_engine.quantize.statistics import InputStatistics
 from octavo_engine.quantize.writer import output_tensors, write_checkpoint
 from octavo_engine.runner.machine import choose_device
@@ -37,7 +38,10 @@ REPORT_FILE = "quantization_report.json"
 
 
 class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to quantize and how. group_size None: the largest of 128, 64, 32 that fits. Texts None: Octavo's own."""
+    """What to quantize and how. group_size None: the largest of 128, 64, 32 that fits. Texts None: Octavo's own.
+
+    sensitive_share: of the weights, those that four bits hurt most get eight.
+    """
 
     model: str
     output: Path
@@ -51,6 +55,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_windows: int = 64
     window_tokens: int = 512
     ignore: tuple[str, ...] = ()
+    sensitive_share: float = 0.0
     device: str = "auto"
     revision: str | None = None
 
@@ -79,13 +84,17 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
         options.symmetric,
         (item.weight.shape[1] for item in targets),
     )
+    _check_share(options.sensitive_share, scheme)
     kept = [name for item in loader.projections if item not in targets for name in item.rows]
     rows = [count for item in targets for count in item.rows.values()]
-    layout = choose_layout(options.format, scheme, rows, kept)
+    sensitive = most_sensitive(model, targets, windows, scheme, options.sensitive_share, device)
+    schemes = {id(item): EXACT if id(item) in sensitive else scheme for item in targets}
+    exactly = [name for item in targets if id(item) in sensitive for name in item.rows]
+    layout = choose_layout(options.format, scheme, rows, kept, exactly)
     on_progress("before", 0.0, "measuring perplexity")
     before = perplexity(model, held_out, device)
     on_progress("before", 1.0, f"perplexity {before:.3f}")
-    _quantize_layers(model, loader, targets, windows, options.method, scheme, on_progress)
+    _quantize_layers(model, loader, targets, windows, options.method, schemes, on_progress)
     on_progress("after", 0.0, "measuring perplexity")
     after = perplexity(model, held_out, device)
     on_progress("after", 1.0, f"perplexity {after:.3f}")
@@ -98,6 +107,7 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
         method=options.method.value,
         scheme=scheme.name,
         num_quantized=sum(len(item.quantized) for item in targets),
+        num_in_8_bits=len(exactly),
         calibration_tokens=sum(map(len, windows)),
         evaluation_tokens=sum(map(len, held_out)),
         weight_bytes_before=_file_bytes(path),
@@ -109,6 +119,13 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
     )
     (options.output / REPORT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     return report
+
+
+def _check_share(share: float, scheme: Scheme) -> None:
+    if not 0 <= share < 1:
+        raise ConfigError(f"sensitive_share: must be from 0 to below 1, got {share}")
+    if share and scheme.bits != 4:
+        raise ConfigError("sensitive_share: only for 4 bits; the others have 8 already")
 
 
 def _build(checkpoint: Checkpoint, loader: ObservingLoader, max_positions: int) -> Decoder:
@@ -135,9 +152,10 @@ def _quantize_layers(
     targets: Sequence[Projection],
     windows: Sequence[Sequence[int]],
     method: Method,
-    scheme: Scheme,
+    schemes: Mapping[int, Scheme],
     on_progress: OnProgress,
 ) -> None:
+    """schemes: by the `id` of the projection."""
     walk = LayerWalk(model, windows if method is not Method.RTN else [], loader.device)
     heads = (model.config.num_heads, model.config.num_kv_heads)
     for index, layer in enumerate(walk.layers()):
@@ -152,12 +170,12 @@ def _quantize_layers(
                 item.on_input = None
         if method in (Method.AWQ, Method.AWQ_GPTQ, Method.SMOOTHQUANT):
             for fold in find_folds(prefix, inside, loader.vectors, heads):
-                seen = statistics[id(fold.projection)]
+                seen, scheme = statistics[id(fold.projection)], schemes[id(fold.projection)]
                 smooth = method is Method.SMOOTHQUANT
                 scale = smoothquant_scale(fold, seen, scheme) if smooth else awq_scale(fold, seen, scheme)
                 fold.apply(scale, seen)
         for item in inside:
-            _round(item, statistics[id(item)], method, scheme)
+            _round(item, statistics[id(item)], method, schemes[id(item)])
         on_progress("quantize", (index + 1) / model.config.num_layers, f"layer {index + 1}")
     loader.round_as_stored(STORED_DTYPE)
 

@@ -13,6 +13,7 @@ class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True):
     method: str
     scheme: str
     num_quantized: int
+    num_in_8_bits: int  # of those, where the scheme has 4
     calibration_tokens: int
     evaluation_tokens: int
     weight_bytes_before: int

@@ -48,6 +48,10 @@ class Scheme:
         return f"W{self.bits}A{self.activation_bits}" + (f"-g{self.group_size}" if self.group_size else "")
 
 
+EXACT = Scheme(8, 0, symmetric=True)
+"""What projections get that four bits would hurt most."""
+
+
 def choose_scheme(
     method: Method, bits: int, group_size: int | None, symmetric: bool, in_features: Iterable[int]
 ) -> Scheme:

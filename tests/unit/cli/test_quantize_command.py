@@ -21,6 +21,7 @@ REPORT = QuantizationReport(
     output="out",
     method="gptq",
     scheme="W4A16-g64",
+    num_in_8_bits=0,
     num_quantized=210,
     calibration_tokens=1_000,
     evaluation_tokens=500,
