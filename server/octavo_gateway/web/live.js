@@ -36,7 +36,7 @@ const draw = (one, series, top) => {
 };
 
 const newCard = (name) => {
-  const card = { root: make("section", "card"), pill: make("span", "pill"), charts: new Map(), body: make("tbody"), reason: make("p", "reason") };
+  const card = { root: make("section", "card"), scroll: make("div", "scroll"), pill: make("span", "pill"), charts: new Map(), body: make("tbody"), reason: make("p", "reason") };
   const head = make("div", "card-head");
   head.append(make("h3", "", name), card.pill);
   const list = make("dl", "charts");
@@ -56,9 +56,8 @@ const newCard = (name) => {
   const thead = make("thead");
   thead.append(titles);
   table.append(thead, card.body);
-  const scroll = make("div", "scroll");
-  scroll.append(table);
-  card.root.append(head, list, scroll, card.reason);
+  card.scroll.append(table);
+  card.root.append(head, list, card.scroll, card.reason);
   return card;
 };
 
@@ -92,6 +91,7 @@ const showModel = (model) => {
     one.value.replaceChildren(format(value), one.note);
     draw(one, series, top);
   }
+  card.scroll.hidden = !model.replicas.length;
   card.body.replaceChildren(...model.replicas.map((replica) => {
     const row = make("tr");
     const name = make("td");
@@ -122,7 +122,7 @@ $("model").addEventListener("change", () => store(localStorage, "octavo-model", 
 async function refresh() {
   try {
     const response = await fetch("api/state", { headers: headers(), cache: "no-store" });
-    $("gate").hidden = response.status !== 401;
+    lock(response.status === 401);
     if (response.status === 401) {
       $("status").textContent = key ? "the key is not valid" : "locked";
       return;

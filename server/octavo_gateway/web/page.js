@@ -34,6 +34,11 @@ const setKey = (value) => {
 $("key").value = key;
 $("key").addEventListener("change", () => setKey($("key").value));
 if (ADMIN) $("gate-words").textContent = "This page asks for the admin token.";
+else $("empty").before($("gate"));
+const lock = (locked) => {
+  $("gate").hidden = !locked;
+  document.body.classList.toggle("locked", locked);
+};
 $("gate").addEventListener("submit", (event) => { event.preventDefault(); setKey($("gate-key").value); });
 const headers = () => (key ? { authorization: "Bearer " + key } : {});
 
