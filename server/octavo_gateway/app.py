@@ -6,7 +6,6 @@ import asyncio
 import logging
 import random
 import re
-import ssl
 import time
 import traceback
 from collections import Counter
@@ -41,7 +40,7 @@ from octavo_gateway.signals import GatewaySignals
 from octavo_gateway.tenancy import Identity, TenantDirectory
 from octavo_gateway.tenancy.shared import SharedLimiter
 from octavo_gateway.tracing import Tracing
-from octavo_gateway.upstream import UpstreamPool
+from octavo_gateway.upstream import UpstreamPool, replica_context
 from octavo_gateway.usage import Ledger, PriceTable
 from octavo_gateway.usage.collector import UsageCollector
 from octavo_gateway.usage.meter import ask_for_usage
@@ -122,7 +121,8 @@ class Gateway:
         self.pool = UpstreamPool(
             connect_timeout_s=settings.connect_timeout,
             keep_alive_s=settings.upstream_keep_alive,
-            tls=_upstream_tls(settings),
+            tls=replica_context(settings.upstream_ca, settings.upstream_certificate, settings.upstream_key),
+            server_name=settings.upstream_server_name,
         )
         self.leaving = False  # readiness says no
         self.draining = False  # new requests are refused
@@ -410,12 +410,3 @@ def _turn(identity: Identity | None, seen: Inspection | None) -> Turn:
         cost=cost,
         max_queued=tenant.limits.max_queued_requests,
     )
-
-
-def _upstream_tls(settings: GatewaySettings) -> ssl.SSLContext | None:
-    if settings.upstream_ca is None and settings.upstream_certificate is None:
-        return None
-    context = ssl.create_default_context(cafile=settings.upstream_ca)
-    if settings.upstream_certificate is not None:
-        context.load_cert_chain(settings.upstream_certificate, settings.upstream_key)
-    return context

@@ -16,6 +16,7 @@ from octavo_gateway.discovery import ApiServer, KubernetesDiscovery, StaticDisco
 from octavo_gateway.registry import Registry
 from octavo_gateway.server import GatewayServer
 from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.upstream import UpstreamPool
 from octavo_gateway.usage import PriceTable
 from octavo_gateway.workers.seat import Seat
 
@@ -41,12 +42,12 @@ class Sources:
     namespace: str | None = None
     prices: PriceTable = field(default_factory=PriceTable)
 
-    def discovery(self, registry: Registry) -> Follower:
+    def discovery(self, registry: Registry, pool: UpstreamPool) -> Follower:
         """The follower that fills the registry."""
         if self.api_server is not None:
             return KubernetesDiscovery(self.api_server, registry, namespace=self.namespace)
         if self.models_file is not None:
-            return StaticDiscovery(self.models_file, registry)
+            return StaticDiscovery(self.models_file, registry, pool)
         raise ValueError("neither a models file nor a cluster")
 
 
@@ -62,7 +63,7 @@ async def run_gateway(
         settings, registry, prices=sources.prices, api_server=sources.api_server, seat=seat
     )
     await server.prepare()
-    followers = [asyncio.create_task(sources.discovery(registry).run())]
+    followers = [asyncio.create_task(sources.discovery(registry, server.app.pool).run())]
     if server.following is not None:
         followers.append(server.following)
     await _serve(server, followers, say, seat)

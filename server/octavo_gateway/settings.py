@@ -58,6 +58,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     upstream_ca: str | None = None  # PEM file that replicas' certificates must chain to
     upstream_certificate: str | None = None  # client certificate shown to replicas (mutual TLS)
     upstream_key: str | None = None
+    upstream_server_name: str | None = None  # the name in every replica's certificate; None: the host of its address
 
     def validate(self) -> None:
         """Raise `ConfigError` naming the first setting that cannot work."""

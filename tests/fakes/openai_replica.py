@@ -48,21 +48,26 @@ class OpenAIReplica:
     finished: int = 0
     disconnects: int = 0
     port: int = 0
+    scheme: str = "http"
     _server: _Server | None = field(default=None, repr=False)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     @contextlib.asynccontextmanager
-    async def serve(self, port: int = 0) -> AsyncIterator[OpenAIReplica]:
-        """Listen until the context ends; open connections are cut then, as when a process is killed."""
+    async def serve(self, port: int = 0, **tls: Any) -> AsyncIterator[OpenAIReplica]:
+        """Listen until the context ends; open connections are cut then, as when a process is killed.
+
+        `tls`: uvicorn's `ssl_*` settings.
+        """
+        self.scheme = "https" if tls else "http"
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            self._app, interface="asgi3", lifespan="off", log_config=None, access_log=False, ws="none"
+            self._app, interface="asgi3", lifespan="off", log_config=None, access_log=False, ws="none", **tls
         )
         self._server = server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))

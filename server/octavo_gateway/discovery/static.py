@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import msgspec
 import yaml
 
@@ -25,10 +24,12 @@ from octavo_gateway.registry import (
     Saturation,
     Strategy,
 )
+from octavo_gateway.upstream import UpstreamError, UpstreamPool
 
 log = logging.getLogger("octavo.gateway.discovery")
 
 POLL_S = 1.0
+MAX_PROBE_BYTES = 64 * 1024
 PROBE_TIMEOUT_S = 2.0
 
 
@@ -153,9 +154,10 @@ def to_entry(model: ModelSpec, ready: Mapping[str, bool]) -> ModelEntry:
 class StaticDiscovery:
     """Follows the file and the readiness of what it names; a broken edit is told and the last good view kept."""
 
-    def __init__(self, path: Path, registry: Registry) -> None:
+    def __init__(self, path: Path, registry: Registry, pool: UpstreamPool) -> None:
         self._path = path
         self._registry = registry
+        self._pool = pool
         self._stamp: tuple[int, int] | None = None
         self._file: StaticFile | None = None
         self._published: tuple[ModelEntry, ...] | None = None
@@ -163,19 +165,17 @@ class StaticDiscovery:
     async def run(self) -> None:
         """Follow until cancelled. Raises `ConfigError` only if the file is wrong at the start."""
         self._file = load_static(self._path)
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
-            while True:
-                self._reread()
-                await self.probe(http)
-                await asyncio.sleep(POLL_S)
+        while True:
+            self._reread()
+            await self.probe()
+            await asyncio.sleep(POLL_S)
 
-    async def probe(self, http: aiohttp.ClientSession) -> None:
+    async def probe(self) -> None:
         """Ask every endpoint whether it is ready, and publish what changed."""
         if self._file is None:
             self._file = load_static(self._path)
         targets = [(model, endpoint.url) for model in self._file.models for endpoint in model.endpoints]
-        answers = await asyncio.gather(*(_ready(http, url.rstrip("/") + model.ready_path) for model, url in targets))
+        answers = await asyncio.gather(*(self._ready(url, model.ready_path) for model, url in targets))
         ready = {url: answer for (_, url), answer in zip(targets, answers, strict=True)}
         entries = tuple(
             replace(to_entry(model, ready), desired_replicas=len(model.endpoints)) for model in self._file.models
@@ -195,10 +195,10 @@ class StaticDiscovery:
         except (OSError, ConfigError) as error:
             log.error("keeping the last good models: %s", error)
 
-
-async def _ready(http: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with http.get(url) as response:
-            return response.status == 200
-    except (aiohttp.ClientError, TimeoutError):
-        return False
+    async def _ready(self, url: str, path: str) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                status, _ = await self._pool.get(Endpoint(url, url), path, MAX_PROBE_BYTES)
+        except (UpstreamError, TimeoutError):
+            return False
+        return status == 200

@@ -9,6 +9,7 @@ from octavo_gateway.upstream.connection import (
     UpstreamError,
 )
 from octavo_gateway.upstream.pool import UpstreamPool
+from octavo_gateway.upstream.tls import replica_context
 
 __all__ = [
     "BrokenResponseError",
@@ -18,4 +19,5 @@ __all__ = [
     "UpstreamConnection",
     "UpstreamError",
     "UpstreamPool",
+    "replica_context",
 ]

@@ -7,7 +7,8 @@ import ssl
 from collections import deque
 
 from octavo_gateway.registry import Endpoint
-from octavo_gateway.upstream.connection import ConnectError, UpstreamConnection
+from octavo_gateway.upstream.connection import ConnectError, ConnectionLostError, UpstreamConnection
+from octavo_gateway.upstream.tls import replica_context
 
 Address = tuple[str, int, bool]
 
@@ -23,11 +24,13 @@ class UpstreamPool:
         keep_alive_s: float = 4.0,
         max_idle_per_endpoint: int = 512,
         tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
     ) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._keep_alive_s = keep_alive_s
         self._max_idle = max_idle_per_endpoint
         self._tls = tls
+        self._server_name = server_name
         self._idle: dict[Address, deque[UpstreamConnection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -61,7 +64,19 @@ class UpstreamPool:
             self._sweep = asyncio.get_running_loop().call_later(self._keep_alive_s, self._drop_stale)
 
     async def get(self, endpoint: Endpoint, target: str, max_bytes: int) -> tuple[int, bytes]:
-        """A small document of a replica: status and body; (0, b"") when it is larger. Raises `UpstreamError`."""
+        """A small document of a replica: status and body; (0, b"") when it is larger. Raises `UpstreamError`.
+
+        A connection that was closed for idleness just before is replaced by a fresh one.
+        """
+        try:
+            return await self._get(endpoint, target, max_bytes)
+        except ConnectionLostError as error:
+            if not error.reused:
+                raise
+            self.forget(endpoint)
+            return await self._get(endpoint, target, max_bytes)
+
+    async def _get(self, endpoint: Endpoint, target: str, max_bytes: int) -> tuple[int, bytes]:
         host, port, _ = endpoint.address
         connection = await self.connect(endpoint)
         try:
@@ -92,11 +107,13 @@ class UpstreamPool:
 
     async def _open(self, endpoint_id: str, address: Address) -> UpstreamConnection:
         host, port, uses_tls = address
-        context = (self._tls or ssl.create_default_context()) if uses_tls else None
+        if uses_tls and self._tls is None:
+            self._tls = replica_context(None, None, None)
+        name = (self._server_name or host) if uses_tls else None
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    UpstreamConnection, host, port, ssl=context
+                    UpstreamConnection, host, port, ssl=self._tls if uses_tls else None, server_hostname=name
                 )
         except TimeoutError as error:
             raise ConnectError(f"replica {endpoint_id}: no connection within {self._connect_timeout_s:g} s") from error

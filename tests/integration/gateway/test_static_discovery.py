@@ -12,6 +12,7 @@ from fakes.openai_replica import OpenAIReplica
 from octavo_gateway.discovery import StaticDiscovery, load_static
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.registry import EndpointState, Registry, Strategy
+from octavo_gateway.upstream import UpstreamPool
 
 FULL = """
 settings: {port: 0}
@@ -39,7 +40,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 async def test_every_field_of_the_file_reaches_the_registry(tmp_path: Path) -> None:
     registry = Registry()
-    task = asyncio.create_task(StaticDiscovery(write(tmp_path, FULL), registry).run())
+    task = asyncio.create_task(StaticDiscovery(write(tmp_path, FULL), registry, UpstreamPool()).run())
     await until(lambda: registry.synced)
     task.cancel()
 
@@ -62,7 +63,7 @@ async def test_it_follows_readiness_and_edits_and_keeps_the_last_good_view(tmp_p
     async with OpenAIReplica().serve() as replica:
         line = f'  - {{name: NAME, endpoints: [{{url: "{replica.url}"}}]}}\n'
         path = write(tmp_path, "models:\n" + line.replace("NAME", "a"))
-        task = asyncio.create_task(StaticDiscovery(path, registry).run())
+        task = asyncio.create_task(StaticDiscovery(path, registry, UpstreamPool()).run())
         await until(lambda: names() == {"a"} and bool(registry.snapshot.models["a"].ready))
 
         replica.ready = False
