@@ -11,9 +11,9 @@ from octavo_operator.canary import TrackCounts, TrialView
 from octavo_operator.faults import find_fault
 from octavo_operator.observation import Observation
 
-REQUESTS = "octavo_gateway_track_requests_total"
-ERRORS = "octavo_gateway_track_errors_total"
-FIRST_BYTE = "octavo_gateway_track_first_byte_seconds"
+TRACK_METRICS = "octavo_gateway_track_"
+REQUESTS, ERRORS = f"{TRACK_METRICS}requests_total", f"{TRACK_METRICS}errors_total"
+FIRST_BYTE = f"{TRACK_METRICS}first_byte_seconds"
 STABLE, CANARY = "stable", "canary"
 
 

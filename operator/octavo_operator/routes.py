@@ -24,7 +24,7 @@ def route_view(pages: Sequence[Page], gateways: int, model: str, namespace: str)
     """The view of one service, from the metrics pages of the gateways that answered."""
     serving, taken_by = 0, ""
     for page in pages:
-        holders = {sample.labels.get("namespace", "") for sample in page.find(KNOWN_MODELS, {"model": model})}
+        holders = {sample.labels.get("namespace", "") for sample in page.of_model(KNOWN_MODELS, model)}
         serving += namespace in holders
         taken_by = next((holder for holder in sorted(holders) if holder != namespace), taken_by)
     return RouteView(gateways, len(pages), serving, taken_by)

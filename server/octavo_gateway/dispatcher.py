@@ -328,13 +328,15 @@ class Dispatcher:
         route: RouteRequest,
         excluded: frozenset[str],
     ) -> Lease:
-        """Prefer a replica that has not failed this request, of either track, and has the adapter loaded; each wish
-        fails open."""
+        """Prefer a replica that has not failed this request, of either track. A request for an adapter goes to a busy
+        replica that holds it rather than to one that would not know it; where none is known to hold it, to any."""
         if excluded:
             untried = [c for c in offered if c.endpoint.id not in excluded]
             offered = untried or [c for c in candidates if c.endpoint.id not in excluded] or offered
         if route.adapter is not None:
-            offered = [c for c in offered if route.adapter in c.endpoint.adapters] or offered
+            holders = [e for e in entry.ready if route.adapter in e.adapters]
+            free = [c for c in offered if c.endpoint in holders]
+            offered = free or [Candidate(e, self._loads[e.id]) for e in holders] or offered
         choice = self._router.choose(entry.strategy, offered, route)
         fresh = 1.0 - choice.matched_blocks / len(route.prefix) if route.prefix else 1.0
         pending_tokens = route.prompt_tokens * fresh

@@ -31,6 +31,16 @@ class Page:
 
     time: float
     samples: Mapping[str, tuple[Sample, ...]]
+    _models: dict[str, dict[str, list[Sample]]] = field(default_factory=dict, compare=False, repr=False)
+
+    def of_model(self, name: str, model: str) -> Sequence[Sample]:
+        """Samples of a metric whose label `model` is this one; found without a scan, for pages of many models."""
+        index = self._models.get(name)
+        if index is None:
+            index = self._models[name] = {}
+            for sample in self.samples.get(name, ()):
+                index.setdefault(sample.labels.get("model", ""), []).append(sample)
+        return index.get(model, ())
 
     def find(self, name: str, labels: Mapping[str, str] | None = None) -> tuple[Sample, ...]:
         """Samples of a metric that carry these labels."""
@@ -81,10 +91,18 @@ class Histogram:
         return below_bound
 
 
-def parse_page(text: str, time: float) -> Page:
-    """A metrics page; lines that are no samples are skipped, and everything after 20,000 samples."""
+def parse_page(text: str, time: float, prefixes: tuple[str, ...] = ()) -> Page:
+    """A metrics page; lines that are no samples are skipped, and everything after 20,000 samples.
+
+    With `prefixes`, only metrics whose names begin with one of them are read, all of them.
+    """
     by_name: dict[str, list[Sample]] = {}
-    for sample in _parse_lines(text):
+    lines = text.splitlines()
+    if prefixes:
+        wanted: Iterable[str] = (line for line in lines if line.startswith(prefixes))
+    else:
+        wanted = lines
+    for sample in _parse_lines(wanted, None if prefixes else MAX_SAMPLES):
         by_name.setdefault(sample.name, []).append(sample)
     return Page(time, {name: tuple(samples) for name, samples in by_name.items()})
 
@@ -166,9 +184,9 @@ def _sum(samples: Sequence[Sample]) -> float | None:
     return sum(values) if values else None
 
 
-def _parse_lines(text: str) -> Iterable[Sample]:
+def _parse_lines(lines: Iterable[str], most: int | None) -> Iterable[Sample]:
     count = 0
-    for line in text.splitlines():
+    for line in lines:
         if not line or line[0] == "#":
             continue
         match = _SAMPLE.match(line)
@@ -178,7 +196,7 @@ def _parse_lines(text: str) -> Iterable[Sample]:
         labels = {k: _ESCAPE.sub(_unescape, v) for k, v in _LABEL.findall(match[2] or "")}
         yield Sample(match[1], labels, value)
         count += 1
-        if count >= MAX_SAMPLES:
+        if count == most:
             return
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,6 +16,7 @@ from octavo_operator.autoscale.history import History
 from octavo_operator.autoscale.metrics import Page, parse_page
 from octavo_operator.autoscale.observer import Observer
 from octavo_operator.autoscale.signals import ReplicaSample
+from octavo_operator.canary_meter import TRACK_METRICS
 from octavo_operator.controller.bounded_read import read_up_to
 from octavo_operator.controller.client import ApiError, KubeClient
 from octavo_operator.controller.kinds import INFERENCE_SERVICE, POD
@@ -28,11 +29,14 @@ from octavo_operator.judgement import Scaling
 from octavo_operator.observation import DeploymentView, Observation
 from octavo_operator.plan.values import Workload
 from octavo_operator.render.labels import COMPONENT
-from octavo_operator.routes import route_view
+from octavo_operator.routes import KNOWN_MODELS, route_view
 from octavo_operator.status import start_seconds
 
 log = logging.getLogger("octavo.operator.scaling")
 MAX_PAGE_BYTES = 4 * 1024 * 1024
+HELD, ARRIVALS = "octavo_gateway_requests_held", "octavo_gateway_arrivals_total"
+GATEWAY_METRICS = (HELD, ARRIVALS, KNOWN_MODELS, TRACK_METRICS)  # what is read of a gateway's page, which is long
+MAX_GATEWAY_PAGE_BYTES = 32 * 1024 * 1024
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 
 
@@ -171,12 +175,16 @@ class ScalingLoop:
         """Metrics of every gateway of the installation; one that does not answer is left out this time."""
         pods = self._store.labelled(POD, self._settings.own_namespace, COMPONENT, "gateway")
         urls = {p["metadata"]["name"]: f"{replica_url(p, GATEWAY_PORT)}/metrics" for p in pods if can_be_reached(p)}
-        texts = await asyncio.gather(*(self._page(http, url) for url in urls.values()))
+        texts = await asyncio.gather(*(self._page(http, url, MAX_GATEWAY_PAGE_BYTES) for url in urls.values()))
         now = self._now()
-        answers = {name: parse_page(text, now) for name, text in zip(urls, texts, strict=True) if text is not None}
+        answers = {
+            name: parse_page(text, now, GATEWAY_METRICS)
+            for name, text in zip(urls, texts, strict=True)
+            if text is not None
+        }
         return Gateways(len(urls), answers)
 
-    async def _page(self, http: aiohttp.ClientSession, url: str) -> str | None:
+    async def _page(self, http: aiohttp.ClientSession, url: str, limit: int = MAX_PAGE_BYTES) -> str | None:
         """A metrics page; None when the replica does not answer in time."""
         timeout = aiohttp.ClientTimeout(total=self._settings.scrape_timeout_s)
         async with self._limit:
@@ -184,7 +192,7 @@ class ScalingLoop:
                 async with http.get(url, timeout=timeout) as answer:
                     if answer.status != 200:
                         return None
-                    body = await read_up_to(answer, MAX_PAGE_BYTES)
+                    body = await read_up_to(answer, limit)
                     return body.decode(errors="replace")
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return None
@@ -228,10 +236,14 @@ def gateway_signals(pages: Iterable[Page], workload: Workload) -> tuple[int, flo
     """(held requests, arrivals ever) of a service over all gateways; arrivals None when no gateway knows it."""
     held, arrivals, known = 0.0, 0.0, False
     for page in pages:
-        for model in workload.model_names[:1]:
-            labels: Mapping[str, str] = {"model": model, "namespace": workload.namespace}
-            held += sum(sample.value for sample in page.find("octavo_gateway_requests_held", labels))
-            counted = page.find("octavo_gateway_arrivals_total", labels)
-            arrivals += sum(sample.value for sample in counted)
-            known = known or bool(counted)
+        held += sum(_values(page, HELD, workload))
+        counted = list(_values(page, ARRIVALS, workload))
+        arrivals += sum(counted)
+        known = known or bool(counted)
     return round(held), arrivals if known else None
+
+
+def _values(page: Page, name: str, workload: Workload) -> Iterator[float]:
+    for sample in page.of_model(name, workload.model_name):
+        if sample.labels.get("namespace") == workload.namespace:
+            yield sample.value

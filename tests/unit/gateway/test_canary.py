@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_gateway.canary import Track
@@ -49,6 +49,7 @@ class Door:
         return lease.endpoint.id
 
 
+@settings(deadline=None)
 @given(st.integers(1, 99), st.integers(1, 400))
 def test_the_canary_gets_exactly_its_weight_at_every_moment(weight: int, requests: int) -> None:
     door = Door(weight, OLD, NEW)

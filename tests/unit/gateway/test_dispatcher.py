@@ -316,3 +316,15 @@ def test_under_any_interleaving_nobody_is_lost_and_every_count_returns_to_zero(
         assert all(desk.loads[e.id].in_flight == 0 for e in up)
 
     asyncio.run(run())
+
+
+async def test_a_request_for_an_adapter_never_goes_to_a_replica_that_lacks_it_while_another_holds_it() -> None:
+    desk = Desk()
+    holder = Endpoint("holder", "http://h:1", adapters=frozenset({"sql"}))
+    lacking = Endpoint("lacking", "http://h:2")
+    entry = desk.serve(holder, lacking, adapters=("sql",))
+    route = RouteRequest("m", adapter="sql")
+    taken = [desk.dispatcher.try_acquire(entry, route) for _ in range(4 * COLD_CONCURRENCY)]
+    assert {lease.endpoint.id for lease in taken if lease is not None} == {"holder"}
+    unknown = desk.dispatcher.try_acquire(entry, RouteRequest("m", adapter="nobody-has-it"))
+    assert unknown is not None, "a replica says itself that it does not know the adapter"

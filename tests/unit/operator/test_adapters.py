@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_operator.adapters import (
@@ -35,6 +35,7 @@ def take(held: Holding, step: Step) -> Holding:
     return Holding(held.replica, held.loaded | {step.name}, {**ours, step.name: step.path})
 
 
+@settings(deadline=None)
 @given(PATHS, st.sets(NAMES), PATHS)
 def test_the_steps_lead_to_what_is_wanted_and_then_nothing_is_left_to_do(
     wanted: dict[str, str], loaded: set[str], ours: dict[str, str]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_operator.api.operations import Canary
@@ -132,6 +132,7 @@ VIEWS = st.builds(
 STEPS = st.lists(st.integers(1, 99), min_size=1, max_size=4, unique=True).map(sorted)
 
 
+@settings(deadline=None)
 @given(STEPS, st.booleans(), st.lists(st.tuples(st.floats(0.0, 900.0), VIEWS), max_size=30))
 def test_whatever_happens_weights_stay_within_the_steps_and_looking_twice_changes_nothing(
     weights: list[int], rollback: bool, looks: list[tuple[float, TrialView]]

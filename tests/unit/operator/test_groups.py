@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_engine.config import EngineConfig
@@ -171,6 +171,7 @@ def test_an_outdated_group_that_does_not_serve_anyway_is_replaced_at_once() -> N
     assert [g.index for g in groups_to_recreate(groups, 0, GroupMemory(), 0.0)] == ["0"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.booleans(), st.booleans(), st.tuples(st.integers(0, 1), st.integers(0, 1))), min_size=1, max_size=6

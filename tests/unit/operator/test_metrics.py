@@ -95,3 +95,13 @@ def test_a_utilization_beyond_its_range_is_clamped() -> None:
 @given(st.text(max_size=300))
 def test_no_text_breaks_the_parser(text: str) -> None:
     parse_page(text, 0.0)
+
+
+def test_of_a_gateways_long_page_only_what_is_asked_for_is_read_and_found_by_model() -> None:
+    lines = [f'octavo_gateway_bucket{{model="m{i}"}} 1' for i in range(30_000)]
+    lines += [f'octavo_gateway_held{{model="m{i}",namespace="n"}} {i}' for i in range(1_500)]
+    page = parse_page("\n".join(lines), 1.0, ("octavo_gateway_held",))
+    assert list(page.samples) == ["octavo_gateway_held"]
+    assert [s.value for s in page.of_model("octavo_gateway_held", "m1499")] == [1_499]
+    assert list(page.of_model("octavo_gateway_held", "nobody")) == []
+    assert list(page.of_model("octavo_gateway_bucket", "m1")) == []
