@@ -75,6 +75,10 @@ CASES |= {
     "gemma2": _case("Gemma2", sliding_window=6, query_pre_attn_scalar=20),
     "gemma3": (hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(**SIZES, sliding_window=6, query_pre_attn_scalar=20)),
     "phi3": _case("Phi3"),
+    "phi3, grouped queries, part of a head turned, tied": _case(
+        "Phi3", tie_word_embeddings=True, **_rope("default", partial_rotary_factor=0.75)
+    ),
+    "olmo2": _case("Olmo2"),
     "smollm3": _case("SmolLM3", no_rope_layers=[1, 0, 1]),
     "gpt-oss": _case("GptOss", num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class Attention:
     `ops.paged_attention`.
     """
 
-    qkv: Linear
+    qkv: Callable[[torch.Tensor], torch.Tensor]
     output: Linear
     num_heads: int
     num_kv_heads: int

@@ -17,6 +17,7 @@ from octavo_engine.errors import InvalidRequestError
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.fused_moe import FusedMoE
+from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GATED, GatedMLP
 from octavo_engine.layers.moe import MoE
 from octavo_engine.layers.norm import RMSNorm
@@ -237,6 +238,8 @@ def _layer_plan(layer: Layer, config: LayerConfig) -> DecoderLayerPlan | None:
     if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, GatedMLP):
         return None
     attention, mlp = layer.attention, layer.mlp
+    if not isinstance(attention.qkv, Linear):
+        return None
     if attention.soft_cap or attention.sinks is not None or mlp.gate_up.bias is not None or mlp.down.bias is not None:
         return None
     return DecoderLayerPlan(

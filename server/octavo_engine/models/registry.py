@@ -9,6 +9,7 @@ from octavo_engine.models.gpt_oss import GptOssForCausalLM
 from octavo_engine.models.interface import Model
 from octavo_engine.models.llama import LlamaForCausalLM
 from octavo_engine.models.mistral import MistralForCausalLM, MixtralForCausalLM
+from octavo_engine.models.olmo import Olmo2ForCausalLM
 from octavo_engine.models.phi import Phi3ForCausalLM
 from octavo_engine.models.qwen import Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from octavo_engine.models.raw_config import RawConfig
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[str, type[Model]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
     "MixtralForCausalLM": MixtralForCausalLM,
+    "Olmo2ForCausalLM": Olmo2ForCausalLM,
     "Phi3ForCausalLM": Phi3ForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen2MoeForCausalLM": Qwen2MoeForCausalLM,
