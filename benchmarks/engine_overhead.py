@@ -51,7 +51,7 @@ class InstantRunner:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None: ...
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
         return torch.zeros(len(prompts), 1)
 
     def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:

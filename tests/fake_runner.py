@@ -106,7 +106,7 @@ class FakeRunner:
         for new, old in transfer.source_of.items():
             destination[new] = list(source[old])
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
         if any(CRASH in prompt for prompt in prompts):
             raise RuntimeError("a token the model cannot embed")
         return torch.tensor([[float(sum(prompt)), float(len(prompt)), 0.0, 1.0] for prompt in prompts])

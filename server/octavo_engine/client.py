@@ -48,8 +48,10 @@ class EngineClient(Protocol):
         cannot fit, `EngineDrainingError` while draining and `EngineDeadError` if the engine dies meanwhile.
         """
 
-    async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
-        """Pool one text into a vector (`SequenceOutput.embedding`)."""
+    async def embed(
+        self, *, request_id: str, prompt_token_ids: list[int], second_start: int = 0, tenant: str = ""
+    ) -> SequenceOutput:
+        """Pool one text into a vector, or classify it (`SequenceOutput.embedding`); see `EmbedRequest`."""
 
     async def load_adapter(self, *, request_id: str, name: str, path: str, replace: bool = False) -> None:
         """Load an adapter, or replace one; raises `InvalidRequestError`. `stats.adapters` names it afterwards."""

@@ -22,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     quantization: str = "auto"  # auto | none | int8 | int4 | fp8
     kv_cache_dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | int8 | fp8
-    task: str = "auto"  # auto | generate | embed
+    task: str = "auto"  # auto | generate | embed | classify
     max_model_len: int = 0
     block_size: int = 16
     num_kv_blocks: int = 0
@@ -112,7 +112,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "quantization": ("auto", "none", "int8", "int4", "fp8"),
             "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
-            "task": ("auto", "generate", "embed"),
+            "task": ("auto", "generate", "embed", "classify"),
             "distributed_backend": ("auto", "nccl", "gloo"),
             "preemption_mode": ("auto", "recompute", "swap"),
         }

@@ -57,7 +57,9 @@ class EmbeddingQueue:
     def _pool(self, batch: list[EmbedRequest]) -> list[SequenceOutput]:
         """Pool a batch; a text that cannot be computed fails alone."""
         try:
-            vectors = self._runner.embed([request.prompt_token_ids for request in batch])
+            vectors = self._runner.embed(
+                [request.prompt_token_ids for request in batch], [request.second_start for request in batch]
+            )
         except (torch.AcceleratorError, EngineDeadError):
             raise
         except Exception as error:

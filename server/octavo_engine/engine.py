@@ -125,7 +125,9 @@ class EngineCore:
         self.check_prompt(request.prompt_token_ids)
         request.sampling.validate(self.model.vocab_size)
         if self.model.task != "generate":
-            raise InvalidRequestError(f"{self.model.name} is an embedding model and cannot generate text", "model")
+            raise InvalidRequestError(
+                f"{self.model.name} is served to {self.model.task} and generates no text", "model"
+            )
         self._adapter(request.adapter)
         structured = request.sampling.structured
         if structured is None:

@@ -47,10 +47,14 @@ class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
-    """One text to pool into a vector; batched with others on the same engine."""
+    """One text to pool into a vector, or to classify; batched with others on the same engine.
+
+    second_start: where the second text of a pair starts; 0 for a single text.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
+    second_start: int = 0
     tenant: str = ""
     arrival_time: float = 0.0
 
@@ -182,7 +186,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     path: str
     architecture: str
-    task: str  # generate | embed
+    task: str  # generate | embed | classify
     max_model_len: int
     vocab_size: int
     hidden_size: int
@@ -199,6 +203,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     num_ranks: int = 1
     kv_host_blocks: int = 0
+    labels: list[str] = []  # of a classifier, in the order of its scores
+    judges_by_yes: bool = False  # the only label is how likely a language model says yes
     phase_seconds: dict[str, float] = {}
 
 

@@ -47,11 +47,12 @@ def write_checkpoint(path: Path, model_type: type, config: Any, seed: int = 0, *
     return model
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of single printable characters beside the checkpoint."""
+def write_tokenizer(folder: Path, words: Sequence[str] = ()) -> None:
+    """A tokenizer of single printable characters, and these words, beside the checkpoint."""
     vocab = {"<unk>": 0} | {char: index + 1 for index, char in enumerate(string.printable)}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_tokens(list(words))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

@@ -14,12 +14,14 @@ import torch
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 from octavo_engine.kv.sizing import num_host_blocks, num_kv_blocks
+from octavo_engine.layers.classifier import Classifier, YesOrNo
 from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo_engine.loader.pooling_config import is_embedding_checkpoint, read_pooling
 from octavo_engine.loader.quantization import OnTheFly
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.lora.layers import AdaptedModel
 from octavo_engine.messages import LoadProgress, ModelInfo
+from octavo_engine.models.classification import labels
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.decoder import Decoder
 from octavo_engine.models.interface import Model
@@ -29,10 +31,11 @@ from octavo_engine.parallel.rank import SINGLE
 from octavo_engine.parallel.topology import check_topology
 from octavo_engine.runner.interface import ModelRunner
 from octavo_engine.runner.machine import choose_device, choose_dtype, choose_kv_dtype, free_memory_bytes, usable_cpus
-from octavo_engine.runner.pooling import PoolingMethod
+from octavo_engine.runner.pooling import Pool, Pooling, PoolingMethod
 from octavo_engine.runner.torch_runner import TorchModelRunner
 from octavo_engine.scheduler.limits import limits_for
 from octavo_engine.storage import resolve
+from octavo_engine.tokenizer.load import load_tokenizer
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -95,6 +98,8 @@ def _read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost
     model = model_class(model_config, weights, max_model_len)
     weights.finish(model.ignored_tensors)
     task = _task(config, checkpoint, model)
+    judges = task == "classify" and model.classifier is None
+    names = ("yes",) if judges else labels(checkpoint.config) if task == "classify" else ()
     info = ModelInfo(
         name=config.served_model_names[0] if config.served_model_names else path.stem,
         path=str(path),
@@ -114,16 +119,31 @@ def _read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost
         kv_blocks_total=0,
         kv_bytes_per_token=model.cache_layout.bytes_per_token(kv_dtype),
         num_ranks=config.num_ranks,
+        labels=list(names),
+        judges_by_yes=judges,
     )
     adapted = None
-    if config.enable_lora and task == "embed":
-        raise ConfigError("enable_lora: adapters are for models that generate; this one embeds")
+    if config.enable_lora and task != "generate":
+        raise ConfigError(f"enable_lora: adapters are for models that generate; this one is served to {task}")
     if config.enable_lora:
         max_num_tokens = limits_for(config, device.type).max_num_batched_tokens
         adapted = AdaptedModel(model, dtype, config.max_loras, config.max_lora_rank, max_num_tokens)
         info = msgspec.structs.replace(info, adapter_bytes=adapted.nbytes)
-    default = PoolingMethod.LAST if model.can_generate else PoolingMethod.MEAN
-    return TorchModelRunner(model, info, kv_dtype, read_pooling(path, default), adapted)
+    return TorchModelRunner(model, info, kv_dtype, _pool(task, path, model), adapted)
+
+
+def _pool(task: str, path: Path, model: Model) -> Pool:
+    """From token states to what a text is answered with."""
+    if task != "classify":
+        return read_pooling(path, PoolingMethod.LAST if model.can_generate else PoolingMethod.MEAN)
+    if model.classifier is not None:
+        return model.classifier
+    tokenizer = load_tokenizer(str(path))
+    words = [tokenizer.encode(word, add_special_tokens=False) for word in ("yes", "no")]
+    if any(len(word) != 1 for word in words):
+        raise ConfigError(f"task: {path.name} has no tokens for yes and no, so it cannot classify; use task=generate")
+    last = Pooling(PoolingMethod.LAST, normalize=False)
+    return Classifier(last, (model.logits,), YesOrNo(words[0][0], words[1][0]))
 
 
 def _on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None:
@@ -156,11 +176,19 @@ def _num_blocks(config: EngineConfig, info: ModelInfo, ranks_here: int) -> int:
 
 
 def _task(config: EngineConfig, checkpoint: Checkpoint, model: Model) -> str:
-    """`auto` embeds where the model cannot generate or sentence-transformers laid the checkpoint out."""
-    if config.task == "generate" and not model.can_generate:
-        raise ConfigError(f"task: {model.config.architecture} is an embedding model; use task=embed or auto")
-    if config.task != "auto":
-        return config.task
+    """`auto` classifies where there is a head for it, and embeds where the model cannot generate or where
+    sentence-transformers laid the checkpoint out. A language model asked to classify judges by yes and no."""
+    asked, name = config.task, model.config.architecture
+    if model.classifier is not None:
+        if asked not in ("auto", "classify"):
+            raise ConfigError(f"task: {name} is a classifier; use task=classify or auto")
+        return "classify"
+    if asked == "classify" and not model.can_generate:
+        raise ConfigError(f"task: {name} has no head to classify with; use task=embed or auto")
+    if asked == "generate" and not model.can_generate:
+        raise ConfigError(f"task: {name} is an embedding model; use task=embed or auto")
+    if asked != "auto":
+        return asked
     return "embed" if not model.can_generate or is_embedding_checkpoint(checkpoint.path) else "generate"
 
 

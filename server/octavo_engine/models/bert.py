@@ -1,4 +1,4 @@
-"""BERT-family encoders for embeddings: MiniLM, E5, BGE, GTE (small and base); RoBERTa and XLM-R likewise."""
+"""BERT-family encoders that embed or classify: MiniLM, E5, BGE, GTE (small and base); RoBERTa and XLM-R likewise."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch.nn import functional
 
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.layers.attention import Attention
+from octavo_engine.layers.classifier import Classifier, Step
 from octavo_engine.layers.embedding import Embedding
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.norm import LayerNorm
 from octavo_engine.loader.weights import WeightLoader
+from octavo_engine.models.classification import SUFFIX, activation, labels
 from octavo_engine.models.config import LayerConfig, ModelConfig, num_layers
 from octavo_engine.models.interface import Model
 from octavo_engine.models.raw_config import RawConfig
 from octavo_engine.models.rope_config import head_layout
+from octavo_engine.runner.pooling import Pooling, PoolingMethod
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.step import DecoderPlan
 
@@ -38,10 +41,9 @@ class EncoderLayer:
 
 
 class BertModel(Model):
-    """Bidirectional encoder with learned positions; embeds, never generates."""
+    """Bidirectional encoder with learned positions; embeds or classifies, never generates."""
 
     can_generate = False
-    ignored_tensors = ("pooler.", "cls.", "lm_head.")  # heads of pre-training
     first_position = 0
 
     def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
@@ -52,11 +54,18 @@ class BertModel(Model):
         longest = config.max_position_embeddings + self.first_position
         self._positions = self._table(weights, f"{prefix}embeddings.position_embeddings.weight", longest)
         kinds = weights.checkpoint.config.integer("type_vocab_size", 2)
-        self._token_type = self._table(weights, f"{prefix}embeddings.token_type_embeddings.weight", kinds)[0]
+        self._token_types = self._table(weights, f"{prefix}embeddings.token_type_embeddings.weight", kinds)
+        self.has_token_types = kinds > 1
         self._norm = self._layer_norm(weights, f"{prefix}embeddings.LayerNorm")
         self._layers = tuple(
             self._make_layer(weights, f"{prefix}encoder.layer.{index}") for index in range(config.num_layers)
         )
+        if config.architecture.endswith(SUFFIX):
+            raw = weights.checkpoint.config
+            steps = self._head(weights, prefix, len(labels(raw)))
+            self.classifier = Classifier(Pooling(PoolingMethod.CLS, normalize=False), steps, activation(raw))
+        else:
+            self.ignored_tensors = ("pooler.", "cls.", "lm_head.")  # heads of pre-training
 
     @classmethod
     def configure(cls, raw: RawConfig, architecture: str) -> ModelConfig:
@@ -83,17 +92,26 @@ class BertModel(Model):
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
     ) -> torch.Tensor:
-        x = self._words(token_ids) + self._positions[batch.positions + self.first_position] + self._token_type
-        x = self._norm(x)
+        kinds = self._token_types[0] if batch.token_types is None else self._token_types[batch.token_types]
+        x = self._norm(self._words(token_ids) + self._positions[batch.positions + self.first_position] + kinds)
         for layer in self._layers:
             x = layer(x, batch)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise InvalidRequestError(f"{self.config.architecture} is an embedding model and cannot generate text", "model")
+        raise InvalidRequestError(f"{self.config.architecture} is an encoder and cannot generate text", "model")
 
     def plan(self) -> DecoderPlan | None:
         return None
+
+    def _head(self, weights: WeightLoader, prefix: str, num_labels: int) -> tuple[Step, ...]:
+        """From the first token's state to the labels' numbers."""
+        hidden = self.config.hidden_size
+        return (
+            weights.linear({f"{prefix}pooler.dense": hidden}, hidden, bias=True, exact=True),
+            torch.tanh,
+            weights.linear({"classifier": num_labels}, hidden, bias=True, exact=True),
+        )
 
     def _make_layer(self, weights: WeightLoader, prefix: str) -> EncoderLayer:
         config, hidden = self.config, self.config.hidden_size
@@ -134,3 +152,11 @@ class RobertaModel(BertModel):
     """BERT whose positions start behind the padding token's."""
 
     first_position = 2
+
+    def _head(self, weights: WeightLoader, prefix: str, num_labels: int) -> tuple[Step, ...]:
+        hidden = self.config.hidden_size
+        return (
+            weights.linear({"classifier.dense": hidden}, hidden, bias=True, exact=True),
+            torch.tanh,
+            weights.linear({"classifier.out_proj": num_labels}, hidden, bias=True, exact=True),
+        )

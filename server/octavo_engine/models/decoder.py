@@ -15,6 +15,7 @@ import torch
 
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.layers.attention import Attention
+from octavo_engine.layers.classifier import Classifier
 from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.fused_moe import FusedMoE
 from octavo_engine.layers.linear import Linear
@@ -23,11 +24,13 @@ from octavo_engine.layers.moe import MoE
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.rope import cos_sin_table
 from octavo_engine.loader.weights import WeightLoader
+from octavo_engine.models.classification import SUFFIX, activation, labels
 from octavo_engine.models.config import LayerConfig, ModelConfig
 from octavo_engine.models.interface import Model
 from octavo_engine.models.rope_config import RopeConfig
 from octavo_engine.parallel.sections import Rows
 from octavo_engine.runner.kv_cache import CacheLayout
+from octavo_engine.runner.pooling import Pooling, PoolingMethod
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.step import DecoderLayerPlan, DecoderPlan
 
@@ -71,13 +74,15 @@ class Decoder(Model):
         self.rank = weights.rank
         self._ropes: dict[RopeConfig, torch.Tensor] = {}
         self._max_positions = max_positions
-        self.can_generate = not config.architecture.endswith("Model")
+        self.can_generate = not config.architecture.endswith(("Model", SUFFIX))
         self.embedding, self.lm_head = self._read_ends(weights)
         held = self.rank.layers(config.num_layers)
         for index in set(range(config.num_layers)) - set(held):
             weights.leave(f"model.layers.{index}.")
         self.layers = tuple(self.make_layer(weights, index) for index in held)
         self.final_norm = self.make_norm(weights, "model.norm")
+        if config.architecture.endswith(SUFFIX):
+            self.classifier = self._make_classifier(weights)
 
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
@@ -166,6 +171,12 @@ class Decoder(Model):
             scale = float(torch.tensor(config.embedding_scale, dtype=weights.dtype))
             embedding = Embedding(table, weights.dtype, scale, vocabulary.start, rank.reduce)
         return embedding, None if head is None else LMHead(head, config.final_soft_cap, self._gather_logits())
+
+    def _make_classifier(self, weights: WeightLoader) -> Classifier:
+        """A head over the last token's state."""
+        raw = weights.checkpoint.config
+        score = weights.linear({"score": len(labels(raw))}, self.config.hidden_size, exact=True)
+        return Classifier(Pooling(PoolingMethod.LAST, normalize=False), (score,), activation(raw))
 
     def _gather_logits(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if self.rank.tensor_group is None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from octavo_engine.layers.classifier import Classifier
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.raw_config import RawConfig
@@ -22,6 +23,8 @@ class Model(ABC):
     config: ModelConfig
     rank: Rank = SINGLE
     can_generate: bool = True
+    classifier: Classifier | None = None
+    has_token_types: bool = False
     ignored_tensors: tuple[str, ...] = ()  # parts of names in checkpoints that this model has no use for
 
     @abstractmethod

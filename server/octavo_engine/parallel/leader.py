@@ -105,10 +105,11 @@ class ParallelRunner:
             lambda: self._from_last_stage(self._runner.forward(slices), (rows, self._info.vocab_size)),
         )
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
+        """Decoders, which alone have ranks, do not tell the texts of a pair apart."""
         if not prompts or not all(prompts):
             return self._runner.embed(prompts)
-        shape = (len(prompts), self._info.hidden_size)
+        shape = (len(prompts), len(self._info.labels) or self._info.hidden_size)
         return self._together(
             Order.EMBED, encode_lists(prompts), lambda: self._from_last_stage(self._runner.embed(prompts), shape)
         )

@@ -183,13 +183,19 @@ class EngineProcessClient:
         finally:
             self._close_stream(request_id, finished)
 
-    async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
+    async def embed(
+        self, *, request_id: str, prompt_token_ids: list[int], second_start: int = 0, tenant: str = ""
+    ) -> SequenceOutput:
         self._check_open()
         check_prompt(prompt_token_ids, self.model, room=0)
         self._check_queue()
         stream = self._open_stream(
             EmbedRequest(
-                request_id=request_id, prompt_token_ids=prompt_token_ids, tenant=tenant, arrival_time=time.time()
+                request_id=request_id,
+                prompt_token_ids=prompt_token_ids,
+                second_start=second_start,
+                tenant=tenant,
+                arrival_time=time.time(),
             )
         )
         finished = False

@@ -110,12 +110,14 @@ class DataParallelClient:
             self._loads[index] -= 1
             await stream.aclose()
 
-    async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
+    async def embed(
+        self, *, request_id: str, prompt_token_ids: list[int], second_start: int = 0, tenant: str = ""
+    ) -> SequenceOutput:
         index = min(range(len(self._loads)), key=self._loads.__getitem__)
         self._loads[index] += 1
         try:
             return await self._engines[index].embed(
-                request_id=request_id, prompt_token_ids=prompt_token_ids, tenant=tenant
+                request_id=request_id, prompt_token_ids=prompt_token_ids, second_start=second_start, tenant=tenant
             )
         finally:
             self._loads[index] -= 1

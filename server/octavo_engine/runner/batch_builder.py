@@ -95,6 +95,17 @@ def _adapter_slots(ordered: Sequence[SequenceSlice], query_lens: Array, device: 
     return _tensor(np.repeat(np.array(slots, dtype=np.int32), query_lens), device)
 
 
+def token_types(prompts: Sequence[Sequence[int]], second_starts: Sequence[int]) -> torch.Tensor:
+    """[T] int64: 1 from where a prompt's second text starts, which is never at 0; 0 everywhere else."""
+    kinds = np.zeros(sum(map(len, prompts)), dtype=np.int64)
+    end = 0
+    for prompt, start in zip(prompts, second_starts, strict=True):
+        if start:
+            kinds[end + start : end + len(prompt)] = 1
+        end += len(prompt)
+    return torch.from_numpy(kinds)
+
+
 def _block_tables(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> Array:
     used = -(-seq_lens // block_size)
     ids = _flat((s.block_table[:n] for s, n in zip(slices, used.tolist(), strict=True)), int(used.sum()), np.int32)

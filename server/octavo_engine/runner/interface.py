@@ -46,8 +46,12 @@ class ModelRunner(Protocol):
         prefills (any chunk, any start) and decodes is one call.
         """
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Pool whole prompts into vectors `[len(prompts), hidden_size]` float32, normalised as the model asks."""
+    def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
+        """Pool whole prompts into vectors `[len(prompts), hidden_size]` float32, normalised as the model asks.
+
+        A classifier gives `[len(prompts), labels]` scores. second_starts: where the second text of each pair starts, 0
+        for a prompt that is no pair; matters to encoders that tell the two apart.
+        """
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks source -> destination (copy-on-write)."""

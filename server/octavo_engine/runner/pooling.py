@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+
+Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token states [T, dim], bounds [S + 1] -> [S, n] float32
 
 
 class PoolingMethod(enum.StrEnum):

@@ -16,12 +16,12 @@ from octavo_engine.lora.layers import AdaptedModel
 from octavo_engine.lora.peft_files import read_adapter
 from octavo_engine.messages import ModelInfo
 from octavo_engine.models.interface import Model
-from octavo_engine.runner.batch_builder import build_packed, build_step
+from octavo_engine.runner.batch_builder import build_packed, build_step, token_types
 from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.host_cache import HostCache
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.machine import one_torch_thread
-from octavo_engine.runner.pooling import Pooling
+from octavo_engine.runner.pooling import Pool
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
 from octavo_kernels.step import CompiledStep, compile_step
@@ -39,14 +39,14 @@ class TorchModelRunner:
         model: Model,
         info: ModelInfo,
         kv_dtype: torch.dtype,
-        pooling: Pooling,
+        pool: Pool,
         adapted: AdaptedModel | None = None,
     ) -> None:
         self.model = model
         self._info = info
         self._device = torch.device(info.device)
         self._kv_dtype = kv_dtype
-        self._pooling = pooling
+        self._pool = pool
         self._caches: list[PagedKVCache] = []
         self._host_cache = HostCache([])
         self._step: CompiledStep | None = None
@@ -119,12 +119,14 @@ class TorchModelRunner:
             self._adapted.place(slot, adapter)
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
         if not prompts or not all(prompts):
             raise InvalidRequestError("input: every text must have at least one token", "input")
         token_ids, batch = build_packed(prompts, self._device)
+        if self.model.has_token_types and any(second_starts):
+            batch.token_types = token_types(prompts, second_starts).to(self._device)
         hidden = self.model.forward(token_ids, batch, [None] * self.model.cache_layout.num_layers)
-        return self._pooling(hidden, batch.query_start_loc)
+        return self._pool(hidden, batch.query_start_loc)
 
     def _nothing(self) -> torch.Tensor:
         return torch.empty((0, self._info.vocab_size), device=self._device)
@@ -145,7 +147,7 @@ class TorchModelRunner:
         block_size, total = self._info.kv_block_size, self._info.kv_blocks_total
         capacity = min(block_size * total, self._info.max_model_len)
         for cached, length in _WARM_UP_STEPS if self._device.type == "cuda" else _WARM_UP_STEPS[:2]:
-            if self._info.task == "embed":
+            if self._info.task != "generate":
                 self.embed([[0] * length])
             elif cached + length <= capacity:
                 self.forward([SequenceSlice([0] * length, cached, range(-(-(cached + length) // block_size)))])

@@ -75,6 +75,19 @@ class FastTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def encode_pair(self, first: str, second: str, *, max_length: int = 0) -> tuple[list[int], int]:
+        """Both texts as the model joins pairs, and where the tokens of type 1 start (0: nowhere)."""
+        try:
+            left, right = (self._tokenizer.encode(text, add_special_tokens=False) for text in (first, second))
+        except TypeError as error:
+            raise InvalidRequestError("a text holds half of a surrogate pair, no valid Unicode") from error
+        if max_length:
+            room = max_length - len(left) - self._tokenizer.num_special_tokens_to_add(is_pair=True)
+            right.truncate(max(0, min(room, len(right))))
+        joined = self._tokenizer.post_process(left, right, add_special_tokens=True)
+        ids: list[int] = joined.ids
+        return ids, joined.type_ids.index(1) if 1 in joined.type_ids else 0
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the tokens; bytes that are no valid UTF-8 come as U+FFFD."""
         skipped = self._special_ids if skip_special_tokens else frozenset()

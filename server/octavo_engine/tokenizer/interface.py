@@ -24,6 +24,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
+    def encode_pair(self, first: str, second: str, *, max_length: int = 0) -> tuple[list[int], int]:
+        """(token ids of both texts as the model joins pairs, where the second's type starts or 0).
+
+        max_length: the second text is cut so that no more tokens come out; 0 cuts nothing.
+        """
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
     def token_text(self, token_id: int) -> str:
