@@ -31,7 +31,7 @@ def serve(
         list[str] | None, _option("--served-model-name", help="Name to answer to; repeatable.", panel=_MODEL)
     ] = None,
     revision: Annotated[str | None, _option("--revision", help="Branch, tag or commit.", panel=_MODEL)] = None,
-    task: Annotated[str | None, _option("--task", help="auto, generate or embed.", panel=_MODEL)] = None,
+    task: Annotated[str | None, _option("--task", help="auto, generate, embed or classify.", panel=_MODEL)] = None,
     dtype: Annotated[str | None, _option("--dtype", help="auto, float32, bfloat16 or float16.", panel=_MODEL)] = None,
     quantization: Annotated[
         str | None, _option("--quantization", help="auto, none, int8, int4 or fp8.", panel=_MODEL)

@@ -16,7 +16,7 @@ from octavo_server.boundary import RequestBoundary
 from octavo_server.errors import INTERNAL_ERROR, ApiError
 from octavo_server.oip import http as open_inference
 from octavo_server.oip.repository import Repository
-from octavo_server.openai import adapters, chat, completions, embeddings, models, ranking, tokens
+from octavo_server.openai import adapters, chat, classification, completions, embeddings, models, ranking, tokens
 from octavo_server.openapi import add_openapi
 from octavo_server.replica import VERSION, Replica
 from octavo_server.responses import routes as responses
@@ -27,7 +27,18 @@ def build_app(replica: Replica, repository: Repository | None = None) -> Request
     # Requests are traced at the boundary, where all of their time is seen.
     untraced: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
     app = FastAPI(title="Octavo", version=VERSION, redoc_url=None, telemetry=untraced)
-    for face in (observation, models, adapters, chat, completions, responses, tokens, embeddings, ranking):
+    for face in (
+        observation,
+        models,
+        adapters,
+        chat,
+        completions,
+        responses,
+        tokens,
+        embeddings,
+        ranking,
+        classification,
+    ):
         app.include_router(face.router(replica))
     app.include_router(batches.router(replica.batches))
     app.include_router(open_inference.router(replica, repository or Repository(replica)))

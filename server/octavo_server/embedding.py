@@ -1,4 +1,4 @@
-"""Texts to vectors: the one path every embedding face uses."""
+"""Texts to vectors or scores: the one path every embedding, ranking and classifying face uses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from octavo_engine.client import EngineClient
 from octavo_engine.errors import OctavoError
 from octavo_server.caller import Caller
 from octavo_server.errors import ApiError, bad_request, from_engine_error
+from octavo_server.judging import judge_prompt
 from octavo_server.served_model import ServedModel
 from octavo_server.text_pool import TextPool
 
@@ -20,14 +21,22 @@ _CONCURRENCY = 64
 
 @dataclass(frozen=True, slots=True)
 class TextVector:
-    """One text's vector and how many tokens it had."""
+    """One text's vector, or a classifier's scores of it, and how many tokens it had."""
 
     values: list[float]
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """second_start: see `EmbedRequest`."""
+
+    token_ids: list[int]
+    second_start: int = 0
+
+
 class Embedder:
-    """Vectors of one loaded model."""
+    """Vectors, or scores, of one loaded model."""
 
     def __init__(self, engine: EngineClient, served: ServedModel, text: TextPool) -> None:
         self._engine = engine
@@ -43,8 +52,11 @@ class Embedder:
         truncate: int | None = None,
         add_special_tokens: bool = True,
     ) -> list[TextVector]:
-        """A vector for each text or list of token ids, in order; raises `ApiError` that names `param`."""
-        if self._served.info.task != "embed":
+        """A vector, or a classifier's scores, for each text or list of token ids, in order.
+
+        Raises `ApiError` that names `param`.
+        """
+        if self._served.info.task == "generate":
             raise bad_request(
                 f"model: {self._served.name} generates text and makes no embeddings; serve it with --task embed",
                 "model",
@@ -52,36 +64,66 @@ class Embedder:
         many = len(texts) > 1
         prompts = await self._text.run(
             lambda: [
-                self._token_ids(text, f"{param}[{i}]" if many else param, truncate, add_special_tokens)
+                self._single(text, f"{param}[{i}]" if many else param, truncate, add_special_tokens)
                 for i, text in enumerate(texts)
             ]
         )
+        return await self._run(prompts, caller)
+
+    async def score_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        caller: Caller,
+        *,
+        param: str,
+        truncate: int | None,
+        instruction: str | None,
+    ) -> list[TextVector]:
+        """One score for each pair of query and document; raises `ApiError` for a classifier of several labels."""
+        info = self._served.info
+        if len(info.labels) != 1:
+            raise bad_request(
+                f"model: {self._served.name} tells {len(info.labels)} labels apart and ranks nothing; use /classify",
+                "model",
+            )
+        if instruction is not None and not info.judges_by_yes:
+            raise bad_request("instruction: this model takes none", "instruction")
+        prompts = await self._text.run(
+            lambda: [
+                self._pair(query, document, f"{param}[{i}]", truncate, instruction)
+                for i, (query, document) in enumerate(pairs)
+            ]
+        )
+        return await self._run(prompts, caller)
+
+    async def _run(self, prompts: Sequence[_Prompt], caller: Caller) -> list[TextVector]:
         gate = asyncio.Semaphore(_CONCURRENCY)
 
-        async def one(token_ids: list[int]) -> TextVector:
+        async def one(prompt: _Prompt) -> TextVector:
             async with gate:
-                return await self._embed(token_ids, caller)
+                return await self._embed(prompt, caller)
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(token_ids)) for token_ids in prompts]
+                tasks = [group.create_task(one(prompt)) for prompt in prompts]
         except* ApiError as errors:
             raise _first(errors) from None
         return [task.result() for task in tasks]
 
-    async def _embed(self, token_ids: list[int], caller: Caller) -> TextVector:
+    async def _embed(self, prompt: _Prompt, caller: Caller) -> TextVector:
         try:
             output = await self._engine.embed(
-                request_id=f"embd-{uuid.uuid4().hex}", prompt_token_ids=token_ids, tenant=caller.tenant
+                request_id=f"embd-{uuid.uuid4().hex}",
+                prompt_token_ids=prompt.token_ids,
+                second_start=prompt.second_start,
+                tenant=caller.tenant,
             )
         except OctavoError as error:
             raise from_engine_error(error) from error
-        caller.consumed.prompt_tokens += len(token_ids)
-        return TextVector(output.embedding or [], len(token_ids))
+        caller.consumed.prompt_tokens += len(prompt.token_ids)
+        return TextVector(output.embedding or [], len(prompt.token_ids))
 
-    def _token_ids(
-        self, text: str | list[int], param: str, truncate: int | None, add_special_tokens: bool
-    ) -> list[int]:
+    def _single(self, text: str | list[int], param: str, truncate: int | None, add_special_tokens: bool) -> _Prompt:
         served = self._served
         context = served.info.max_model_len
         if isinstance(text, str):
@@ -94,6 +136,22 @@ class Embedder:
                 raise bad_request(f"{param}: {max(ids)} is no token of this model", param)
         if truncate is not None:
             ids = ids[: context if truncate == -1 else truncate]
+        return _Prompt(self._checked(ids, param))
+
+    def _pair(self, query: str, document: str, param: str, truncate: int | None, instruction: str | None) -> _Prompt:
+        served = self._served
+        limit = 0
+        if truncate is None:
+            served.check_characters(document, param)
+        else:
+            limit = served.info.max_model_len if truncate == -1 else min(truncate, served.info.max_model_len)
+        if served.info.judges_by_yes:
+            return _Prompt(self._checked(judge_prompt(served.tokenizer, query, document, instruction, limit), param))
+        ids, second_start = served.tokenizer.encode_pair(query, document, max_length=limit)
+        return _Prompt(self._checked(ids, param), second_start)
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
+        context = self._served.info.max_model_len
         if not ids:
             raise bad_request(f"{param}: holds no token", param)
         if len(ids) > context:

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from octavo_server.oip.generate import GenerateBody
 from octavo_server.oip.http_codec import InferBody
+from octavo_server.openai.classification import ClassificationRequest
 from octavo_server.openai.embeddings import EmbeddingRequest
 from octavo_server.openai.ranking import RerankRequest, ScoreRequest
 from octavo_server.openai.request_types import ChatCompletionRequest, CompletionRequest
@@ -21,6 +22,7 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/embeddings": EmbeddingRequest,
+    "/v1/classify": ClassificationRequest,
     "/v1/score": ScoreRequest,
     "/v1/rerank": RerankRequest,
     "/tokenize": TokenizeRequest,

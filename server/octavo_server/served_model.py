@@ -62,10 +62,12 @@ class ServedModel:
         """The adapter that a checked name stands for; empty for the base model."""
         return "" if name in self.names else name
 
-    def require_task(self, task: str, route: str) -> None:
-        """Raise a 400 when this model cannot do what the route is for."""
-        if self.info.task != task:
-            raise bad_request(f"{route} needs a model for {task!r}; {self.name} is one for {self.info.task!r}", "model")
+    def require_task(self, task: str | tuple[str, ...], route: str) -> None:
+        """Raise a 400 when this model cannot do what the route is for: one of these tasks."""
+        tasks = (task,) if isinstance(task, str) else task
+        if self.info.task not in tasks:
+            wanted = " or ".join(repr(name) for name in tasks)
+            raise bad_request(f"{route} needs a model for {wanted}; {self.name} is one for {self.info.task!r}", "model")
 
     def check_characters(self, text: str, param: str) -> None:
         """Refuse, before tokenizing, a text that cannot fit however well it compresses."""

@@ -161,7 +161,9 @@ class FakeEngine:
             if finish is not None:
                 return
 
-    async def embed(self, *, request_id: str, prompt_token_ids: list[int], tenant: str = "") -> SequenceOutput:
+    async def embed(
+        self, *, request_id: str, prompt_token_ids: list[int], second_start: int = 0, tenant: str = ""
+    ) -> SequenceOutput:
         total = sum(prompt_token_ids)
         vector = [float((total * (i + 1)) % 7 - 3) for i in range(8)]
         norm = sum(value * value for value in vector) ** 0.5 or 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,17 @@ class RunningServer:
 
 
 @contextlib.asynccontextmanager
-async def running_server(engine: Any, *, load: bool = True, **settings: Any) -> AsyncIterator[RunningServer]:
+async def running_server(
+    engine: Any,
+    *,
+    load: bool = True,
+    load_tokenizer: Callable[[str], Any] = lambda path: ByteTokenizer(),
+    **settings: Any,
+) -> AsyncIterator[RunningServer]:
     replica = Replica(
         ServeSettings(model="fake", served_model_names=("fake-model", "alias"), **settings),
         engine,
-        lambda path: ByteTokenizer(),
+        load_tokenizer,
     )
     config = uvicorn.Config(
         build_app(replica), port=0, http=BoundedHeadProtocol, ws="none", lifespan="off", log_config=None,

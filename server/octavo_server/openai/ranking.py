@@ -1,10 +1,11 @@
-"""`/score` and `/rerank`: how near texts are to each other, by the cosine of their vectors."""
+"""`/score` and `/rerank`: how near texts are to each other, by a classifier of pairs or the cosine of their vectors."""
 
 from __future__ import annotations
 
 import math
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -27,7 +28,7 @@ Texts = Annotated[list[str], Meta(min_length=1, max_length=LIMITS.embed_inputs)]
 _REFUSED = {
     "mm_processor_kwargs": Refused("this server takes text only"),
     "priority": Refused("texts run in order of arrival", off=("0",)),
-    "use_activation": Refused("scores are cosines", off=("true",)),
+    "use_activation": Refused("the checkpoint decides on the activation", off=("true",)),
 }
 Truncation = Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None
 
@@ -41,6 +42,7 @@ class ScoreRequest(Struct, frozen=True, kw_only=True):
     text_1: str | Texts | None = None
     text_2: str | Texts | None = None
     truncate_prompt_tokens: Truncation = None
+    instruction: Annotated[str, Meta(max_length=LIMITS.identifier_chars * 16)] | None = None
 
 
 class Score(Struct, frozen=True):
@@ -71,6 +73,7 @@ class RerankRequest(Struct, frozen=True, kw_only=True):
     return_documents: bool | None = None
     max_tokens_per_doc: Annotated[int, Meta(ge=1, le=LIMITS.max_tokens)] | None = None
     truncate_prompt_tokens: Truncation = None
+    instruction: Annotated[str, Meta(max_length=LIMITS.identifier_chars * 16)] | None = None
 
 
 class Document(Struct, frozen=True):
@@ -109,18 +112,13 @@ def router(replica: Replica) -> APIRouter:
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         model = served.check_name(request.model)
-        served.require_task("embed", "/score")
+        served.require_task(("embed", "classify"), "/score")
         first, second = _pairs(request)
-        left, right = await _vectors(
-            replica, first, second, caller_of(http), ("queries", "documents"), request.truncate_prompt_tokens
-        )
-        scores = [
-            Score(index, cosine(left[index if len(left) > 1 else 0].values, vector.values))
-            for index, vector in enumerate(right)
-        ]
-        return JsonResponse(
-            ScoreResponse(id=f"score-{uuid.uuid4().hex}", model=model, data=scores, usage=_usage([*left, *right]))
-        )
+        caller, truncate = caller_of(http), request.truncate_prompt_tokens
+        pairs = [(first[index if len(first) > 1 else 0], text) for index, text in enumerate(second)]
+        found = await _scores(replica, pairs, caller, ("queries", "documents"), truncate, request.instruction)
+        data = [Score(index, value) for index, value in enumerate(found.values)]
+        return JsonResponse(ScoreResponse(id=f"score-{uuid.uuid4().hex}", model=model, data=data, usage=found.usage))
 
     @routes.post("/rerank")
     @routes.post("/v1/rerank")
@@ -132,15 +130,14 @@ def router(replica: Replica) -> APIRouter:
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         model = served.check_name(request.model)
-        served.require_task("embed", "/rerank")
+        served.require_task(("embed", "classify"), "/rerank")
         texts = [_document(document, index) for index, document in enumerate(request.documents)]
         truncate = request.max_tokens_per_doc or request.truncate_prompt_tokens
-        (query,), vectors = await _vectors(
-            replica, [request.query], texts, caller_of(http), ("query", "documents"), truncate
-        )
+        pairs = [(request.query, text) for text in texts]
+        caller = caller_of(http)
+        found = await _scores(replica, pairs, caller, ("query", "documents"), truncate, request.instruction)
         ranked = sorted(
-            ((cosine(query.values, vector.values), index) for index, vector in enumerate(vectors)),
-            key=lambda item: (-item[0], item[1]),
+            ((value, index) for index, value in enumerate(found.values)), key=lambda item: (-item[0], item[1])
         )
         shown = request.return_documents is not False
         results = [
@@ -148,9 +145,7 @@ def router(replica: Replica) -> APIRouter:
             for value, index in ranked[: request.top_n or None]
         ]
         return JsonResponse(
-            RerankResponse(
-                id=f"rerank-{uuid.uuid4().hex}", model=model, usage=_usage([query, *vectors]), results=results
-            )
+            RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=model, usage=found.usage, results=results)
         )
 
     return routes
@@ -164,17 +159,35 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     return max(-1.0, min(1.0, sum(x * y for x, y in zip(a, b, strict=True)) / norms))
 
 
-async def _vectors(
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Of each pair, in order."""
+
+    values: list[float]
+    usage: EmbeddingUsage
+
+
+async def _scores(
     replica: Replica,
-    first: list[str],
-    second: list[str],
+    pairs: list[tuple[str, str]],
     caller: Caller,
     params: tuple[str, str],
     truncate: int | None,
-) -> tuple[list[TextVector], list[TextVector]]:
-    left = await replica.embedder.embed_texts(first, caller, param=params[0], truncate=truncate)
-    right = await replica.embedder.embed_texts(second, caller, param=params[1], truncate=truncate)
-    return left, right
+    instruction: str | None,
+) -> _Scores:
+    """By the classifier's only label, or by the cosine of the vectors of both."""
+    embedder = replica.embedder
+    if replica.served.info.task == "classify":
+        scored = await embedder.score_pairs(pairs, caller, param=params[1], truncate=truncate, instruction=instruction)
+        return _Scores([item.values[0] for item in scored], _usage(scored))
+    if instruction is not None:
+        raise bad_request("instruction: this model takes none", "instruction")
+    queries = list(dict.fromkeys(query for query, _ in pairs))
+    left = await embedder.embed_texts(queries, caller, param=params[0], truncate=truncate)
+    right = await embedder.embed_texts([text for _, text in pairs], caller, param=params[1], truncate=truncate)
+    vectors = dict(zip(queries, left, strict=True))
+    values = [cosine(vectors[query].values, vector.values) for (query, _), vector in zip(pairs, right, strict=True)]
+    return _Scores(values, _usage([*left, *right]))
 
 
 def _pairs(request: ScoreRequest) -> tuple[list[str], list[str]]:

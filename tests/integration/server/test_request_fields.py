@@ -147,6 +147,7 @@ ONE_ROUTE: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "request_id": ("mine", {}),
     },
     SCORE: {
+        "instruction": ("find stones", {}),
         "model": ("no-such-model", {}),
         "text_1": (["x"], {"queries": None}),
         "text_2": (["y"], {"documents": None}),
@@ -156,6 +157,7 @@ ONE_ROUTE: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "mm_processor_kwargs": ({"a": 1}, {}),
     },
     RERANK: {
+        "instruction": ("find stones", {}),
         "model": ("no-such-model", {}),
         "top_n": (1, {}),
         "return_documents": (False, {}),
