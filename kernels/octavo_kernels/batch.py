@@ -20,7 +20,6 @@ class AttentionBatch:
     seq_lens:        [S] int32, length of each sequence after this step (cached and new tokens)
     block_tables:    [S, max_blocks] int32, padded with 0
     max_query_len, max_seq_len: largest query length and `seq_lens` entry, known on the host
-    token_types:     [T] int64, 0 or 1: which of two texts a token is of (encoders that tell pairs apart), else None
     """
 
     positions: torch.Tensor
@@ -31,7 +30,6 @@ class AttentionBatch:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
-    token_types: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:

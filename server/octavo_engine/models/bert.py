@@ -20,6 +20,7 @@ from octavo_engine.models.config import LayerConfig, ModelConfig, num_layers
 from octavo_engine.models.interface import Model
 from octavo_engine.models.raw_config import RawConfig
 from octavo_engine.models.rope_config import head_layout
+from octavo_engine.runner.pair_batch import PairBatch
 from octavo_engine.runner.pooling import Pooling, PoolingMethod
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.step import DecoderPlan
@@ -92,7 +93,8 @@ class BertModel(Model):
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, caches: Sequence[PagedKVCache | None]
     ) -> torch.Tensor:
-        kinds = self._token_types[0] if batch.token_types is None else self._token_types[batch.token_types]
+        types = batch.token_types if isinstance(batch, PairBatch) else None
+        kinds = self._token_types[0] if types is None else self._token_types[types]
         x = self._norm(self._words(token_ids) + self._positions[batch.positions + self.first_position] + kinds)
         for layer in self._layers:
             x = layer(x, batch)

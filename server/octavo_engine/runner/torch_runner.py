@@ -21,6 +21,7 @@ from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.host_cache import HostCache
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.machine import one_torch_thread
+from octavo_engine.runner.pair_batch import with_token_types
 from octavo_engine.runner.pooling import Pool
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
@@ -124,7 +125,7 @@ class TorchModelRunner:
             raise InvalidRequestError("input: every text must have at least one token", "input")
         token_ids, batch = build_packed(prompts, self._device)
         if self.model.has_token_types and any(second_starts):
-            batch.token_types = token_types(prompts, second_starts).to(self._device)
+            batch = with_token_types(batch, token_types(prompts, second_starts).to(self._device))
         hidden = self.model.forward(token_ids, batch, [None] * self.model.cache_layout.num_layers)
         return self._pool(hidden, batch.query_start_loc)
 
