@@ -171,6 +171,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (POINTER(Attention), POINTER(Batch), POINTER(KVCache), c_void_p, c_void_p, c_void_p),
     ),
     "oct_paged_attention": (c_int, (POINTER(Attention), POINTER(Batch), POINTER(KVCache), c_void_p, c_void_p)),
+    "oct_sample": (c_int, (c_void_p, c_int64, c_int64, *(c_void_p,) * 7)),
     "oct_step_create": (c_void_p, (POINTER(Model),)),
     "oct_step_destroy": (None, (c_void_p,)),
     "oct_step_run": (c_int, (c_void_p, POINTER(Batch), c_void_p, c_void_p, c_int64, c_void_p)),

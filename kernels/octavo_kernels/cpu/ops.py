@@ -88,3 +88,28 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return attention.paged_attention(query, cache, batch, scale, sliding_window, soft_cap, sinks)
+
+
+def _supports_sampling(logits: torch.Tensor, *args: object) -> bool:
+    return logits.dtype == torch.float32 and logits.ndim == 2 and logits.is_contiguous()
+
+
+@ops.sample.register("cpu", supports=_supports_sampling)
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """Rows are spread over the team; a row's filters look at no more of its best tokens than they need."""
+    rows, vocab = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    floats = [x.to(torch.float32).contiguous() for x in (temperature, top_p, min_p)]
+    limits = top_k.to(torch.int32).contiguous()
+    integers = [x.to(torch.int64).contiguous() for x in (seeds, counters)]
+    settings = (floats[0], limits, floats[1], floats[2], *integers)
+    check(native.oct_sample(logits.data_ptr(), rows, vocab, *(x.data_ptr() for x in settings), tokens.data_ptr()))
+    return tokens

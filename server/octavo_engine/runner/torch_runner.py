@@ -166,6 +166,9 @@ class TorchModelRunner:
         compiled = compile_step(plan) if plan is not None else None
         self._step = compiled[1] if compiled else None
         self._step_backend = f"{compiled[0]} (whole step)" if compiled else ""
+        if compiled is not None and self._device.type == "cpu" and self._adapted is None:
+            # Little is left to torch, and its threads spin after each parallel op, on cores that the step wants next.
+            torch.set_num_threads(1)
         alone = self._info.num_ranks == 1  # graphs would have to record what ranks say to each other
         if compiled is None and self._device.type == "cuda" and self._info.task == "generate" and alone:
             self._step = self._decode_graphs(self.model)

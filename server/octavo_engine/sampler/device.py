@@ -1,7 +1,8 @@
-"""Random choice by one kernel, on devices that have one: no sort, and the host does not wait.
+"""Choice by one kernel, where a backend has one: no sort, one pass for greedy and random rows.
 
-Same filters as `filters.py`, in the same order; other draws, because the kernel adds Gumbel noise to the logits instead
-of inverting the distribution function. Both depend on the request's seed and the token's index alone.
+Same filters as `filters.py`, in the same order, typical-p aside; other draws, because the kernel adds Gumbel noise to
+the logits instead of inverting the distribution function. Both depend on the request's seed and the token's index
+alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ _SIGN = 1 << 63
 def sample_on_device(
     logits: torch.Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], indices: Sequence[int]
 ) -> torch.Tensor | None:
-    """One token a row, [R] int64, or None where no kernel can: no backend has one, or a row asks for typical-p.
+    """One token a row, [R] int64, negative as in `ops.sample` for rows that fail; None where no backend has a kernel.
 
     logits: [R, V] float32, processed. seeds, indices: the request's seed and the index of its next output token.
+    A row that asks for typical-p gets a token that ignores it: the caller draws that row again.
     """
     settings = (logits,) * 6  # a backend decides by the logits alone: nothing is moved to the device to ask it
-    if any(p.typical_p < 1.0 for p in params) or ops.sample.backend_for(logits, *settings) == REFERENCE:
+    if ops.sample.backend_for(logits, *settings) == REFERENCE:
         return None
     device = logits.device
     temperature, top_p, min_p = torch.tensor(

@@ -49,34 +49,36 @@ class Sampler:
         for i, state in enumerate(states):
             if state.has_processors:
                 _process(logits[i], state)
-        best, tokens = row_max(logits)
-        random = [i for i, state in enumerate(states) if not state.is_greedy]
-        if random:
-            tokens = self._sample_random(logits, states, random, tokens, ahead)
-        failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)
-        token_ids: list[int] = torch.where(torch.isfinite(best), tokens, failure).tolist()
+        token_ids = self._choose(logits, states, ahead)
         if raw is None:
             return Sampled(token_ids)
         return Sampled(token_ids, self._report(raw, states, reported, token_ids))
 
-    def _sample_random(
-        self,
-        logits: torch.Tensor,
-        states: Sequence[SamplerState],
-        random: list[int],
-        greedy: torch.Tensor,
-        ahead: Sequence[int] | None,
-    ) -> torch.Tensor:
-        params, seeds = [states[i].params for i in random], [states[i].seed for i in random]
-        indices = [states[i].num_output_tokens + (ahead[i] if ahead else 0) for i in random]
-        every = len(random) == len(states)
-        index = torch.tensor(random, device=logits.device)
-        rows = logits if every else logits[index]
-        tokens = sample_on_device(rows, params, seeds, indices)
+    def _choose(self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None) -> list[int]:
+        """One kernel for the whole batch where there is one, so that greedy and random rows cost one call."""
+        indices = [state.num_output_tokens + (ahead[i] if ahead else 0) for i, state in enumerate(states)]
+        tokens = sample_on_device(logits, [s.params for s in states], [s.seed for s in states], indices)
         if tokens is None:
-            draws = [uniform(seed, place) for seed, place in zip(seeds, indices, strict=True)]
-            tokens = sample_rows(rows, params, draws)
-        return tokens if every else greedy.index_copy(0, index, tokens)
+            return self._choose_on_host(logits, states, indices)
+        typical = [i for i, state in enumerate(states) if state.params.typical_p < 1.0 and not state.is_greedy]
+        chosen: list[int] = tokens.tolist()
+        typical = [i for i in typical if chosen[i] >= 0]  # failed rows stay failed
+        if typical:
+            for i, token in zip(typical, _draw(logits, states, indices, typical).tolist(), strict=True):
+                chosen[i] = token
+        return chosen
+
+    def _choose_on_host(
+        self, logits: torch.Tensor, states: Sequence[SamplerState], indices: Sequence[int]
+    ) -> list[int]:
+        best, tokens = row_max(logits)
+        random = [i for i, state in enumerate(states) if not state.is_greedy]
+        if random:
+            drawn = _draw(logits, states, indices, random)
+            tokens = tokens.index_copy(0, torch.tensor(random, device=logits.device), drawn)
+        failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)
+        chosen: list[int] = torch.where(torch.isfinite(best), tokens, failure).tolist()
+        return chosen
 
     def _report(
         self, raw: torch.Tensor, states: Sequence[SamplerState], reported: list[int], token_ids: list[int]
@@ -93,6 +95,15 @@ class Sampler:
             for k, entry in zip(rows, found, strict=True):
                 logprobs[reported[k]] = entry
         return logprobs
+
+
+def _draw(
+    logits: torch.Tensor, states: Sequence[SamplerState], indices: Sequence[int], rows: list[int]
+) -> torch.Tensor:
+    """Tokens [len(rows)] int64 for some rows, by the definition of `filters`."""
+    wanted = logits if len(rows) == len(states) else logits[torch.tensor(rows, device=logits.device)]
+    draws = [uniform(states[i].seed, indices[i]) for i in rows]
+    return sample_rows(wanted, [states[i].params for i in rows], draws)
 
 
 def _process(row: torch.Tensor, state: SamplerState) -> None:

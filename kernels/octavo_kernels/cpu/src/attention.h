@@ -26,10 +26,15 @@ OCT_INLINE void cache_rows(const oct_attention& a, const oct_batch& batch, int64
   }
 }
 
-OCT_INLINE VF shaped_scores(VF scores, const oct_attention& a) {
-  scores = f_mul(scores, f_set(a.scale));
-  if (a.soft_cap > 0) scores = f_mul(f_tanh(f_mul(scores, f_set(1.0f / a.soft_cap))), f_set(a.soft_cap));
-  return scores;
+// Queries are multiplied by the scale before; here is what the cap does.
+OCT_INLINE VF capped(VF scores, float cap) {
+  return cap > 0 ? f_mul(f_tanh(f_mul(scores, f_set(1.0f / cap))), f_set(cap)) : scores;
+}
+
+// The query of one token for a KV head's group, times the scale.
+OCT_INLINE void scale_query(const oct_attention& a, const float* query, float* scaled) {
+  int64_t count = (int64_t)(a.num_heads / a.num_kv_heads) * a.head_dim;
+  for (int64_t i = 0; i < count; i += 16) f_store(scaled + i, f_mul(f_load(query + i), f_set(a.scale)));
 }
 
 // Replaces `count` (a multiple of 16) scores by exp(score - new maximum); returns the factor for what was summed before.
@@ -41,12 +46,9 @@ OCT_INLINE float soften(float* scores, int64_t count, float* maximum, float* sum
     for (int64_t i = 0; i < count; i += 16) f_store(scores + i, f_zero());
     return 1.0f;
   }
-  VF top = f_set(now), total = f_zero(), lowest = f_set(-80.0f);
+  VF top = f_set(now), total = f_zero();
   for (int64_t i = 0; i < count; i += 16) {
-    VF shifted = f_sub(f_load(scores + i), top);
-    VF e = f_exp(shifted);
-    // exp clamps at -87: what lies below -80 (masked scores are -inf) must count as nothing.
-    e = f_mul(e, f_min(f_max(f_sub(shifted, lowest), f_zero()), f_set(1.0f)));
+    VF e = f_exp(f_sub(f_load(scores + i), top));  // of a masked score: at most 2e-38, beside a greatest of 1
     f_store(scores + i, e);
     total = f_add(total, e);
   }
@@ -103,7 +105,7 @@ OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const
       for (int j = 0; j < 16; j++) factors[j] = cache.key_scale[rows[j]];
       sums = f_mul(sums, f_load(factors));
     }
-    f_store(scores + g * scores_stride, shaped_scores(sums, a));
+    f_store(scores + g * scores_stride, capped(sums, a.soft_cap));
   }
 }
 
@@ -152,7 +154,103 @@ OCT_INLINE void look_ahead(const oct_attention& a, const oct_batch& batch, const
   cache_rows(a, batch, task.seq, task.kv_head, first, ahead.count, ahead.rows);
 }
 
-template <int DType>
+#ifdef __AVX512BF16__
+// The same scores from queries and keys in bfloat16; head_dim is a multiple of 32.
+OCT_INLINE void score16_pairs(const oct_attention& a, const oct_kv_cache& cache, const int64_t* rows, int64_t first,
+                              const Ahead& ahead, const uint16_t* query, int64_t group, float* scores,
+                              int64_t scores_stride) {
+  int64_t dim = a.head_dim;
+  const uint16_t* keys = (const uint16_t*)cache.key;
+  rows += first;
+  for (int64_t j = 0; j < 16; j++) prefetch_row<OCT_KV_BF16>(cache.key, ahead, first + j, dim);
+  for (int64_t g = 0; g < group; g++) {
+    VF acc[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) acc[j] = f_zero();
+    for (int64_t c = 0; c < dim; c += 32) {
+      __m512bh q = (__m512bh)_mm512_loadu_si512(query + g * dim + c);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++)
+        acc[j] = _mm512_dpbf16_ps(acc[j], q, (__m512bh)_mm512_loadu_si512(keys + rows[j] * dim + c));
+    }
+    f_store(scores + g * scores_stride, capped(f_sum16(acc), a.soft_cap));
+  }
+}
+
+// As `weigh_columns` for 32 N columns, two keys at a time. p: [G][kDecodeKeys] weights, rounded to bfloat16 here.
+template <int G, int N>
+OCT_INLINE void weigh_pairs(const oct_kv_cache& cache, const int64_t* rows, int64_t count, const Ahead& ahead,
+                            int64_t dim, int64_t c, const uint16_t* p, const float* factor, float* acc) {
+  // Unpacking two rows leaves quarters 0, 2, 4, 6 of the 32 columns in one vector and 1, 3, 5, 7 in the other.
+  const VI low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const VI high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const VI even = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  const VI odd = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  VF sum[G][N][2];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+      VF first = f_mul(f_load(acc + g * dim + c + 32 * n), f_set(factor[g]));
+      VF second = f_mul(f_load(acc + g * dim + c + 32 * n + 16), f_set(factor[g]));
+      sum[g][n][0] = _mm512_permutex2var_ps(first, even, second);
+      sum[g][n][1] = _mm512_permutex2var_ps(first, odd, second);
+    }
+  const uint16_t* values = (const uint16_t*)cache.value;
+  for (int64_t k = 0; k < count; k += 2) {  // rows beyond the last repeat it, with weight 0
+    if (c == 0) {
+      prefetch_row<OCT_KV_BF16>(cache.value, ahead, k, dim);
+      prefetch_row<OCT_KV_BF16>(cache.value, ahead, k + 1, dim);
+    }
+    __m512bh pairs[N][2];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+      VB a = _mm512_loadu_si512(values + rows[k] * dim + c + 32 * n);
+      VB b = _mm512_loadu_si512(values + rows[k + 1] * dim + c + 32 * n);
+      pairs[n][0] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+      pairs[n][1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      int32_t two;
+      memcpy(&two, p + g * kDecodeKeys + k, 4);
+      __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) {
+        sum[g][n][0] = _mm512_dpbf16_ps(sum[g][n][0], pairs[n][0], weight);
+        sum[g][n][1] = _mm512_dpbf16_ps(sum[g][n][1], pairs[n][1], weight);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+      f_store(acc + g * dim + c + 32 * n, _mm512_permutex2var_ps(sum[g][n][0], low, sum[g][n][1]));
+      f_store(acc + g * dim + c + 32 * n + 16, _mm512_permutex2var_ps(sum[g][n][0], high, sum[g][n][1]));
+    }
+}
+
+template <int G>
+OCT_INLINE void weigh_all_pairs(const oct_kv_cache& cache, const int64_t* rows, int64_t count, const Ahead& ahead,
+                                int64_t dim, const uint16_t* p, const float* factor, float* acc) {
+  int64_t c = 0;
+  for (; c + 64 <= dim; c += 64) weigh_pairs<G, 2>(cache, rows, count, ahead, dim, c, p, factor, acc);
+  for (; c < dim; c += 32) weigh_pairs<G, 1>(cache, rows, count, ahead, dim, c, p, factor, acc);
+}
+#endif
+
+// Runs call<G>(g) for groups of up to four heads.
+#define OCT_HEADS(group, CALL)                             \
+  {                                                        \
+    int64_t g = 0;                                         \
+    for (; g + 4 <= (group); g += 4) CALL(4);              \
+    if ((group) - g == 3) CALL(3);                         \
+    else if ((group) - g == 2) CALL(2);                    \
+    else if ((group) - g == 1) CALL(1);                    \
+  }
+
+template <int DType, bool Pairs>
 static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
                       const AttentionTask& task, const AttentionTask* next, const float* query, float* out,
                       float* partials) {
@@ -172,8 +270,15 @@ static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_
     if (first + kDecodeKeys < task.key_end) look_ahead(a, batch, task, first + kDecodeKeys, ahead);
     else if (next) look_ahead(a, batch, *next, next->key_begin, ahead);
     else ahead.count = 0;
-    for (int64_t i = 0; i < padded; i += 16)
+    for (int64_t i = 0; i < padded; i += 16) {
+#ifdef __AVX512BF16__
+      if constexpr (Pairs) {
+        score16_pairs(a, cache, rows, i, ahead, (const uint16_t*)query, group, scores + i, kDecodeKeys);
+        continue;
+      }
+#endif
       score16<DType>(a, cache, rows, i, ahead, query, group, scores + i, kDecodeKeys);
+    }
     for (int64_t g = 0; g < group; g++) {
       float* row = scores + g * kDecodeKeys;
       for (int64_t i = count; i < padded; i++) row[i] = -INFINITY;
@@ -181,13 +286,22 @@ static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_
       if constexpr (DType == OCT_KV_INT8)
         for (int64_t i = 0; i < count; i++) row[i] *= cache.value_scale[rows[i]];
     }
-    int64_t g = 0;
+#ifdef __AVX512BF16__
+    if constexpr (Pairs) {
+      uint16_t weights[kMaxGroup * kDecodeKeys];
+      for (int64_t g = 0; g < group; g++)
+        for (int64_t i = 0; i < padded; i += 16)
+          f_store_bf16(weights + g * kDecodeKeys + i, f_load(scores + g * kDecodeKeys + i));
+#define OCT_WEIGH(G) \
+  weigh_all_pairs<G>(cache, rows, count, ahead, dim, weights + g * kDecodeKeys, factor + g, acc + g * dim)
+      OCT_HEADS(group, OCT_WEIGH)
+#undef OCT_WEIGH
+      continue;
+    }
+#endif
 #define OCT_WEIGH(G) \
   weigh_values<DType, G>(cache, rows, count, ahead, dim, scores + g * kDecodeKeys, factor + g, acc + g * dim)
-    for (; g + 4 <= group; g += 4) OCT_WEIGH(4);
-    if (group - g == 3) OCT_WEIGH(3);
-    else if (group - g == 2) OCT_WEIGH(2);
-    else if (group - g == 1) OCT_WEIGH(1);
+    OCT_HEADS(group, OCT_WEIGH)
 #undef OCT_WEIGH
   }
   if (task.partial >= 0) {
@@ -200,16 +314,25 @@ static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_
     for (int64_t c = 0; c < dim; c += 16) f_store(out + g * dim + c, f_mul(f_load(out + g * dim + c), last));
   }
 }
+#undef OCT_HEADS
 
 static void attend_decode(const oct_attention& a, const oct_batch& batch, const oct_kv_cache& cache,
                           const AttentionTask& task, const AttentionTask* next, const float* query, float* out,
                           float* partials) {
+  alignas(64) float scaled[kMaxGroup * kMaxHeadDim];
+  scale_query(a, query, scaled);
   switch (batch.kv_dtype) {
-    case OCT_KV_F32: return decode_of<OCT_KV_F32>(a, batch, cache, task, next, query, out, partials);
-    case OCT_KV_BF16: return decode_of<OCT_KV_BF16>(a, batch, cache, task, next, query, out, partials);
-    case OCT_KV_F16: return decode_of<OCT_KV_F16>(a, batch, cache, task, next, query, out, partials);
-    default: return decode_of<OCT_KV_INT8>(a, batch, cache, task, next, query, out, partials);
+    case OCT_KV_F32: return decode_of<OCT_KV_F32, false>(a, batch, cache, task, next, scaled, out, partials);
+    case OCT_KV_F16: return decode_of<OCT_KV_F16, false>(a, batch, cache, task, next, scaled, out, partials);
+    case OCT_KV_INT8: return decode_of<OCT_KV_INT8, false>(a, batch, cache, task, next, scaled, out, partials);
+    default: break;
   }
+  if (kHasBf16Dot && a.bf16_products && a.head_dim % 32 == 0) {
+    int64_t count = (int64_t)(a.num_heads / a.num_kv_heads) * a.head_dim;
+    for (int64_t i = 0; i < count; i += 16) f_store_bf16((uint16_t*)scaled + i, f_load(scaled + i));  // in place
+    return decode_of<OCT_KV_BF16, kHasBf16Dot>(a, batch, cache, task, next, scaled, out, partials);
+  }
+  decode_of<OCT_KV_BF16, false>(a, batch, cache, task, next, scaled, out, partials);
 }
 
 static void combine(const oct_attention& a, int kv_head, const float* partials, int64_t first, int64_t count,

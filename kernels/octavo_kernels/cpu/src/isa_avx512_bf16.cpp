@@ -6,13 +6,14 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "prefill.h"
+#include "sampling.h"
 #include "unpack.h"
 
 const KernelTable* kernels_avx512_bf16() {
   using namespace OCT_ISA;
   static const KernelTable table = {
       "avx512_bf16", kMaxTile, kHasBf16Dot, linear, prepare, gate, rms_norm, gated, rope_heads, store_kv, attend_decode,
-      attend_prefill, combine, unpack_row,
+      attend_prefill, combine, unpack_row, best_of, mass_of, draw,
   };
   return &table;
 }

@@ -83,6 +83,11 @@ struct KernelTable {
   // Joins the partial results [first, first + count) of one token and KV head into out[group heads][head_dim].
   void (*combine)(const oct_attention& a, int kv_head, const float* partials, int64_t first, int64_t count, float* out);
   void (*unpack_row)(const oct_matrix& w, int64_t row, int64_t columns, float factor, float* out);
+  // Rows of logits: see sampling.h.
+  int64_t (*best_of)(const float* row, int64_t count, float* best);
+  double (*mass_of)(const float* row, int64_t count, float temperature, float top);
+  int64_t (*draw)(const float* row, const int32_t* ids, int64_t count, float temperature, uint64_t seed,
+                  uint32_t counter);
 };
 
 constexpr int kPrefillRows = 96;     // query heads times queries that a prefill task aims at

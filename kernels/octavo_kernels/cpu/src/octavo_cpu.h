@@ -73,7 +73,7 @@ typedef struct oct_attention {  // what attention needs to know of a layer
   int32_t head_dim;
   int32_t rotary_dim;  // 0: no rotary embedding
   int32_t sliding_window;
-  int32_t bf16_products;  // 1: prefill may multiply in bfloat16 (float32 sums) where the cache is bfloat16
+  int32_t bf16_products;  // 1: products in bfloat16 (float32 sums) where the cache is bfloat16
   int64_t max_positions;  // rows of cos_sin
   float scale;
   float soft_cap;
@@ -147,6 +147,10 @@ int oct_rope_and_store(const oct_attention* attention, const oct_batch* batch, c
                        float* key, const float* value);
 int oct_paged_attention(const oct_attention* attention, const oct_batch* batch, const oct_kv_cache* cache,
                         const float* query, float* out);
+
+// One token a row; arguments and codes of failure are those of `ops.sample`.
+int oct_sample(const float* logits, int64_t rows, int64_t vocab, const float* temperature, const int32_t* top_k,
+               const float* top_p, const float* min_p, const int64_t* seeds, const int64_t* counters, int64_t* tokens);
 
 void* oct_step_create(const oct_model* model);
 void oct_step_destroy(void* step);

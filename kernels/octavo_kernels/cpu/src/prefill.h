@@ -142,11 +142,12 @@ static void load_pairs(const oct_attention& a, const oct_kv_cache& cache, const 
 }
 #endif
 
-// Scores of one query row: scaled, capped, hidden where the query may not look, then softened; and the row's new
-// weights in `acc` rescaled. `first`: position of the first key.
+// Scores of one query row: capped, hidden where the query may not look, then softened; and the row's new weights in
+// `acc` rescaled. `first`: position of the first key.
 OCT_INLINE void finish_row(const oct_attention& a, int64_t position, int64_t first, int64_t padded, float* row,
                            float* maximum, float* sum, float* acc) {
-  for (int64_t i = 0; i < padded; i += 16) f_store(row + i, shaped_scores(f_load(row + i), a));
+  if (a.soft_cap > 0)
+    for (int64_t i = 0; i < padded; i += 16) f_store(row + i, capped(f_load(row + i), a.soft_cap));
   int64_t seen = position + 1 - first;  // keys of this stretch at or before the query
   for (int64_t i = seen < 0 ? 0 : seen; i < padded; i++) row[i] = -INFINITY;
   if (a.sliding_window) {
@@ -174,8 +175,7 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
   constexpr bool kPairs = kHasBf16Dot && DType == OCT_KV_BF16;
   bool pairs = kPairs && a.bf16_products && dim % 32 == 0;
   for (int64_t i = 0; i < task.count; i++)
-    memcpy(queries + i * group * dim, query + (task.first + i) * query_stride + task.kv_head * group * dim,
-           sizeof(float) * group * dim);
+    scale_query(a, query + (task.first + i) * query_stride + task.kv_head * group * dim, queries + i * group * dim);
   if (pairs)  // in place: a row of bfloat16 takes the first half of its float32 row
     for (int64_t r = 0; r < num; r++)
       for (int64_t c = 0; c < dim; c += 16) f_store_bf16((uint16_t*)(queries + r * dim) + c, f_load(queries + r * dim + c));

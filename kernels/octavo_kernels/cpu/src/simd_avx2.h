@@ -48,11 +48,16 @@ OCT_INLINE float f_largest(VF x) {
 }
 OCT_INLINE VI f_round(VF x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 OCT_INLINE VF f_from(VI x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-OCT_INLINE VF f_pow2(VI n) {
-  __m256i bias = _mm256_set1_epi32(127);
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.a, bias), 23)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.b, bias), 23))};
+OCT_INLINE __m256 pow2_half(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+// x * 2^n for whole n from -126 to 127.
+OCT_INLINE VF f_scale2(VF x, VF n) { return {_mm256_mul_ps(x.a, pow2_half(n.a)), _mm256_mul_ps(x.b, pow2_half(n.b))}; }
+OCT_INLINE VF f_whole(VF x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, kNearest), _mm256_round_ps(x.b, kNearest)};
+}
+constexpr float kLeastExponent = -87.0f;  // exp of it is the least that f_scale2 can make
 OCT_INLINE VF f_load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
@@ -94,6 +99,28 @@ OCT_INLINE int i_sum(VI x) {
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
+
+OCT_INLINE VI i_load(const int32_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+OCT_INLINE VI i_set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+OCT_INLINE VI i_xor(VI x, VI y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+OCT_INLINE __m256i multiply_half(__m256i a, __m256i factor, __m256i* high) {
+  __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+// Low halves of the products of unsigned lanes with b; `high`: the upper halves.
+OCT_INLINE VI i_multiply(VI x, uint32_t b, VI* high) {
+  __m256i factor = _mm256_set1_epi64x(b);
+  return {multiply_half(x.a, factor, &high->a), multiply_half(x.b, factor, &high->b)};
+}
+OCT_INLINE __m256 from_unsigned_half(__m256i x) {  // both halves are exact, so the sum is rounded once
+  __m256 upper = _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 16));
+  __m256 lower = _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)));
+  return _mm256_fmadd_ps(upper, _mm256_set1_ps(65536.0f), lower);
+}
+OCT_INLINE VF f_from_unsigned(VI x) { return {from_unsigned_half(x.a), from_unsigned_half(x.b)}; }
 
 OCT_INLINE VB b_load(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};

@@ -35,9 +35,10 @@ OCT_INLINE float f_sum(VF a) { return _mm512_reduce_add_ps(a); }
 OCT_INLINE float f_largest(VF a) { return _mm512_reduce_max_ps(a); }
 OCT_INLINE VI f_round(VF a) { return _mm512_cvtps_epi32(a); }
 OCT_INLINE VF f_from(VI a) { return _mm512_cvtepi32_ps(a); }
-OCT_INLINE VF f_pow2(VI n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
-}
+// x * 2^n for whole n, with graceful underflow.
+OCT_INLINE VF f_scale2(VF x, VF n) { return _mm512_scalef_ps(x, n); }
+OCT_INLINE VF f_whole(VF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+constexpr float kLeastExponent = -104.0f;  // exp of it is 0
 OCT_INLINE VF f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 OCT_INLINE VF f_load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -57,13 +58,29 @@ OCT_INLINE VI bf16_bits(VF x) {  // round to nearest even, in the low half of ev
   return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
 }
 OCT_INLINE void f_store_bf16(uint16_t* p, VF x) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(x)));
+#endif
 }
 OCT_INLINE void i_store_i8(int8_t* p, VI x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
 
 OCT_INLINE VI i_zero() { return _mm512_setzero_si512(); }
 OCT_INLINE VI i_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
 OCT_INLINE int i_sum(VI a) { return _mm512_reduce_add_epi32(a); }
+
+OCT_INLINE VI i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+OCT_INLINE VI i_set(int32_t x) { return _mm512_set1_epi32(x); }
+OCT_INLINE VI i_xor(VI a, VI b) { return _mm512_xor_si512(a, b); }
+// Low halves of the products of unsigned lanes with b; `high`: the upper halves.
+OCT_INLINE VI i_multiply(VI a, uint32_t b, VI* high) {
+  VI factor = _mm512_set1_epi64(b), even = _mm512_mul_epu32(a, factor);
+  VI odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+  *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  return _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+OCT_INLINE VF f_from_unsigned(VI a) { return _mm512_cvtepu32_ps(a); }
 
 OCT_INLINE VB b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 OCT_INLINE VB b_and(VB a, uint8_t mask) { return _mm512_and_si512(a, _mm512_set1_epi8((char)mask)); }

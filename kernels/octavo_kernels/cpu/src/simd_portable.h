@@ -84,7 +84,10 @@ OCT_INLINE VI f_round(VF a) {  // to nearest even: adding 1.5 * 2^23 leaves no b
   return __builtin_convertvector((a + magic) - magic, VI);
 }
 OCT_INLINE VF f_from(VI a) { return __builtin_convertvector(a, VF); }
-OCT_INLINE VF f_pow2(VI n) { return (VF)((n + 127) << 23); }
+// x * 2^n for whole n from -126 to 127.
+OCT_INLINE VF f_scale2(VF x, VF n) { return x * (VF)((__builtin_convertvector(n, VI) + 127) << 23); }
+OCT_INLINE VF f_whole(VF a) { return f_from(f_round(a)); }
+constexpr float kLeastExponent = -87.0f;  // exp of it is the least that f_scale2 can make
 OCT_INLINE VF f_load_f16(const uint16_t* p) {
   VF r;
   OCT_LANES r[i] = half_to_float(p[i]);
@@ -116,6 +119,21 @@ OCT_INLINE int i_sum(VI a) {
   OCT_LANES s += a[i];
   return s;
 }
+
+OCT_INLINE VI i_load(const int32_t* p) { return load_as<VI>(p); }
+OCT_INLINE VI i_set(int32_t x) { return VI{} + x; }
+OCT_INLINE VI i_xor(VI a, VI b) { return a ^ b; }
+// Low halves of the products of unsigned lanes with b; `high`: the upper halves.
+OCT_INLINE VI i_multiply(VI a, uint32_t b, VI* high) {
+  VI low;
+  OCT_LANES {
+    uint64_t product = (uint64_t)(uint32_t)a[i] * b;
+    low[i] = (int32_t)product;
+    (*high)[i] = (int32_t)(product >> 32);
+  }
+  return low;
+}
+OCT_INLINE VF f_from_unsigned(VI a) { return __builtin_convertvector((VU)a, VF); }
 
 OCT_INLINE VB b_load(const uint8_t* p) { return load_as<VB>(p); }
 OCT_INLINE VB b_and(VB a, uint8_t mask) { return a & mask; }
