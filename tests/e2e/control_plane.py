@@ -213,6 +213,7 @@ class FakeNode:
         self.faults: dict[str, dict[str, Any]] = {}  # InferenceService to the status its pods shall show
         self.pod_faults: dict[str, dict[str, Any]] = {}  # the same by the uid of a pod
         self.canary_faults: dict[str, dict[str, Any]] = {}  # the same for pods of a revision on trial
+        self.canary_annotations: dict[str, dict[str, str]] = {}  # the same for pods of a revision on trial
         self.annotations: dict[str, dict[str, str]] = {}  # InferenceService to annotations its pods shall carry
 
     def start(self) -> None:
@@ -273,10 +274,10 @@ class FakeNode:
             await client._call("DELETE", path, body={"gracePeriodSeconds": 0})
             return
         service = (metadata.get("labels") or {}).get("serving.octavo.dev/inferenceservice", "")
-        wanted = self.annotations.get(service, {})
+        on_trial = (metadata.get("labels") or {}).get("serving.octavo.dev/track") == "canary"
+        wanted = (on_trial and self.canary_annotations.get(service)) or self.annotations.get(service, {})
         if wanted and not wanted.items() <= (metadata.get("annotations") or {}).items():
             await client.patch(POD, namespace, name, {"metadata": {"annotations": wanted}})
-        on_trial = (metadata.get("labels") or {}).get("serving.octavo.dev/track") == "canary"
         fault = self.pod_faults.get(metadata["uid"]) or (on_trial and self.canary_faults.get(service))
         status = fault or self.faults.get(service) or _running(pod)
         if any((pod.get("status") or {}).get(k) != v for k, v in status.items() if k == "containerStatuses"):
