@@ -226,10 +226,15 @@ def _warnings(service: InferenceService, workload: Workload) -> list[str]:
             "spec.model.revision is not a commit: replicas started at different times may load different weights"
         )
     rollout = service.spec.rollout
-    if workload.resources.accelerators and rollout.max_unavailable == 0:
+    if workload.nodes > 1 and not workload.leader_worker_set:
         warnings.append(
-            f"spec.rollout: replicas are replaced by surge, so this takes {workload.resources.accelerators} spare "
-            f"{workload.resources.accelerator}; with none to spare, use maxSurge: 0 and maxUnavailable: 1"
+            "spec.rollout: replicas that span nodes are replaced in place, each away until it is ready again"
+        )
+    elif workload.resources.accelerators and rollout.max_unavailable == 0:
+        spare = f"{workload.resources.accelerators * workload.nodes} spare {workload.resources.accelerator}"
+        warnings.append(
+            f"spec.rollout: replicas are replaced by surge, so this takes {spare}; with none to spare, use maxSurge: 0 "
+            "and maxUnavailable: 1"
         )
     return warnings
 
