@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from octavo_engine.messages import EngineStats, LoadProgress, ModelInfo, SequenceOutput
@@ -41,8 +41,11 @@ class EngineClient(Protocol):
         priority: int = 0,
         deadline_s: float | None = None,
         adapter: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> AsyncIterator[SequenceOutput]:
         """Yield outputs until one carries a finish reason. Closing the iterator early aborts the sequence.
+
+        With `output_token_ids`, generated elsewhere before, the sequence goes on after them; only new tokens are told.
 
         Raises `QueueFullError` at once when the waiting queue is full, `InvalidRequestError` for a prompt that
         cannot fit, `EngineDrainingError` while draining and `EngineDeadError` if the engine dies meanwhile.

@@ -30,7 +30,7 @@ from octavo_engine.messages import (
     TokenLogprobs,
     UnloadAdapter,
 )
-from octavo_engine.prompt import check_prompt
+from octavo_engine.prompt import check_prompt, check_resumed
 from octavo_engine.rejection import rejection
 from octavo_engine.roofline import Roofline
 from octavo_engine.runner.interface import ModelRunner, SequenceSlice
@@ -124,6 +124,7 @@ class EngineCore:
         self._check_id(request.request_id)
         self.check_prompt(request.prompt_token_ids)
         request.sampling.validate(self.model.vocab_size)
+        check_resumed(request.prompt_token_ids, request.output_token_ids, request.sampling, self.model)
         if self.model.task != "generate":
             raise InvalidRequestError(
                 f"{self.model.name} is served to {self.model.task} and generates no text", "model"
@@ -143,6 +144,9 @@ class EngineCore:
         seed = request.sampling.seed
         if seed is None:
             seed = request_seed(self._config.seed, request.request_id)
+        if constraint is not None:
+            for token in request.output_token_ids:
+                constraint.accept(token)
         adapter = self._adapter(request.adapter)
         seq = Seq(request, arrival_s, seed=seed, end_token_ids=end_token_ids, constraint=constraint, adapter=adapter)
         self.scheduler.add(seq)
@@ -390,12 +394,12 @@ class EngineCore:
         self._generation_tokens += 1
         self.scheduler.fairness.charge_output(seq.tenant)
         reason = self._reason_to_end(seq, token)
-        num_output = seq.num_output_tokens
-        if reason is None and num_output > 1 and logprobs is None:
+        is_first = seq.num_output_tokens == seq.num_resumed + 1
+        if reason is None and not is_first and logprobs is None:
             self._outputs.append(SequenceOutput(request_id=seq.request_id, token_ids=[token]))
             return
         prompt_logprobs = None
-        if num_output == 1:
+        if is_first:
             self._prompt_tokens += seq.num_prompt_tokens
             if seq.wants_prompt_logprobs:
                 prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []

@@ -27,10 +27,15 @@ class FinishReason(enum.StrEnum):
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
-    """One sequence to run. `priority`: lower runs earlier. `deadline_s`: seconds from arrival, or None."""
+    """One sequence to run. `priority`: lower runs earlier. `deadline_s`: seconds from arrival, or None.
+
+    `output_token_ids` were generated elsewhere before: the sequence goes on after them, exactly as if it had never
+    stopped, and reports only what is new.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
+    output_token_ids: list[int] = []
     sampling: SamplingParams
     tenant: str = ""
     cache_salt: str = ""

@@ -1,4 +1,4 @@
-"""Whether a prompt can run at all."""
+"""Whether a prompt can run at all, and whether an output can go on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.messages import ModelInfo
+from octavo_engine.sampling_params import SamplingParams
 
 
 def check_prompt(prompt: Sequence[int], model: ModelInfo, room: int) -> None:
@@ -21,3 +22,15 @@ def check_prompt(prompt: Sequence[int], model: ModelInfo, room: int) -> None:
         )
     if min(prompt) < 0 or max(prompt) >= model.vocab_size:
         raise InvalidRequestError(f"prompt token ids must be between 0 and {model.vocab_size - 1}", "prompt")
+
+
+def check_resumed(prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams, model: ModelInfo) -> None:
+    """Raise `InvalidRequestError` for an output, generated elsewhere, that cannot go on or has ended."""
+    if not output:
+        return
+    check_prompt([*prompt, *output], model, room=1)
+    ended = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        ended |= set(model.eos_token_ids)
+    if len(output) >= sampling.max_tokens or (output[-1] in ended and len(output) >= sampling.min_tokens):
+        raise InvalidRequestError("output_token_ids: the sequence has already ended with them", "output_token_ids")

@@ -19,6 +19,7 @@ from octavo_server.usage_log import Consumption
 TENANT_HEADER = "x-octavo-tenant"
 PRIORITY_HEADER = "x-octavo-priority"
 DEADLINE_HEADER = "x-octavo-deadline-ms"
+RESUMABLE_HEADER = "x-octavo-resumable"
 _INTEGER = re.compile(r"[+-]?\d{1,12}")
 
 
@@ -34,6 +35,7 @@ class Caller:
     deadline_s: float | None = None
     arrived_at: float = 0.0
     trace_context: Context | None = None
+    may_resume: bool = False  # whoever forwards this answer goes on elsewhere if this replica dies
     consumed: Consumption = field(default_factory=Consumption, compare=False)
 
     def cache_salt(self, own_salt: str | None) -> str:
@@ -68,6 +70,7 @@ def caller_from(
         deadline_s=None if deadline_ms is None else deadline_ms / 1_000,
         arrived_at=time.monotonic() if arrived_at is None else arrived_at,
         trace_context=trace_context or context_from(headers),
+        may_resume=headers.get(RESUMABLE_HEADER) == "1",
         consumed=consumed or Consumption(),
     )
 

@@ -35,6 +35,7 @@ class SequenceRequest:
     continues_prompt: bool = False  # the text is appended to the prompt's own
     shares_prompt: bool = False  # with a sibling that the prompt is already counted for
     operation: str = "text_completion"  # in the words of the GenAI semantic conventions
+    resumed_token_ids: tuple[int, ...] = ()  # told by another replica; the sequence goes on after them
     structured_param: str = ""  # the caller's name for what constrains the output
 
 
@@ -53,6 +54,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
+    replayed: bool = False  # told before, by another replica
 
 
 class DeltaStream:
@@ -107,6 +109,7 @@ class Generator:
         )
         timing = _Timing(self._latencies, request)
         counted = False
+        replayed = self._replay(request, detokenizer)
         outputs = self._engine.generate(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -116,6 +119,7 @@ class Generator:
             priority=request.priority,
             deadline_s=request.caller.deadline_s,
             adapter=request.adapter,
+            output_token_ids=request.resumed_token_ids,
         )
         try:
             async for output in outputs:
@@ -135,6 +139,8 @@ class Generator:
                 if not counted and token_ids:
                     counted = True
                     _count_prompt(request, output)
+                    if replayed is not None:
+                        yield replayed
                 request.caller.consumed.output_tokens += len(token_ids)
                 yield Delta(
                     index=request.index,
@@ -154,6 +160,16 @@ class Generator:
             await _close(outputs)
             if self._telemetry.enabled:
                 self._telemetry.sequence(request.caller.trace_context, timing.facts(self._model), timing.times())
+
+    def _replay(self, request: SequenceRequest, detokenizer: IncrementalDetokenizer) -> Delta | None:
+        """Bring the text to where another replica left it."""
+        token_ids = list(request.resumed_token_ids)
+        if not token_ids:
+            return None
+        piece = detokenizer.push(token_ids, False)
+        if piece.stop_reason is not None:
+            raise bad_request("octavo_resume: the answer has already ended with these tokens", "octavo_resume")
+        return Delta(request.index, piece.text, token_ids, replayed=True)
 
 
 class _Timing:
@@ -229,7 +245,8 @@ def _count_prompt(request: SequenceRequest, output: SequenceOutput) -> None:
     """A prompt counts with its first token, as in the engine's own counters, and once for all its sequences."""
     if not request.shares_prompt:
         request.caller.consumed.prompt_tokens += len(request.prompt_token_ids)
-        request.caller.consumed.cached_tokens += output.num_cached_tokens
+        request.caller.consumed.cached_tokens += min(output.num_cached_tokens, len(request.prompt_token_ids))
+        request.caller.consumed.output_tokens += len(request.resumed_token_ids)
 
 
 def _raise_failure(output: SequenceOutput) -> None:

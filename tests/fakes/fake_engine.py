@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from octavo_engine.messages import (
     SequenceOutput,
     TokenLogprobs,
 )
+from octavo_engine.prompt import check_resumed
 from octavo_engine.sampling_params import SamplingParams
 
 MODEL_NAME = "fake-model"
@@ -111,8 +112,10 @@ class FakeEngine:
         priority: int = 0,
         deadline_s: float | None = None,
         adapter: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> AsyncIterator[SequenceOutput]:
         assert request_id not in self.received, "request ids must be unique"
+        check_resumed(prompt_token_ids, output_token_ids, sampling, self.model)
         if len(self.running) >= self.max_queued:
             raise QueueFullError("the queue is full (1000 requests wait)", 3.2)
         self.received[request_id] = Received(
@@ -121,7 +124,7 @@ class FakeEngine:
         self.running[request_id] = len(prompt_token_ids) // BLOCK_SIZE + 1
         reason = FinishReason.ABORT
         try:
-            async for output in self._tokens(request_id, prompt_token_ids, sampling):
+            async for output in self._tokens(request_id, prompt_token_ids, sampling, len(output_token_ids)):
                 reason = output.finish_reason or reason
                 yield output
         finally:
@@ -129,11 +132,11 @@ class FakeEngine:
             self.finished[reason.value] += 1
 
     async def _tokens(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, num_resumed: int
     ) -> AsyncIterator[SequenceOutput]:
         prompt = ByteTokenizer().decode(prompt_token_ids)
         answer = [*self.reply(prompt).encode(), EOS]
-        for position in range(sampling.max_tokens):
+        for position in range(num_resumed, sampling.max_tokens):
             await asyncio.sleep(self.step_s)
             self.steps += 1
             self.generated += 1
@@ -155,8 +158,8 @@ class FakeEngine:
                 finish_reason=finish,
                 stop_token_id=stop,
                 logprobs=None if sampling.logprobs is None else [_logprobs(token, sampling.logprobs)],
-                prompt_logprobs=_prompt_logprobs(prompt_token_ids, sampling) if position == 0 else None,
-                num_cached_tokens=len(prompt_token_ids) // BLOCK_SIZE * BLOCK_SIZE if position == 0 else 0,
+                prompt_logprobs=_prompt_logprobs(prompt_token_ids, sampling) if position == num_resumed else None,
+                num_cached_tokens=(len(prompt_token_ids) // BLOCK_SIZE * BLOCK_SIZE if position == num_resumed else 0),
             )
             if finish is not None:
                 return

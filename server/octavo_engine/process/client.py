@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,7 +50,7 @@ from octavo_engine.messages import (
 )
 from octavo_engine.process.stream import OutputStream
 from octavo_engine.process.worker import run_worker
-from octavo_engine.prompt import check_prompt
+from octavo_engine.prompt import check_prompt, check_resumed
 from octavo_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -156,14 +156,17 @@ class EngineProcessClient:
         priority: int = 0,
         deadline_s: float | None = None,
         adapter: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> AsyncGenerator[SequenceOutput, None]:
         self._check_open()
         check_prompt(prompt_token_ids, self.model, room=1)
         sampling.validate(self.model.vocab_size)
+        check_resumed(prompt_token_ids, output_token_ids, sampling, self.model)
         self._check_queue()
         request = AddRequest(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
+            output_token_ids=list(output_token_ids),
             sampling=sampling,
             tenant=tenant,
             cache_salt=cache_salt,

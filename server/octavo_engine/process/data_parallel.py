@@ -90,6 +90,7 @@ class DataParallelClient:
         priority: int = 0,
         deadline_s: float | None = None,
         adapter: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> AsyncIterator[SequenceOutput]:
         index = choose_engine(self._loads, prompt_token_ids, cache_salt + adapter)
         stream = self._engines[index].generate(
@@ -101,6 +102,7 @@ class DataParallelClient:
             priority=priority,
             deadline_s=deadline_s,
             adapter=adapter,
+            output_token_ids=output_token_ids,
         )
         self._loads[index] += 1
         try:

@@ -23,7 +23,8 @@ class SequenceState(enum.Enum):
 class Sequence:
     """Tokens, KV blocks and progress of one request.
 
-    `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache.
+    `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache, and the
+    first `num_resumed` generated ones come from elsewhere.
     `drafted` are guessed tokens that the current step verifies. `adapter_slot` is set while a sequence with an adapter
     runs.
     `rank` orders sequences that run, smaller first: the worst is preempted when memory runs out.
@@ -43,6 +44,7 @@ class Sequence:
         "num_overtaken",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_resumed",
         "priority",
         "prompt_logprobs",
         "rank",
@@ -69,8 +71,9 @@ class Sequence:
         self.request_id = request.request_id
         self.tenant = request.tenant
         self.sampling = request.sampling
-        self.tokens = list(request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.tokens)
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_resumed = len(request.output_token_ids)
+        self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.adapter = adapter
         self.adapter_slot: int | None = None
         content = () if adapter is None else (adapter.adapter.name, adapter.adapter.digest)

@@ -140,7 +140,7 @@ class Ledger:
                 record = _DECODER.decode(line)
                 if isinstance(record, Begun):
                     begun[record.id] = line
-                else:
+                elif record.outcome != "interrupted" or record.id not in ended:
                     ended[record.id] = record
         still_open = [(id_, line) for id_, line in begun.items() if id_ not in ended]
         run = "" if self._journal.is_left_behind(segment) else self._run_id

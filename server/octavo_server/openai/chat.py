@@ -26,6 +26,7 @@ from octavo_server.openai.constraints import (
 from octavo_server.openai.messages import render_chat
 from octavo_server.openai.refused_fields import HINTS, REFUSED_FIELDS
 from octavo_server.openai.request_types import ChatCompletionRequest
+from octavo_server.openai.resume import can_resume, check_resume, resume_headers, seed_of, tells_tokens
 from octavo_server.openai.sampling import sampling_params
 from octavo_server.openai.sequences import (
     Prompt,
@@ -72,15 +73,18 @@ def router(replica: Replica) -> APIRouter:
         request = parsed.request
         options = check_stream_options(request)
         log_fields = http.scope["state"].setdefault("log_fields", {})
-        run = await start_chat(replica, request, caller_of(http), log_fields)
-        renderer = ChatRenderer(replica.served.tokenizer, request, run.identity, run.prompt)
+        caller = caller_of(http)
+        run = await start_chat(replica, request, caller, log_fields)
+        tells = tells_tokens(request, caller, len(run.answers)) or bool(request.return_token_ids)
+        renderer = ChatRenderer(replica.served.tokenizer, request, run.identity, run.prompt, tells)
         if request.stream:
             events = guarded(
                 chat_events(run.deltas, renderer, run.answers, run.usage, options),
                 request_id=run.identity.id,
                 on_error=lambda error: replica.metrics.rejected(error.reason),
             )
-            return EventStream(events, source=run.deltas)
+            headers = resume_headers(request, caller, len(run.answers), len(run.prompt.token_ids))
+            return EventStream(events, source=run.deltas, headers=headers)
         async with contextlib.aclosing(run.deltas):
             async for delta in run.deltas:
                 run.usage.add(delta)
@@ -103,6 +107,8 @@ async def start_chat(
     log_fields["model"] = model
     served.require_task("generate", "/v1/chat/completions")
     names = _check_options(request, served)
+    n = request.n or 1
+    check_resume(request, n)
     constraint = requested_constraint(request)
     if request.tools and names:
         by_choice = tool_choice_constraint(request.tool_choice, request.tools, served.tool_parser)
@@ -110,11 +116,12 @@ async def start_chat(
             raise bad_request(f"{constraint.param}: cannot be combined with tool_choice", constraint.param)
         constraint = constraint or by_choice
     prompt, opens_thoughts = await replica.text.run(prepare, served, request, constraint)
-    identity = ResponseIdentity.new(prefix, served, model, request.request_id)
-    n = request.n or 1
+    identity = ResponseIdentity.new(prefix, served, model, request)
     usage = UsageCounter([prompt], n, log_fields)
-    adapter = served.adapter_of(model)
-    sequences = sequence_requests([prompt], n, identity, request, caller, constraint, adapter=adapter)
+    sequences = sequence_requests(
+        [prompt], n, identity, request, caller, constraint, adapter=served.adapter_of(model),
+        seed=seed_of(identity.id) if can_resume(request, n) else None,
+    )  # fmt: skip
     deltas = await replica.generator.start(sequences)
     answers = [
         ChatAnswer(

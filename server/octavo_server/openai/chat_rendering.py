@@ -23,7 +23,7 @@ from octavo_server.openai.response_types import (
     ChatDelta,
     ChatLogprobs,
 )
-from octavo_server.openai.sequences import Prompt, ResponseIdentity, UsageCounter, at_intervals
+from octavo_server.openai.sequences import Prompt, ResponseIdentity, UntoldTokens, UsageCounter, at_intervals
 
 _EMPTY = ChatDelta()
 
@@ -36,6 +36,7 @@ class ChatRenderer:
     request: ChatCompletionRequest
     identity: ResponseIdentity
     prompt: Prompt
+    tells_token_ids: bool
 
     def completion(self, answers: Sequence[ChatAnswer], usage: UsageCounter) -> ChatCompletion:
         identity, request = self.identity, self.request
@@ -83,7 +84,7 @@ class ChatRenderer:
             self._logprobs(delta.logprobs) if delta.logprobs else None,
             answer.finish_reason,
             UNSET if delta.stop_reason is None else delta.stop_reason,
-            token_ids=delta.token_ids if self.request.return_token_ids else UNSET,
+            token_ids=delta.token_ids if self.tells_token_ids else UNSET,
         )
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
@@ -106,16 +107,22 @@ async def chat_events(
 ) -> AsyncGenerator[bytes, None]:
     """The chunks of a stream: the role first, then what each delta shows, then usage when it is asked for."""
     wants_ids = bool(renderer.request.return_token_ids)
+    untold = UntoldTokens()
     continuous = bool(options.continuous_usage_stats and options.include_usage)
-    for index in range(len(answers)):
+    resumes = renderer.request.octavo_resume is not None
+    for index in range(0 if resumes else len(answers)):
         opening = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
         yield encode_event(renderer.chunk([opening], usage=usage.usage() if continuous else UNSET))
     async for delta in at_intervals(deltas, renderer.request.stream_interval):
         usage.add(delta)
         answer = answers[delta.index]
         shown = answer.push(delta)
-        if shown == _EMPTY and delta.finish_reason is None and not delta.logprobs and not wants_ids:
+        if delta.replayed:
             continue
+        if shown == _EMPTY and delta.finish_reason is None and not delta.logprobs and not wants_ids:
+            untold.hold(delta)
+            continue
+        delta = untold.join(delta)
         choice = renderer.piece(delta, shown, answer)
         yield encode_event(renderer.chunk([choice], usage=usage.usage() if continuous else UNSET))
     if options.include_usage:

@@ -24,11 +24,13 @@ from octavo_server.openai.logprobs import completion_logprobs, prompt_logprobs
 from octavo_server.openai.refused_fields import HINTS, REFUSED_FIELDS
 from octavo_server.openai.request_types import CompletionRequest, StreamOptions
 from octavo_server.openai.response_types import Completion, CompletionChoice, CompletionLogprobs
+from octavo_server.openai.resume import can_resume, check_resume, resume_headers, seed_of, tells_tokens
 from octavo_server.openai.sampling import sampling_params
 from octavo_server.openai.sequences import (
     Prompt,
     ResponseIdentity,
     SequenceText,
+    UntoldTokens,
     UsageCounter,
     at_intervals,
     check_stream_options,
@@ -61,24 +63,28 @@ def router(replica: Replica) -> APIRouter:
         n, best_of = _check_options(request)
         options = check_stream_options(request)
         caller = caller_of(http)
+        check_resume(request, _num_prompts(request) * best_of)
         constraint = requested_constraint(request)
         prompts = await replica.text.run(_prepare, served, request, constraint)
-        identity = ResponseIdentity.new("cmpl", served, model, request.request_id)
+        identity = ResponseIdentity.new("cmpl", served, model, request)
         log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
         usage = UsageCounter(prompts, best_of, log_fields)
-        adapter = served.adapter_of(model)
+        num_sequences = len(prompts) * best_of
+        tells = tells_tokens(request, caller, num_sequences)
         sequences = sequence_requests(
-            prompts, best_of, identity, request, caller, constraint, adapter=adapter, continues_prompt=True
-        )
+            prompts, best_of, identity, request, caller, constraint, adapter=served.adapter_of(model),
+            continues_prompt=True, seed=seed_of(identity.id) if can_resume(request, num_sequences) else None,
+        )  # fmt: skip
         deltas = await replica.generator.start(sequences)
-        renderer = _Renderer(served, request, identity, prompts, best_of)
+        renderer = _Renderer(served, request, identity, prompts, best_of, tells or bool(request.return_token_ids))
         if request.stream:
             events = guarded(
                 _events(deltas, renderer, usage, options),
                 request_id=identity.id,
                 on_error=lambda error: replica.metrics.rejected(error.reason),
             )
-            return EventStream(events, source=deltas)
+            headers = resume_headers(request, caller, num_sequences, len(prompts[0].token_ids))
+            return EventStream(events, source=deltas, headers=headers)
         async with contextlib.aclosing(deltas):
             texts = await collect(deltas, len(sequences), usage)
         if best_of > n:
@@ -132,6 +138,10 @@ def _prepare(served: ServedModel, request: CompletionRequest, constraint: Constr
     return prompts
 
 
+def _num_prompts(request: CompletionRequest) -> int:
+    return len(_prompts(request))
+
+
 def _prompts(request: CompletionRequest) -> list[tuple[str, TextInput]]:
     """Each prompt with the name of its field."""
     prompts = text_inputs(request.prompt, "prompt", LIMITS.prompts)
@@ -158,6 +168,7 @@ class _Renderer:
     identity: ResponseIdentity
     prompts: Sequence[Prompt]
     n: int
+    tells_token_ids: bool
 
     def completion(self, choices: list[CompletionChoice], **extra: Any) -> Completion:
         identity = self.identity
@@ -227,7 +238,7 @@ class _Renderer:
             logprobs,
             None if delta.finish_reason is None else delta.finish_reason.value,
             delta.stop_reason,
-            token_ids=delta.token_ids if self.request.return_token_ids else UNSET,
+            token_ids=delta.token_ids if self.tells_token_ids else UNSET,
         )
 
 
@@ -242,12 +253,18 @@ async def _events(
             text = renderer.prompt_text(index // renderer.n)
             offsets[index] = len(text)
             yield encode_event(renderer.completion([CompletionChoice(index, text)]))
+    untold = UntoldTokens()
     async for delta in at_intervals(deltas, request.stream_interval):
         usage.add(delta)
+        if delta.replayed:
+            offsets[delta.index] += len(delta.text)
+            continue
         if request.max_tokens == 0:
             delta = Delta(delta.index, "", [], finish_reason=delta.finish_reason)
         if not delta.text and delta.finish_reason is None and not delta.logprobs and not request.return_token_ids:
+            untold.hold(delta)
             continue
+        delta = untold.join(delta)
         choice = renderer.piece(delta, offsets[delta.index])
         offsets[delta.index] += len(delta.text)
         yield encode_event(renderer.completion([choice], usage=usage.usage() if continuous else UNSET))

@@ -52,6 +52,14 @@ class StructuredOutputs(Struct, frozen=True, forbid_unknown_fields=True):
     disable_any_whitespace: bool | None = None
 
 
+class Resume(Struct, frozen=True, forbid_unknown_fields=True):
+    """An answer of another replica to go on with: what its chunks repeat, and the tokens it has told."""
+
+    id: Identifier
+    created: Annotated[int, Meta(ge=0, le=2**53)]
+    token_ids: Annotated[list[TokenId], Meta(max_length=LIMITS.max_tokens)]
+
+
 class SamplingFields(Struct, frozen=True, kw_only=True):
     """Fields that chat and completions share: OpenAI's and vLLM's."""
 
@@ -98,6 +106,7 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     cache_salt: Identifier | None = None
     priority: Annotated[int, Meta(ge=-LIMITS.priority, le=LIMITS.priority)] | None = None
     request_id: Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    octavo_resume: Resume | None = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):

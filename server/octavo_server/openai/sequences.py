@@ -42,10 +42,13 @@ class ResponseIdentity:
     engine_key: str
 
     @classmethod
-    def new(cls, prefix: str, served: ServedModel, model: str, chosen: str | None = None) -> ResponseIdentity:
-        """chosen: the caller's own part of the id."""
+    def new(cls, prefix: str, served: ServedModel, model: str, fields: SamplingFields) -> ResponseIdentity:
+        """The caller may choose a part of the id; a resumed answer keeps its own."""
         unique = uuid.uuid4().hex
         key = f"{prefix}-{unique}"
+        resume, chosen = fields.octavo_resume, fields.request_id
+        if resume is not None:
+            return cls(resume.id, model, served.fingerprint, resume.created, key)
         return cls(f"{prefix}-{chosen}" if chosen else key, model, served.fingerprint, int(time.time()), key)
 
 
@@ -59,8 +62,12 @@ def sequence_requests(
     *,
     adapter: str = "",
     continues_prompt: bool = False,
+    seed: int | None = None,
 ) -> list[SequenceRequest]:
-    """`n` sequences for each prompt, in response order; sibling seeds differ so that siblings differ."""
+    """`n` sequences for each prompt, in response order; sibling seeds differ so that siblings differ.
+
+    `seed` is for requests that give none.
+    """
     if len(prompts) * n > LIMITS.sequences:
         raise bad_request(f"n: {len(prompts)} prompts times {n} exceed {LIMITS.sequences} sequences", "n")
     priority = caller.priority if caller.priority is not None else fields.priority or 0
@@ -69,6 +76,8 @@ def sequence_requests(
     for position, prompt in enumerate(prompts):
         for sibling in range(n):
             sampling = prompt.sampling
+            if sampling.seed is None and seed is not None:
+                sampling = msgspec.structs.replace(sampling, seed=seed)
             if sampling.seed is not None and sibling:
                 sampling = msgspec.structs.replace(sampling, seed=sampling.seed + sibling)
             index = position * n + sibling
@@ -84,6 +93,7 @@ def sequence_requests(
                     adapter=adapter,
                     continues_prompt=continues_prompt,
                     shares_prompt=sibling > 0,
+                    resumed_token_ids=() if fields.octavo_resume is None else tuple(fields.octavo_resume.token_ids),
                     operation="text_completion" if continues_prompt else "chat",
                     structured_param="" if constraint is None else constraint.param,
                 )
@@ -142,6 +152,23 @@ async def collect(deltas: DeltaStream, count: int, usage: UsageCounter) -> list[
         usage.add(delta)
         texts[delta.index].add(delta)
     return texts
+
+
+class UntoldTokens:
+    """Tokens of deltas that show nothing yet: the next chunk that is sent tells them too."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
+    def hold(self, delta: Delta) -> None:
+        self._held += delta.token_ids
+
+    def join(self, delta: Delta) -> Delta:
+        """The delta with all tokens since the last chunk. Only for answers of one sequence, or with nothing held."""
+        if not self._held or delta.logprobs:
+            return delta
+        held, self._held = self._held, []
+        return dataclasses.replace(delta, token_ids=[*held, *delta.token_ids])
 
 
 class UsageCounter:
