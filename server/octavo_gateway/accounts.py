@@ -190,6 +190,8 @@ class Accounts:
         served = exchange.status < 400 and exchange.bytes_sent > 0
         if meter.known or not served:
             consumed = Consumed(meter.prompt_tokens, meter.cached_tokens, meter.output_tokens)
+        elif exchange.progress is not None and exchange.progress.active:
+            consumed = Consumed(exchange.progress.prompt_tokens, 0, exchange.progress.num_tokens)
         else:
             consumed = Consumed(begun.prompt_tokens, 0, meter.events)
         prompt, cached, output = consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens

@@ -31,6 +31,7 @@ from octavo_gateway.load import LoadBook
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.outliers import OutlierDetector
 from octavo_gateway.pages import Page, Pages, octavo_version
+from octavo_gateway.progress import Progress
 from octavo_gateway.proxy import Forward, Proxy, wants_json
 from octavo_gateway.registry import Registry, Strategy
 from octavo_gateway.reports import ReportPoller
@@ -351,7 +352,10 @@ class Gateway:
         strip = False
         if stream and self.accounts.counting and exchange.path in TELLS_USAGE_IF_ASKED:
             body, strip = ask_for_usage(body)
-        request = Forward(resolved, body, route, _turn(identity, seen), stream, identity)
+        request = Forward(
+            resolved, body, route, _turn(identity, seen), stream, identity,
+            progress=Progress(shows_tokens=seen.shows_tokens),
+        )  # fmt: skip
         await self._charged(exchange, request, seen, strip)
 
     async def _open_inference(self, exchange: Exchange, name: str) -> None:

@@ -16,6 +16,7 @@ from octavo_gateway.errors import (
     UpstreamDeadlineError,
 )
 from octavo_gateway.http_protocol import CLIENT, ClientConnection
+from octavo_gateway.progress import Progress
 from octavo_gateway.registry import Endpoint
 from octavo_gateway.tenancy import Identity
 
@@ -47,6 +48,7 @@ class Exchange:
         self.model = ""
         self.tenant = ""
         self.key_name = ""
+        self.progress: Progress | None = None  # of a streamed answer
         self.replica: Endpoint | None = None  # the last one it was sent to
         self.route_reason = ""
         self.attempts = 0

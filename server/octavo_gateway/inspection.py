@@ -53,6 +53,7 @@ class _Body(msgspec.Struct):
     max_output_tokens: int | None = None
     priority: int | None = None
     n: int | None = None
+    return_token_ids: bool | None = None
     messages: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
@@ -73,6 +74,7 @@ class Inspection:
     context: bytes  # what precedes the prompt in the model's input: tools, system text
     prompt_tokens: int  # estimated
     output_tokens: int  # asked for, else a default
+    shows_tokens: bool  # the client wants token ids in its stream
     priority: int | None  # asked for; lower is earlier, as in vLLM
 
     @property
@@ -110,5 +112,6 @@ def inspect_body(body: bytes, api: Api = Api.GENERATE) -> Inspection:
         context=bytes(fields.tools) + b"\0" + bytes(fields.system) if fields.tools or fields.system else b"",
         prompt_tokens=len(view) // BYTES_PER_TOKEN,
         output_tokens=max(1, asked) * max(1, fields.n or 1) if api is Api.GENERATE else 0,
+        shows_tokens=bool(fields.return_token_ids),
         priority=fields.priority,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo_gateway import headers
 from octavo_gateway.asgi import EVENT_STREAM, Headers, header
@@ -20,8 +20,9 @@ from octavo_gateway.errors import (
 )
 from octavo_gateway.exchange import Exchange
 from octavo_gateway.metrics import Metrics
+from octavo_gateway.progress import RESUMABLE, RESUMED, Progress
 from octavo_gateway.registry import ModelEntry, Registry, Resolved, Snapshot
-from octavo_gateway.relay import refusal_in_stream, relay_answer
+from octavo_gateway.relay import ENDS_WITH_DONE, refusal_in_stream, relay_answer
 from octavo_gateway.routing import PrefixIndex, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.tenancy import Identity
@@ -52,6 +53,7 @@ class Forward:
     stream: bool
     identity: Identity | None = None
     meter: UsageMeter = field(default_factory=UsageMeter)
+    progress: Progress = field(default_factory=Progress)
     usage_id: str = ""  # under which the replica remembers what it consumed
 
     @property
@@ -65,6 +67,10 @@ class _RetryError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+class _ResumeError(Exception):
+    """The replica died in the middle of an answer with which another one can go on."""
 
 
 class Proxy:
@@ -110,16 +116,19 @@ class Proxy:
     async def forward(self, exchange: Exchange, request: Forward) -> None:
         """Serve one request to its end. Raises `GatewayError` for what the client is to be told."""
         entry = request.entry
+        original = request
         exchange.model = entry.name
         exchange.admitted_s = self._clock() - exchange.started_at
+        exchange.progress = request.progress
         self._dispatcher.arrived(entry)
         excluded: frozenset[str] = frozenset()
+        last_attempt = entry.retry.attempts
         while True:
             exchange.attempts += 1
             lease = await self._lease(exchange, request, excluded)
             exchange.replica, exchange.route_reason = lease.endpoint, lease.choice.reason
             self._index.record(lease.endpoint.id, request.route.prefix)
-            may_retry = exchange.attempts < entry.retry.attempts
+            may_retry = exchange.attempts < last_attempt
             try:
                 await self._attempt(exchange, request, lease, may_retry)
                 return
@@ -127,6 +136,13 @@ class Proxy:
                 log.warning("request %s: replica %s: %s; retrying", exchange.request_id, lease.endpoint.id, error)
                 self._metrics.retries.labels(entry.name, error.reason).inc()
                 excluded |= {lease.endpoint.id}
+            except _ResumeError as error:
+                log.warning("request %s: replica %s: %s; resuming", exchange.request_id, lease.endpoint.id, error)
+                self._metrics.retries.labels(entry.name, "resume").inc()
+                excluded |= {lease.endpoint.id}
+                request.progress.resumes += 1
+                request = replace(original, body=request.progress.resumed_body(original.body))
+                last_attempt = exchange.attempts + entry.retry.attempts
             finally:
                 self._dispatcher.release(lease)
 
@@ -252,6 +268,8 @@ class Proxy:
             (b"traceparent", exchange.trace.header),
             (b"x-octavo-deadline-ms", b"%d" % max(1, int(left_s * 1e3))),
         ]
+        if self._may_resume(exchange, request):
+            own.append((RESUMABLE, b"1"))
         if request.usage_id:
             own.append((b"x-octavo-usage-id", request.usage_id.encode()))
         if request.identity is not None:
@@ -268,6 +286,14 @@ class Proxy:
             own,
         )
 
+    def _may_resume(self, exchange: Exchange, request: Forward) -> bool:
+        return (
+            self._settings.resume
+            and request.stream
+            and exchange.path in ENDS_WITH_DONE
+            and request.entry.retry.attempts > 1
+        )
+
     # ---- the answer
 
     async def _relay(
@@ -277,18 +303,23 @@ class Proxy:
         if exchange.started and not is_stream:
             await refusal_in_stream(exchange, connection)
             return
+        progress = request.progress
+        if progress.resumes and head.get(RESUMED) is None:  # it would begin anew
+            connection.abort()
+            raise self._incomplete()
+        progress.begin(head)
         if not exchange.started:
             exchange.streaming = is_stream
             await exchange.start(
                 head.status, headers.response_headers(head.headers, self._own(exchange, lease), is_stream=is_stream)
             )
         try:
-            await relay_answer(exchange, connection, head, request.meter, self._settings.idle_timeout)
+            await relay_answer(exchange, connection, head, request.meter, progress, self._settings.idle_timeout)
         except UpstreamError as error:
             self._upstream_error(lease, "lost_midway", error)
-            raise UpstreamFailedError(
-                "The replica that was answering this request failed; the answer is incomplete."
-            ) from error
+            if progress.can_resume:
+                raise _ResumeError(str(error)) from error
+            raise self._incomplete() from error
         await exchange.finish()
 
     def _learn(self, request: Forward, lease: Lease) -> None:
@@ -328,6 +359,9 @@ class Proxy:
         self._metrics.upstream_errors.labels(lease.entry.name, kind).inc()
         log.warning("replica %s: %s", lease.endpoint.id, error or f"{kind} deadline passed")
         self._failed(lease)
+
+    def _incomplete(self) -> GatewayError:
+        return UpstreamFailedError("The replica that was answering this request failed; the answer is incomplete.")
 
     def _unreachable(self, lease: Lease) -> GatewayError:
         return UpstreamFailedError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octavo_gateway.errors import UpstreamDeadlineError
 from octavo_gateway.exchange import Exchange
+from octavo_gateway.progress import Progress
 from octavo_gateway.sse import EventRelay
 from octavo_gateway.upstream import ConnectionLostError, ResponseHead, UpstreamConnection
 from octavo_gateway.usage import UsageMeter
@@ -15,7 +16,12 @@ ENDS_WITH_DONE = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
 async def relay_answer(
-    exchange: Exchange, connection: UpstreamConnection, head: ResponseHead, meter: UsageMeter, idle_timeout_s: float
+    exchange: Exchange,
+    connection: UpstreamConnection,
+    head: ResponseHead,
+    meter: UsageMeter,
+    progress: Progress,
+    idle_timeout_s: float,
 ) -> None:
     """Relay the body to its end, without ending the client's. Raises `UpstreamError` when it breaks off.
 
@@ -24,7 +30,7 @@ async def relay_answer(
     idle = _IdleTimer(exchange, idle_timeout_s)
     try:
         if exchange.streaming:
-            await _relay_events(exchange, connection, head, meter, idle)
+            await _relay_events(exchange, connection, head, meter, progress, idle)
         else:
             await _relay_bytes(exchange, connection, meter, idle)
     finally:
@@ -42,7 +48,12 @@ async def refusal_in_stream(exchange: Exchange, connection: UpstreamConnection) 
 
 
 async def _relay_events(
-    exchange: Exchange, connection: UpstreamConnection, head: ResponseHead, meter: UsageMeter, idle: _IdleTimer
+    exchange: Exchange,
+    connection: UpstreamConnection,
+    head: ResponseHead,
+    meter: UsageMeter,
+    progress: Progress,
+    idle: _IdleTimer,
 ) -> None:
     """Events go from socket to socket inside one callback: no task wakes for them."""
     relay = EventRelay()
@@ -50,6 +61,8 @@ async def _relay_events(
     def pass_on(data: bytes) -> bool:
         idle.touch()
         events = meter.feed_events(relay.feed(data))
+        if progress.active:
+            events = progress.feed(events)
         return exchange.push(events) if events else True
 
     exchange.client.on_writable = connection.resume

@@ -37,6 +37,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     drain_timeout: float = 30.0
     report_interval: float = 1.0  # how often each replica's metrics are read
     upstream_keep_alive: float = 4.0
+    resume: bool = True  # go on at another replica when one dies in the middle of a stream
     prefix_index_blocks: int = 500_000
     debug_headers: bool = False  # tell replica and routing reason in x-octavo-* response headers
     access_log: bool = True
