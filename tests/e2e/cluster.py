@@ -64,20 +64,28 @@ async def until(check: Callable[[], Awaitable[Any]], what: str, timeout_s: float
     pytest.fail(f"waited {timeout_s:.0f} s until {what}; last seen: {seen}")
 
 
-async def condition(client: KubeClient, namespace: str, type_: str, kind: Kind = INFERENCE_SERVICE) -> dict[str, Any]:
-    found = await client.get(kind, namespace, "smollm2")
+async def condition(
+    client: KubeClient, namespace: str, type_: str, kind: Kind = INFERENCE_SERVICE, name: str = "smollm2"
+) -> dict[str, Any]:
+    found = await client.get(kind, namespace, name)
     conditions = (found.get("status") or {}).get("conditions") or []
     return next((c for c in conditions if c["type"] == type_), {})
 
 
 async def reaches(
-    client: KubeClient, namespace: str, type_: str, status: str, reason: str = "", timeout_s: float = WAIT_S
+    client: KubeClient,
+    namespace: str,
+    type_: str,
+    status: str,
+    reason: str = "",
+    timeout_s: float = WAIT_S,
+    name: str = "smollm2",
 ) -> dict[str, Any]:
     async def check() -> Any:
-        seen = await condition(client, namespace, type_)
+        seen = await condition(client, namespace, type_, name=name)
         return seen if seen.get("status") == status and reason in ("", seen.get("reason")) else None
 
-    found: dict[str, Any] = await until(check, f"{type_} is {status} {reason}", timeout_s)
+    found: dict[str, Any] = await until(check, f"{type_} of {name} is {status} {reason}", timeout_s)
     return found
 
 

@@ -32,6 +32,7 @@ NODE = Kind("v1", "Node", "nodes", namespaced=False)
 POD = Kind("v1", "Pod", "pods")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 START_TIMEOUT_S = 60.0
+RENEW_EVERY_S = 10.0
 
 
 def missing_reason(*more: str) -> str:
@@ -70,14 +71,15 @@ class ControlPlane:
             process.kill()
 
 
-def start(root: Path, prepare: Callable[[ControlPlane], None]) -> ControlPlane:
+def start(root: Path, prepare: Callable[[ControlPlane], None], address: str = "127.0.0.1") -> ControlPlane:
     """Start everything and wait until it answers.
 
     `prepare` installs CRDs before the controllers start: garbage collection then knows them from the beginning.
+    `address` is where the API server listens; a real node's pods reach it there.
     """
     assets = Path(os.environ["KUBEBUILDER_ASSETS"])
     etcd_port, peer_port, api_port = _free_port(), _free_port(), _free_port()
-    server = f"https://127.0.0.1:{api_port}"
+    server = f"https://{address}:{api_port}"
     kubeconfig = _write_config(root, server)
     plane = ControlPlane(
         root,
@@ -88,7 +90,7 @@ def start(root: Path, prepare: Callable[[ControlPlane], None]) -> ControlPlane:
     )
     try:
         _start_etcd(plane, assets, etcd_port, peer_port)
-        _run(plane, [assets / "kube-apiserver", *_api_server_flags(root, etcd_port, api_port)])
+        _run(plane, [assets / "kube-apiserver", *_api_server_flags(root, etcd_port, address, api_port)])
         _wait(f"{server}/readyz", plane)
         prepare(plane)
         common = ["--kubeconfig", str(kubeconfig), "--leader-elect=false", "--secure-port"]
@@ -142,11 +144,11 @@ def _start_etcd(plane: ControlPlane, assets: Path, port: int, peer: int) -> None
     _wait(f"{client_url}/health", plane)
 
 
-def _api_server_flags(root: Path, etcd_port: int, port: int) -> list[str]:
+def _api_server_flags(root: Path, etcd_port: int, address: str, port: int) -> list[str]:
     return [
         f"--etcd-servers=http://127.0.0.1:{etcd_port}",
-        "--bind-address=127.0.0.1",
-        "--advertise-address=127.0.0.1",
+        f"--bind-address={address}",
+        f"--advertise-address={address}",
         f"--secure-port={port}",
         f"--cert-dir={root}/certs",
         f"--token-auth-file={root}/tokens.csv",
@@ -156,6 +158,7 @@ def _api_server_flags(root: Path, etcd_port: int, port: int) -> list[str]:
         f"--service-account-key-file={root}/sa.pub",
         f"--service-account-signing-key-file={root}/sa.key",
         "--authorization-mode=RBAC",
+        "--allow-privileged=false",
         "--disable-admission-plugins=ServiceAccount",
     ]
 
@@ -208,6 +211,7 @@ class FakeNode:
     def __init__(self, plane: ControlPlane, gpus: int = 2) -> None:
         self._plane = plane
         self._gpus = gpus
+        self._renewed = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.faults: dict[str, dict[str, Any]] = {}  # InferenceService to the status its pods shall show
@@ -229,6 +233,7 @@ class FakeNode:
             await self._register(client)
             while not self._stop.is_set():
                 with contextlib.suppress(ApiError):
+                    await self._renew(client)
                     for pod in (await client.list_objects(POD))["items"]:
                         await self._tend(client, pod)
                 await asyncio.sleep(0.2)
@@ -254,10 +259,16 @@ class FakeNode:
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
             "metadata": {"name": "fake-0", "namespace": "kube-node-lease"},
-            "spec": {"holderIdentity": "fake-0", "leaseDurationSeconds": 3600, "renewTime": _micro_now()},
+            "spec": {"holderIdentity": "fake-0", "leaseDurationSeconds": 40, "renewTime": _micro_now()},
         }
         with contextlib.suppress(ApiError):
             await client.create(LEASE, lease)
+
+    async def _renew(self, client: KubeClient) -> None:
+        """Without this the node counts as lost after some 40 s, and its pods as not ready."""
+        if time.monotonic() - self._renewed >= RENEW_EVERY_S:
+            await client.patch(LEASE, "kube-node-lease", "fake-0", {"spec": {"renewTime": _micro_now()}})
+            self._renewed = time.monotonic()
 
     async def _tend(self, client: KubeClient, pod: dict[str, Any]) -> None:
         metadata, spec = pod["metadata"], pod["spec"]

@@ -25,7 +25,8 @@ RESTART_AFTER_S = 1.0
 LOOK_EVERY_S = 0.1
 LOG_TAIL = 2_048
 COMMANDS = {"octavo": [sys.executable, "-m", "octavo_cli.main"], "python": [sys.executable]}
-_subnets = itertools.count(1)
+# Addresses of this process alone, so that several may test at once.
+SUBNET = f"127.{20 + os.getpid() % 200}.{os.getpid() // 200 % 250}"
 
 
 class ProcessNode(FakeNode):
@@ -36,7 +37,6 @@ class ProcessNode(FakeNode):
         self._folder = folder
         self._pods: dict[str, _Pod] = {}
         self._lives: set[asyncio.Task[None]] = set()
-        self._subnet = next(_subnets)
         self._addresses = itertools.count(1)
 
     async def _run(self) -> None:
@@ -55,7 +55,7 @@ class ProcessNode(FakeNode):
         if uid in self._pods:
             self._pods[uid].raw = pod
             return
-        address = f"127.0.{self._subnet}.{next(self._addresses)}"
+        address = f"{SUBNET}.{next(self._addresses)}"
         self._pods[uid] = _Pod(client, pod, address, self._folder / f"{pod['metadata']['name']}.log")
         life = asyncio.create_task(self._pods[uid].live())
         self._lives.add(life)
