@@ -31,7 +31,7 @@ SIMULATED = {
     "kind": SERVING_RUNTIME.kind,
     "metadata": {"name": "simulated"},
     "spec": {
-        "engine": "octavo",
+        "engine": "simulated",
         "supportedModelFormats": [{"name": "safetensors"}],
         "supports": {"cpu": True},
         "protocols": ["openai-v1"],

@@ -190,6 +190,41 @@ class VariantAutoscalerLaw:
         return kv - _mean(uses) * factor < self._spare[0] or queue - _mean(waits) * factor < self._spare[1]
 
 
+class TokenCapacityLaw:
+    """WVA, version 2: token demand against token capacity, with the mean lengths of requests known to it.
+
+    A replica's capacity is 80 % of its cache, or what was in use when 5 or more waited there; demand counts what waits
+    in replicas by its prompt and what waits before them by its whole length.
+    """
+
+    def __init__(self, up: float = 0.85, down: float = 0.70, mean_input: float = 900.0, mean_output: float = 280.0):
+        self.name = "WVA v2" if up == 0.85 else f"WVA v2 {up:g}"
+        self._up, self._down = up, down
+        self._mean_input, self._mean_length = mean_input, mean_input + mean_output
+        self._saturated: dict[str, deque[float]] = {}
+        self._patient = _Patient()
+
+    def decide(self, signals: Signals, now: float) -> int:
+        capacities, demand = [], signals.held * self._mean_length
+        for sample in signals.samples:
+            cache = sample.kv_capacity_tokens or 0.0
+            used = (sample.kv_utilization or 0.0) * cache
+            seen = self._saturated.setdefault(sample.name, deque(maxlen=10))
+            if sample.waiting >= 5:
+                seen.append(used)
+            capacities.append(min(0.8 * cache, _mean(list(seen))) if seen else 0.8 * cache)
+            demand += used + sample.waiting * self._mean_input
+        if not capacities:
+            return signals.current
+        capacity = sorted(capacities)[len(capacities) // 2]
+        there = signals.ready + signals.pending
+        more = math.ceil(max(0.0, demand / self._up - capacity * there) / capacity)
+        if more:
+            return self._patient(there + more, signals.current, now)
+        fewer = math.floor(max(0.0, capacity * signals.ready - demand / self._down) / capacity)
+        return self._patient(max(1, there - fewer), signals.current, now)
+
+
 def all_laws(hardware: Hardware) -> list[Law]:
     """Ours and every peer's, fresh."""
     policy = ScalingPolicy(
@@ -204,6 +239,7 @@ def all_laws(hardware: Hardware) -> list[Law]:
         KubeAILaw(),
         AIBrixLaw(),
         VariantAutoscalerLaw(),
+        TokenCapacityLaw(),
     ]
 
 

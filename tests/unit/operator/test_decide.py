@@ -14,7 +14,8 @@ from octavo_operator.autoscale.policy import Owner, Pace, PaceLimit, ScalingPoli
 from octavo_operator.autoscale.schedule import bounds_at, holds
 from octavo_operator.autoscale.signals import ReplicaSample, Signals, Ttft
 
-POLICY = ScalingPolicy(min_replicas=1, max_replicas=10)
+ONE_A_MINUTE = Pace(300.0, (PaceLimit(False, 1, 60.0),))
+POLICY = ScalingPolicy(min_replicas=1, max_replicas=10, kv_target=0.75, down=ONE_A_MINUTE)
 ZERO = ScalingPolicy(min_replicas=0, max_replicas=10, idle_s=900.0)
 UNLIMITED = Pace(0.0, ())
 

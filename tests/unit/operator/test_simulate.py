@@ -68,5 +68,5 @@ def test_peers_follow_their_own_formulas() -> None:
 def test_all_laws_run_and_have_names_of_their_own() -> None:
     arrivals = workload.steady(4.0, 120.0, 1)
     reports = [simulate(law, arrivals, FAST) for law in all_laws(FAST)]
-    assert len({r.law for r in reports}) == len(reports) == 8
+    assert len({r.law for r in reports}) == len(reports) == 9
     assert all(1 <= r.peak_replicas <= FAST.max_replicas for r in reports)
