@@ -20,6 +20,7 @@ from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.manifest import load_manifests
 from octavo_operator.autoscale import workload
 from octavo_operator.autoscale.laws import OctavoLaw, all_laws
+from octavo_operator.autoscale.plane import plane
 from octavo_operator.autoscale.policy import ScalingPolicy, policy_of
 from octavo_operator.autoscale.simulate import Hardware, Law, Report, simulate
 from octavo_operator.autoscale.workload import Arrival
@@ -55,6 +56,7 @@ def simulate_command(
     slo_ttft: Annotated[float, typer.Option(min=0.1, help="Seconds within which the first token shall come.")] = 2.0,
     peers: Annotated[bool, typer.Option(help="Also play the laws of other systems.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw cost against missed requests as SVG.")] = None,
 ) -> None:
     """Play an arrival trace against scaling laws and compare cost and service.
 
@@ -71,6 +73,9 @@ def simulate_command(
     arrivals = _recorded(recorded) if recorded else _trace(trace, low, high, duration, seed)
     laws: list[Law] = [OctavoLaw(policy), *(all_laws(hardware)[1:] if peers else [])]
     reports = [simulate(law, arrivals, hardware, slo_ttft) for law in laws]
+    if plot:
+        points = {report.law: [(report.replica_hours, 1 - report.slo_met)] for report in reports}
+        plot.write_text(plane(points, f"{reports[0].requests} requests, cold start {cold_start:g} s"))
     if as_json:
         typer.echo(json.dumps([_document(report) for report in reports], indent=2))
     else:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer import Typer
@@ -25,7 +26,7 @@ def test_laws_are_compared_on_a_trace(app: Typer) -> None:
     assert result.exit_code == 0, result.output
     reports = json.loads(result.stdout)
     assert reports[0]["law"] == "octavo"
-    assert len(reports) == 8
+    assert len(reports) == 9
     assert all(report["requests"] == reports[0]["requests"] > 0 for report in reports)
 
 
@@ -51,3 +52,11 @@ def test_bars_show_the_course_of_replicas() -> None:
     assert sparkline([1, 1, 2, 4]) == "▂▂▄█"
     assert sparkline([]) == ""
     assert len(sparkline(list(range(1_000)))) <= 16
+
+
+def test_cost_and_misses_of_every_law_are_drawn(app: Typer, tmp_path: Path) -> None:
+    picture = tmp_path / "plane.svg"
+    result = CliRunner().invoke(app, [*SHORT, "--trace", "steady", "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    texts = [element.text for element in ElementTree.parse(picture).iter() if element.text]
+    assert {"octavo", "replica-hours", "KEDA waiting>5"} <= set(texts)
