@@ -84,17 +84,13 @@ class FairQueue(Generic[T]):
 
     def pop(self, now: float) -> Ticket[T] | None:
         """Take the ticket to serve next, or None when nobody waits."""
-        best: tuple[int, float, int] | None = None
-        chosen: _Flow[T] | None = None
-        for flow in self._flows.values():
-            head = self._head(flow)
-            if head is None:
-                continue
-            key = (self._band(head, now), flow.served, head.sequence)
-            if best is None or key < best:
-                best, chosen = key, flow
-        if chosen is None:
+        heads = [(flow, head) for flow in self._flows.values() if (head := self._head(flow)) is not None]
+        if not heads:
             return None
+        most_urgent = min(head.priority for _, head in heads)
+        chosen, _ = min(
+            heads, key=lambda pair: (self._band(pair[1], most_urgent, now), pair[0].served, pair[1].sequence)
+        )
         ticket = heapq.heappop(chosen.heap)
         self._leave(ticket, chosen)
         self._virtual_time = max(self._virtual_time, chosen.served)
@@ -126,9 +122,11 @@ class FairQueue(Generic[T]):
         flow.weight = max(weight, 1e-6)
         return flow
 
-    def _band(self, ticket: Ticket[T], now: float) -> int:
+    def _band(self, ticket: Ticket[T], most_urgent: int, now: float) -> int:
+        """Age lifts a ticket up to the most urgent of those that wait and never above them: else a tenant that floods
+        the line would be served first for having waited long."""
         aged = int(max(0.0, now - ticket.enqueued_at) / self._ageing_s) if self._ageing_s > 0 else 0
-        return ticket.priority - aged
+        return max(most_urgent, ticket.priority - aged)
 
     def _head(self, flow: _Flow[T]) -> Ticket[T] | None:
         while flow.heap and not flow.heap[0].waiting:

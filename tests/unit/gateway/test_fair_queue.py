@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,3 +168,50 @@ def test_memory_follows_the_line_not_history() -> None:
         queue.pop(0.0)
 
     assert len(queue._flows) <= 66
+
+
+def simulate(rates: dict[str, float], *, capacity: int, duration_s: float = 600.0, seed: int = 1) -> dict[str, float]:
+    """Share of each tenant's requests that are served within three seconds of waiting, on a virtual clock.
+
+    Eight requests run at once, a second each; arrivals are random. Nobody is served late who could be turned away.
+    """
+    rng = random.Random(seed)
+    queue: FairQueue[str] = FairQueue(capacity)
+    asked, good = Counter[str](), Counter[str]()
+    arrivals = sorted(
+        (at, tenant)
+        for tenant, rate in rates.items()
+        for at in itertools.accumulate(rng.expovariate(rate) for _ in range(int(rate * duration_s)))
+    )
+    ends: list[float] = [0.0] * 8  # when each place is free again
+
+    def serve(until: float) -> None:
+        """Every place that comes free until then takes the next in line."""
+        while len(queue) and ends[0] <= until:
+            free_at = ends[0]
+            served = queue.pop(free_at)
+            assert served is not None
+            began = max(free_at, served.enqueued_at)
+            heapq.heapreplace(ends, began + 1.0)
+            good[served.tenant] += began - served.enqueued_at <= 3.0
+
+    for at, tenant in arrivals:
+        serve(at)
+        asked[tenant] += 1
+        queue.push(ticket(tenant, at))
+        assert len(queue) <= capacity
+        serve(at)
+    return {tenant: good[tenant] / asked[tenant] for tenant in rates}
+
+
+@pytest.mark.parametrize("capacity", [50, 2_000])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tenant_at_ten_times_its_share_takes_nothing_from_the_others(capacity: int, seed: int) -> None:
+    """Four tenants at 1.2 of their 1.6 requests per second; the fifth asks for sixteen."""
+    quiet = {f"quiet-{number}": 1.2 for number in range(4)}
+    alone = simulate(quiet, capacity=capacity, seed=seed)
+    crowded = simulate(quiet | {"noisy": 16.0}, capacity=capacity, seed=seed)
+
+    assert min(alone.values()) > 0.95
+    for tenant in quiet:
+        assert crowded[tenant] >= 0.95 * alone[tenant]
