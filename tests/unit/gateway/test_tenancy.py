@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_gateway.errors import BudgetExceededError, ConfigError, RateLimitError
-from octavo_gateway.tenancy import KeyRecord, Limiter, Limits, Tenant, TenantDirectory, hash_key, new_key
+from octavo_gateway.tenancy import KeyRecord, Limiter, Limits, Reservation, Tenant, TenantDirectory, hash_key, new_key
 from octavo_gateway.tenancy.budget import Period
 from octavo_gateway.tenancy.keys import format_hash, parse_hash
 from octavo_gateway.tenancy.limiter import TokenBucket
@@ -190,6 +190,30 @@ def test_no_minute_serves_more_than_twice_the_limit_plus_one_reserve(steps: list
         assert sum(tokens for at, tokens in served if start <= at <= start + 60) <= 2 * limit + 800
     assert limiter.running().get("t", 0) == 0
     assert 0 < min(waits) <= max(waits) <= 120
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 3), st.integers(1, 300), st.integers(1, 700)), min_size=1, max_size=80))
+def test_tokens_per_minute_are_exceeded_by_at_most_one_reserve(steps: list[tuple[float, int, int]]) -> None:
+    """Many requests at once, each settled a while after it was admitted, with any share of what it reserved."""
+    limit = 1_000
+    limiter, someone = Limiter(), tenant(tokens_per_minute=limit)
+    now, served, largest = 0.0, 0.0, 0
+    running: list[tuple[float, Reservation, int]] = []
+    for pause, real, reserved in steps:
+        now += pause
+        for due, held, tokens in [entry for entry in running if entry[0] <= now]:
+            limiter.settle(held, 0, 0, tokens, 0.0, due, TODAY)
+            running.remove((due, held, tokens))
+        try:
+            held = limiter.reserve(someone, 0, reserved, now, TODAY)
+        except RateLimitError:
+            continue
+        tokens = min(real, reserved)
+        served += tokens
+        largest = max(largest, reserved)
+        running.append((now + real / 100, held, tokens))
+        assert served <= limit + limit * now / 60 + largest
 
 
 TENANTS = """
