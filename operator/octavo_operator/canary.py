@@ -73,8 +73,8 @@ def advance(trial: Trial | None, view: TrialView, canary: Canary, now: float) ->
         return _begin(view, now)
     if trial.phase is Phase.PROMOTING:
         return None if view.promoted else trial
-    if view.stable == view.wanted:
-        return None  # the spec went back to what serves
+    if view.stable in ("", view.wanted):
+        return None  # the spec went back to what serves, or that is gone
     if trial.phase is Phase.ROLLED_BACK:
         return trial
     failing = view.fault or (judge(view, canary.analysis) if trial.phase is Phase.RUNNING else "")

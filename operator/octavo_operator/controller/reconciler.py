@@ -13,13 +13,7 @@ from octavo_operator.api.model import ModelSpec
 from octavo_operator.api.model_cache import ModelCache
 from octavo_operator.api.serving_runtime import ClusterServingRuntime, ServingRuntime
 from octavo_operator.api.validation import parse
-from octavo_operator.canary import (
-    Phase,
-    advance,
-    canary_weight,
-    news,
-    split_replicas,
-)
+from octavo_operator.canary import Phase, advance, canary_weight, news, split_replicas
 from octavo_operator.canary_meter import trial_view
 from octavo_operator.controller.client import ApiError, Kind, KubeClient, Object
 from octavo_operator.controller.events import EventRecorder
@@ -43,12 +37,7 @@ from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
 from octavo_operator.desired import Runtime, with_presets
 from octavo_operator.diff import reconcile, stamped
-from octavo_operator.groups import (
-    group_views,
-    groups_deployment,
-    groups_to_recreate,
-    newest_hashes,
-)
+from octavo_operator.groups import group_views, groups_deployment, groups_to_recreate, newest_hashes
 from octavo_operator.judgement import Judgement
 from octavo_operator.observation import Observation, deployment_view, observe, split_pods
 from octavo_operator.plan import Facts, Plan, Unplannable, plan

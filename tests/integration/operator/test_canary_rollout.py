@@ -215,3 +215,13 @@ async def test_without_a_canary_in_the_spec_a_change_is_a_plain_rollout(world: W
     world.cluster.submit(manifest(["--v2"], rollout={}))
     await world.look()
     assert world.deployments() == {"chat": (4, ["--v2"])}
+
+
+async def test_a_deployment_that_was_deleted_by_hand_is_made_anew_without_a_trial(world: World) -> None:
+    world.cluster.submit(manifest(["--v2"]))
+    await world.look()
+    await world.cluster.delete(DEPLOYMENT, "team", "chat")
+    world.cluster.settle()
+    await world.look()
+    assert world.deployments() == {"chat": (4, ["--v2"])}
+    assert "canary" not in world.status

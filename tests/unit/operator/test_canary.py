@@ -122,7 +122,7 @@ def test_a_service_that_falls_asleep_begins_its_step_again_when_it_wakes() -> No
 VIEWS = st.builds(
     TrialView,
     wanted=st.sampled_from(["new", "new", "new", "newer", "old"]),
-    stable=st.sampled_from(["old", "old", "new"]),
+    stable=st.sampled_from(["old", "old", "new", ""]),
     replicas=st.integers(0, 6),
     stable_ready=st.integers(0, 6),
     canary_ready=st.integers(0, 6),
