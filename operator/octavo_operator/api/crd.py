@@ -127,7 +127,7 @@ DEFINITIONS = (
 def custom_resource_definition(definition: Definition) -> dict[str, Any]:
     """The CustomResourceDefinition object of one kind."""
     kind = definition.kind.__name__
-    subresources: dict[str, Any] = {"status": {}}
+    subresources: dict[str, Any] = {"status": {}} if "status" in definition.kind.model_fields else {}
     if definition.scale:
         subresources["scale"] = {
             "specReplicasPath": ".spec.replicas",

@@ -36,7 +36,8 @@ def structural_schema(kind: type[Part]) -> dict[str, Any]:
     properties["kind"] = {"type": "string"}
     properties["metadata"] = {"type": "object"}
     schema["required"] = ["spec"]
-    _without_defaults(properties["status"])
+    if "status" in properties:
+        _without_defaults(properties["status"])
     return schema
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from octavo_operator.api.base import API_VERSION, Observed, Part, Rule
-from octavo_operator.api.kubernetes import Condition, EnvVar, ObjectMeta
+from octavo_operator.api.base import API_VERSION, Part, Rule
+from octavo_operator.api.kubernetes import EnvVar, ObjectMeta
 from octavo_operator.api.model import KVCacheQuantization, ModelFormat, Task, WeightQuantization
 
 HttpPath = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^/")]
@@ -294,15 +294,6 @@ class ServingRuntimeSpec(Part):
     """Where the engine's metrics say what the autoscaler and the router need."""
 
 
-class ServingRuntimeStatus(Observed):
-    """What is observed of a runtime."""
-
-    observed_generation: int | None = None
-    """Generation that this status speaks of."""
-    conditions: Annotated[list[Condition], Field(max_length=8, json_schema_extra={"x-list-map-keys": ["type"]})] = []
-    """Whether the runtime can be used."""
-
-
 class ServingRuntime(Part):
     """ServingRuntime says how one engine is run, probed, drained and measured, for the services of its namespace."""
 
@@ -311,8 +302,6 @@ class ServingRuntime(Part):
     metadata: ObjectMeta
     spec: ServingRuntimeSpec
     """How the engine is run."""
-    status: ServingRuntimeStatus | None = None
-    """What is observed."""
 
 
 class ClusterServingRuntime(Part):
@@ -323,5 +312,3 @@ class ClusterServingRuntime(Part):
     metadata: ObjectMeta
     spec: ServingRuntimeSpec
     """How the engine is run."""
-    status: ServingRuntimeStatus | None = None
-    """What is observed."""

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from octavo_operator.adapters import AdapterState
 from octavo_operator.controller.engine_room import EngineRoom
+from octavo_operator.controller.kinds import INFERENCE_SERVICE
+from octavo_operator.controller.store import key_of
 
 
 class OperatorCollector(Collector):
@@ -33,6 +36,24 @@ class OperatorCollector(Collector):
             value=room.scaling.last_round_s,
         )
         yield from self._services(room)
+        yield from self._troubles(room)
+
+    def _troubles(self, room: EngineRoom) -> Iterator[Metric]:
+        """What is not as it should be, and what is on trial; services that are well have no samples here."""
+        labels = ["namespace", "inferenceservice"]
+        degraded = GaugeMetricFamily("octavo_service_degraded", "1 while degraded.", labels=[*labels, "reason"])
+        failed = GaugeMetricFamily("octavo_adapters_failed", "LoRA adapters that engines refuse.", labels=labels)
+        trial = GaugeMetricFamily("octavo_canary", "1 while a revision is on trial.", labels=[*labels, "phase"])
+        for service in room.store.all(INFERENCE_SERVICE):
+            for condition in (service.get("status") or {}).get("conditions") or []:
+                if condition["type"] == "Degraded" and condition["status"] == "True":
+                    degraded.add_metric([*key_of(service), condition["reason"]], 1)
+        for key, state in list(room.reconciler.states.items()):
+            if state.adapters:
+                failed.add_metric(key, sum(view.state is AdapterState.FAILED for view in state.adapters))
+            if state.trial is not None:
+                trial.add_metric([*key, state.trial.phase.value], 1)
+        yield from (degraded, failed, trial)
 
     def _services(self, room: EngineRoom) -> Iterator[Metric]:
         labels = ["namespace", "inferenceservice"]

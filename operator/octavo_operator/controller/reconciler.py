@@ -269,7 +269,7 @@ class Reconciler:
         return self.observe((service.namespace, service.name)).deployment is not None
 
     def _runtimes(self) -> Iterator[Runtime]:
-        """Every readable runtime; one that is not valid is left out, and its own status says so."""
+        """Every readable runtime; one that is not valid is left out and told in the log."""
         yield from readable(ServingRuntime, self._store.all(SERVING_RUNTIME))
         yield from readable(ClusterServingRuntime, self._store.all(CLUSTER_SERVING_RUNTIME))
 

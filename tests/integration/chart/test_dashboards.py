@@ -20,7 +20,12 @@ from fakes.gateway_door import HELLO, entry, open_door
 from fakes.openai_replica import OpenAIReplica
 from fakes.running_server import running_server
 from octavo_gateway.usage import Ledger
+from octavo_operator.adapters import AdapterState, AdapterView
+from octavo_operator.canary import Phase, Trial
+from octavo_operator.controller.kinds import INFERENCE_SERVICE
 from octavo_operator.controller.metrics import OperatorCollector
+from octavo_operator.controller.service_state import ServiceState
+from octavo_operator.controller.store import Store
 
 FILES = Path(__file__).parents[3] / "charts" / "octavo" / "files"
 ADDED_BY_PROMETHEUS = {"namespace", "pod", "instance", "job"}
@@ -96,13 +101,20 @@ async def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[st
 
 
 def operator_page() -> str:
-    """The page of an operator that leads and scales one service."""
-    decision = SimpleNamespace(replicas=2, ready=1, held=3, frozen=False, kv_utilization=0.5)
+    """The page of an operator that leads and keeps one service, which has every trouble there is a metric of."""
+    decision: Any = SimpleNamespace(replicas=2, ready=1, held=3, frozen=False, kv_utilization=0.5)
+    refused = AdapterView("sql", AdapterState.FAILED)
+    state = ServiceState(decision=decision, adapters=(refused,), trial=Trial("7f9c", Phase.RUNNING, 0, 0.0))
+    store = Store()
+    degraded = {"type": "Degraded", "status": "True", "reason": "CanaryRolledBack"}
+    metadata = {"namespace": "team", "name": "m"}
+    store.put(INFERENCE_SERVICE, {"metadata": metadata, "status": {"conditions": [degraded]}})
     room: Any = SimpleNamespace(
         silence_s=lambda: 1.0,
         client=SimpleNamespace(writes=7),
         scaling=SimpleNamespace(last_round_s=0.1),
-        reconciler=SimpleNamespace(states={("team", "m"): SimpleNamespace(decision=decision)}),
+        reconciler=SimpleNamespace(states={("team", "m"): state}),
+        store=store,
     )
     registry = CollectorRegistry()
     registry.register(OperatorCollector(room))

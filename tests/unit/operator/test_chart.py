@@ -172,6 +172,7 @@ def test_the_gateway_gets_its_secrets_as_environment_and_a_bounded_spool() -> No
     assert not any("url" in argument for argument in container["args"])
 
 
+@needs_helm
 def test_the_webhook_is_off_unless_asked_for_and_then_trusts_the_certificate_it_serves() -> None:
     assert not any("webhook" in json.dumps(d["metadata"]["name"]) for d in helm_template())
     by_kind = {d["kind"]: d for d in helm_template("webhook.enabled=true") if "webhook" in d["metadata"]["name"]}
