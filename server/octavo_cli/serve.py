@@ -80,7 +80,8 @@ def serve(
         _option("--generation-config", help="auto: the checkpoint's sampling defaults; or none.", panel=_MODEL),
     ] = None,
     tool_call_parser: Annotated[
-        str | None, _option("--tool-call-parser", help="auto, none, hermes or llama3_json.", panel=_MODEL)
+        str | None,
+        _option("--tool-call-parser", help="auto, none, hermes, llama3_json, mistral or phi4_mini_json.", panel=_MODEL),
     ] = None,
     reasoning_parser: Annotated[
         str | None, _option("--reasoning-parser", help="auto, none or think.", panel=_MODEL)

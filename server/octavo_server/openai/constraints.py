@@ -12,7 +12,8 @@ from octavo_engine.errors import InvalidRequestError
 from octavo_engine.sampling_params import StructuredOutput
 from octavo_server.errors import bad_request
 from octavo_server.openai.request_types import ResponseFormat, SamplingFields, StructuredOutputs
-from octavo_server.parsers.tool_calls import CLOSE, OPEN, HermesParser
+from octavo_server.parsers.json_list import JsonListParser
+from octavo_server.parsers.tool_calls import CLOSE, OPEN, HermesParser, Llama3JsonParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,11 @@ def tool_choice_constraint(
         wanted = [tool["function"] for tool in tools if tool["function"]["name"] == name]
         if not wanted:
             raise bad_request(f"tool_choice: no tool is named {name[:64]!r}", "tool_choice")
-    hermes = parser is HermesParser
-    calls = {"anyOf": [_call_schema(function, "arguments" if hermes else "parameters") for function in wanted]}
-    if not hermes:
+    key = "parameters" if parser is Llama3JsonParser else "arguments"
+    calls: dict[str, Any] = {"anyOf": [_call_schema(function, key) for function in wanted]}
+    if parser is JsonListParser:
+        calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
+    if parser is not HermesParser:
         return Constraint(StructuredOutput(json_schema=_text(calls)), "tool_choice")
     grammar = f"start: {_text(OPEN)} call {_text(CLOSE)}\ncall: %json {_text(calls)}\n"
     return Constraint(StructuredOutput(grammar=grammar), "tool_choice")

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from octavo_server.parsers.events import TextParser
+from octavo_server.parsers.json_list import MISTRAL_OPEN, PHI_OPEN, JsonListParser
 from octavo_server.parsers.reasoning import OPEN as THINK_OPEN
 from octavo_server.parsers.tool_calls import OPEN as TOOL_CALL_OPEN
 from octavo_server.parsers.tool_calls import HermesParser, Llama3JsonParser
 
 ToolParserFactory = Callable[[Collection[str]], TextParser]
 
-TOOL_PARSERS: dict[str, ToolParserFactory] = {"hermes": HermesParser, "llama3_json": Llama3JsonParser}
+TOOL_PARSERS: dict[str, ToolParserFactory] = {
+    "hermes": HermesParser,
+    "llama3_json": Llama3JsonParser,
+    "mistral": JsonListParser,
+    "phi4_mini_json": JsonListParser,
+}
 REASONING_PARSERS = ("think",)
 
 
@@ -25,6 +31,8 @@ def tool_parser_for(setting: str, template: str | None) -> ToolParserFactory | N
         return None
     if TOOL_CALL_OPEN in template:
         return HermesParser
+    if MISTRAL_OPEN in template or PHI_OPEN in template:
+        return JsonListParser
     if '"parameters"' in template and ("ipython" in template or "python_tag" in template):
         return Llama3JsonParser
     return None

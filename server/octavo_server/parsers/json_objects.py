@@ -30,10 +30,28 @@ class JsonObjectScanner:
         return False
 
 
-def object_end(text: str) -> int | None:
-    """Position behind the object that begins at `text[0]`; None while it is incomplete."""
-    scanner = JsonObjectScanner()
-    for position, char in enumerate(text):
-        if scanner.feed(char):
-            return position + 1
-    return None
+class ObjectScan:
+    """Looks for one object at the beginning of a growing text, reading each character once."""
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.failed = False
+        self._position = 0
+        self._scanner: JsonObjectScanner | None = None
+
+    def end_in(self, text: str) -> int | None:
+        """Position behind the object; None while incomplete or when the text begins otherwise (`failed`)."""
+        if self._scanner is None:
+            start = len(text) - len(text.lstrip())
+            if start == len(text):
+                return None
+            if text[start] != "{":
+                self.failed = True
+                return None
+            self.start = self._position = start
+            self._scanner = JsonObjectScanner()
+        while self._position < len(text):
+            self._position += 1
+            if self._scanner.feed(text[self._position - 1]):
+                return self._position
+        return None

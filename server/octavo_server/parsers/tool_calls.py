@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection
 
 from octavo_server.parsers.events import Call, Content, Event, held_suffix, merged
-from octavo_server.parsers.json_objects import JsonObjectScanner
+from octavo_server.parsers.json_objects import ObjectScan
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -21,7 +21,7 @@ class HermesParser:
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._buffer = ""
-        self._scan: _ObjectScan | None = None
+        self._scan: ObjectScan | None = None
         self._after_call = False
 
     def push(self, text: str, finished: bool) -> list[Event]:
@@ -40,7 +40,7 @@ class HermesParser:
         before, tag, rest = self._buffer.partition(OPEN)
         if tag:
             events.append(Content(before))
-            self._buffer, self._scan = rest, _ObjectScan()
+            self._buffer, self._scan = rest, ObjectScan()
             return True
         certain = len(before) if finished else len(before) - held_suffix(before, OPEN)
         events.append(Content(before[:certain]))
@@ -53,7 +53,7 @@ class HermesParser:
         if end is None and not finished and not self._scan.failed:
             return False
         scan, self._scan = self._scan, None
-        call = None if end is None else _call(self._buffer[scan.start : end], "arguments", self._names)
+        call = None if end is None else read_call(self._buffer[scan.start : end], "arguments", self._names)
         if call is None:
             events.append(Content(OPEN))  # no call after all: the tag is text, and so may be what follows
             self._after_call = False
@@ -87,7 +87,7 @@ class Llama3JsonParser:
         self._names = names
         self._buffer = ""
         self._is_text = False
-        self._scan = _ObjectScan()
+        self._scan = ObjectScan()
         self._called = False
 
     def push(self, text: str, finished: bool) -> list[Event]:
@@ -114,43 +114,16 @@ class Llama3JsonParser:
         end = self._scan.end_in(stripped)
         if end is None and not finished and not self._scan.failed:
             return False
-        call = None if end is None else _call(stripped[self._scan.start : end], "parameters", self._names)
+        call = None if end is None else read_call(stripped[self._scan.start : end], "parameters", self._names)
         if call is None:
             self._is_text = True
             return False
         events.append(call)
-        self._buffer, self._scan, self._called = stripped[end:], _ObjectScan(), True
+        self._buffer, self._scan, self._called = stripped[end:], ObjectScan(), True
         return True
 
 
-class _ObjectScan:
-    """Looks for one object at the beginning of a growing text, reading each character once."""
-
-    def __init__(self) -> None:
-        self.start = 0
-        self.failed = False
-        self._position = 0
-        self._scanner: JsonObjectScanner | None = None
-
-    def end_in(self, text: str) -> int | None:
-        """Position behind the object; None while incomplete or when the text begins otherwise (`failed`)."""
-        if self._scanner is None:
-            start = len(text) - len(text.lstrip())
-            if start == len(text):
-                return None
-            if text[start] != "{":
-                self.failed = True
-                return None
-            self.start = self._position = start
-            self._scanner = JsonObjectScanner()
-        while self._position < len(text):
-            self._position += 1
-            if self._scanner.feed(text[self._position - 1]):
-                return self._position
-        return None
-
-
-def _call(text: str, arguments_key: str, names: Collection[str]) -> Call | None:
+def read_call(text: str, arguments_key: str, names: Collection[str]) -> Call | None:
     """The call an object describes, or None when it describes none of the tools."""
     try:
         value = json.loads(text)

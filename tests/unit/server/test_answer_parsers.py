@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from octavo_server.parsers.answer import AnswerParser
 from octavo_server.parsers.choose import TOOL_PARSERS, prompt_opens_thoughts, thinks, tool_parser_for
 from octavo_server.parsers.events import Call, Content, Event, Reasoning
+from octavo_server.parsers.json_list import JsonListParser
 from octavo_server.parsers.reasoning import ThinkParser
 from octavo_server.parsers.tool_calls import HermesParser, Llama3JsonParser
 
@@ -108,6 +109,42 @@ def test_llama_text_stays_text(text: str) -> None:
     assert parsed(AnswerParser(None, Llama3JsonParser(NAMES)), [text]) == ("", text, [])
 
 
+LISTED = '{"name": "add", "arguments": {"a": 1}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{WEATHER}, {LISTED}]",
+        f" [TOOL_CALLS] [{WEATHER},{LISTED}]\n",
+        f"<|tool_call|>[{WEATHER}, {LISTED}]<|/tool_call|>",
+    ],
+)
+def test_lists_of_calls_are_the_whole_answer(text: str) -> None:
+    _, content, calls = parsed(AnswerParser(None, JsonListParser(NAMES)), [text])
+
+    assert content == ""
+    assert [call.name for call in calls] == ["get_weather", "add"]
+    assert json.loads(calls[0].arguments)["city"] == "Köln"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2, 3]", "[", "[TOOL", "[TOOL_CALLS]", "[TOOL_CALLS] none", "Hello [there]", '[{"name": "other"}]', "  ", "[]",
+     '[{"name": "add", "arguments": {"a"'],
+)  # fmt: skip
+def test_what_is_no_list_of_calls_stays_text(text: str) -> None:
+    assert parsed(AnswerParser(None, JsonListParser(NAMES)), [text]) == ("", text, [])
+
+
+def test_what_follows_a_list_or_breaks_it_is_text() -> None:
+    after = parsed(AnswerParser(None, JsonListParser(NAMES)), [f"[{LISTED}] And so on."])
+    broken = parsed(AnswerParser(None, JsonListParser(NAMES)), [f'[{LISTED}, {{"name": "evil"}}]'])
+
+    assert (after[1], len(after[2])) == ("And so on.", 1)
+    assert (broken[1], len(broken[2])) == (', {"name": "evil"}]', 1)
+
+
 def test_only_one_call_when_parallel_calls_are_off() -> None:
     text = f"<tool_call>{ADD}</tool_call><tool_call>{ADD}</tool_call>"
 
@@ -116,7 +153,7 @@ def test_only_one_call_when_parallel_calls_are_off() -> None:
 
 PIECES = st.sampled_from([
     "<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "text", "{", "}", '"', "\\", "<", WEATHER, ADD,
-    ";", "<|python_tag|>", "ü",
+    ";", "<|python_tag|>", "ü", "[", "]", ",", "[TOOL_CALLS]", "<|tool_call|>", "<|/tool_call|>",
 ])  # fmt: skip
 
 
@@ -152,6 +189,8 @@ def test_parsers_are_read_off_the_template() -> None:
 
     assert tool_parser_for("auto", qwen) is HermesParser
     assert tool_parser_for("auto", llama) is Llama3JsonParser
+    assert tool_parser_for("auto", "{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]") is JsonListParser
+    assert tool_parser_for("auto", "{{ tools }}<|tool_call|>") is JsonListParser
     assert tool_parser_for("auto", "no such thing") is None
     assert tool_parser_for("none", qwen) is None
     assert thinks("auto", qwen)
