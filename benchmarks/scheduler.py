@@ -1,20 +1,25 @@
 """Our scheduler against first come, first served with a constant token budget, on a simulated clock.
 
 The step costs are those of an 8B model in bfloat16 on one H200 by its bandwidth and arithmetic (4 ms to read the
-weights, 20 us a prefill token, attention on top); nothing is computed. Run: python benchmarks/scheduler.py [--seeds 3]
+weights, 20 us a prefill token, attention on top); nothing is computed. Policies: "fcfs"; "fixed" is ours with an
+inter-token target of 50 ms, "ours" with one of 2.5 times what decodes alone take, "+host" has host memory below it.
+
+Run: python benchmarks/scheduler.py [--seeds 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 from collections.abc import Callable
 
-from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.limits import ITL_STRETCH, SchedulerLimits
 from octavo_engine.scheduler.simulation import SimulatedRequest, Simulation, SimulationResult
 from octavo_engine.scheduler.step_time import StepLoad
 
-OURS = SchedulerLimits(max_num_seqs=128, max_num_batched_tokens=8_192, itl_target_s=0.05)
+OURS = SchedulerLimits(max_num_seqs=128, max_num_batched_tokens=8_192, itl_target_s=0.05, itl_stretch=ITL_STRETCH)
+FIXED_TARGET = dataclasses.replace(OURS, itl_stretch=0.0)
 FCFS = SchedulerLimits(
     max_num_seqs=128,
     max_num_batched_tokens=8_192,
@@ -25,6 +30,8 @@ FCFS = SchedulerLimits(
     growth_reserve=0.0,
 )
 NUM_BLOCKS = 12_000
+HOST_BLOCKS = 50_000
+COPY_SECONDS = (2 << 20) / 25e9  # a block of 16 tokens x 128 KiB over PCIe 5 at 25 GB/s
 
 
 def step_seconds(load: StepLoad) -> float:
@@ -89,10 +96,21 @@ def main() -> None:
         f"{'tok/s':>8} {'preempt':>8}   (ms; ttft of short requests)"
     )
     for trace in (chat_with_long_prompts, noisy_neighbour, memory_pressure):
-        for policy, limits in (("fcfs", FCFS), ("ours", OURS)):
+        for policy, limits, host_blocks in (
+            ("fcfs", FCFS, 0),
+            ("fixed", FIXED_TARGET, 0),
+            ("ours", OURS, 0),
+            ("+host", OURS, HOST_BLOCKS),
+        ):
             results = []
             for seed in seeds:
-                simulation = Simulation(limits, num_blocks=NUM_BLOCKS, step_seconds=step_seconds)
+                simulation = Simulation(
+                    limits,
+                    num_blocks=NUM_BLOCKS,
+                    step_seconds=step_seconds,
+                    num_host_blocks=host_blocks,
+                    copy_seconds=COPY_SECONDS,
+                )
                 results.append(simulation.run(trace(random.Random(seed))))
             report(trace.__name__.replace("_", " "), policy, results)
 

@@ -141,7 +141,7 @@ def serve(
     ] = None,
     itl_target_s: Annotated[
         float | None,
-        _option("--itl-target-s", help="Inter-token latency prefills keep to; 0: by device.", panel=_SCHEDULING),
+        _option("--itl-target-s", help="Inter-token latency prefills keep to; 0: 3 x idle.", panel=_SCHEDULING),
     ] = None,
     num_speculative_tokens: Annotated[
         int | None,

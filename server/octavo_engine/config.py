@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lora_modules: dict[str, str] = {}  # name -> path or storage URI, loaded at start
     lora_root: str = ""  # folder that adapters may be loaded from at run time; empty: none may
     num_speculative_tokens: int = 0  # tokens guessed ahead by prompt lookup while that pays; 0: off
-    itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: by device
+    itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: 3 x idle
     priority_ageing_s: float = 10.0  # after this wait, worse priorities get their share of admissions too
     tenant_weights: dict[str, float] = {}  # shares of tenants that compete; 1 for those not named
     max_queued_requests: int = 1_024

@@ -10,6 +10,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
+ITL_STRETCH = 2.5  # so that what the model of step times gets wrong stays within three times
 DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
 
 
@@ -28,6 +29,7 @@ class SchedulerLimits:
     A sequence that does not fit may be overtaken by at most `max_overtakes` later ones, looking no further than
     `overtake_window` sequences behind it. Admission leaves blocks free for the growth of running sequences: the
     greater of `watermark`, a share of all blocks, and `growth_reserve`, a share of the growth that is expected.
+    Prefills may stretch a step to `itl_stretch` times what its decodes alone take (0: any), and to `itl_target_s`.
     `max_logits_rows` bounds the positions of a step whose logits are kept for prompt log-probabilities. Beside running
     decodes a step gets at least `min_prefill_tokens` of prefill, whatever the latency target says. A sequence waits
     while another one computes `min_coming_blocks` or more of its own prefix: soon they come from the cache; at
@@ -40,6 +42,7 @@ class SchedulerLimits:
     max_queued_requests: int = 1_024
     max_queued_tokens: int = 1_000_000
     itl_target_s: float = 0.0
+    itl_stretch: float = 0.0
     ageing_s: float = 10.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     min_prefill_tokens: int = 32
@@ -69,6 +72,7 @@ def limits_for(config: EngineConfig, device: str) -> SchedulerLimits:
         max_num_batched_tokens=budget,
         max_num_partial_prefills=config.max_num_partial_prefills,
         itl_target_s=config.itl_target_s or DEFAULT_ITL_TARGET_S.get(kind, 0.2),
+        itl_stretch=0.0 if config.itl_target_s else ITL_STRETCH,
         max_step_s=config.step_timeout_s / 4,
         ageing_s=config.priority_ageing_s,
         tenant_weights=config.tenant_weights,

@@ -14,13 +14,11 @@ from octavo_engine.scheduler.fairness import VirtualTokens
 from octavo_engine.scheduler.forecast import Forecast, OutputLengths
 from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.preemption import CopyTime, Preemption
+from octavo_engine.scheduler.prefill import PrefillPlanner, pairs_of
 from octavo_engine.scheduler.sequence import Sequence, SequenceState
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.scheduler.step_time import StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
 from octavo_engine.speculation.speculator import Speculator
-
-# Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
-MIN_PREFILL_STRETCH = 1.5
 
 
 class Admission(enum.Enum):
@@ -64,13 +62,13 @@ class Scheduler:
         self._running: dict[str, Sequence] = {}
         self.fairness = VirtualTokens(limits.tenant_weights)
         self.step_time = StepTimeModel()
+        self._planner = PrefillPlanner(limits, self.step_time)
         self.preemption = Preemption(blocks, self.step_time, limits.preemption_mode, copy or CopyTime(0))
         self.lengths = OutputLengths()
         self._forecast = Forecast(self.step_time, self.lengths, limits.max_num_seqs)
         self._waiting = WaitingQueue(self.fairness, ageing_s=limits.ageing_s)
         self._deadlines: list[tuple[float, str]] = []
         self._head_blocked = False
-        self._known_tokens = limits.first_prefill_tokens
 
     @property
     def num_running(self) -> int:
@@ -163,7 +161,7 @@ class Scheduler:
             slices.append(_verifying_slice(seq))
         batch.decode_context = sum(piece.start for piece in slices)
         batch.num_tokens = sum(len(piece.token_ids) for piece in slices)
-        budget = self._prefill_budget(batch, prefills)
+        budget = self._planner.budget(batch)
         if preempted:
             self._head_blocked = True
         else:
@@ -186,8 +184,7 @@ class Scheduler:
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long a step took."""
         self.step_time.observe(batch.load, seconds)
-        if 2 * seconds <= self.limits.max_step_s:
-            self._known_tokens = max(self._known_tokens, 2 * batch.num_tokens)
+        self._planner.observe(batch, seconds)
 
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """Record that the next `num_tokens` tokens of `seq` are in the cache now; full blocks become findable."""
@@ -241,26 +238,6 @@ class Scheduler:
         seq.state = SequenceState.WAITING
         self.num_preemptions += 1
         self._waiting.push(seq)
-
-    def _prefill_budget(self, batch: Batch, prefills: list[Sequence]) -> int:
-        """Tokens this step has for prefills: what the budget leaves, cut so that decodes keep their latency target.
-
-        Prefills start small and at most double what was tried before, so that the step-time model is not asked far
-        beyond what it has seen; and no step is planned to be longer than `max_step_s`: a model that is slow on this
-        machine must not look hung.
-        """
-        limits = self.limits
-        budget = limits.max_num_batched_tokens - batch.num_tokens
-        if not limits.itl_target_s:
-            return budget
-        budget = min(budget, self._known_tokens)
-        decode = StepLoad(batch.num_tokens, batch.decode_context)
-        target_s = limits.max_step_s
-        if batch.slices:
-            target_s = max(limits.itl_target_s, MIN_PREFILL_STRETCH * self.step_time.predict(decode))
-        start = min((seq.num_computed for seq in prefills), default=0)
-        fitting = self.step_time.prefill_tokens_within(target_s, decode, start)
-        return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
 
     def _admit(self, prefills: list[Sequence], budget: int, now: float) -> None:
         """Move waiting sequences that fit into `prefills`, in order of rank, a blocked one overtaken within bounds."""
@@ -331,37 +308,15 @@ class Scheduler:
         return max(1, int(self.limits.watermark * self.blocks.pool.num_blocks), expected)
 
     def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> None:
-        """Share the budget: a fair part for each of the first few, what is left over in order."""
+        """Put a chunk of each prefill into the batch, chunks of one token first."""
         prefills.sort(key=lambda seq: seq.rank)
-        wanted = self._wanted_tokens(prefills)
-        share = max(1, budget // min(len(prefills), self.limits.max_num_partial_prefills))
-        left = budget
-        chunks = []
-        for want in wanted:
-            chunks.append(min(want, share, left))
-            left -= chunks[-1]
-        for index, want in enumerate(wanted):
-            extra = min(want - chunks[index], left)
-            left -= extra
-            chunks[index] += extra
+        chunks = self._planner.chunks(batch, prefills, budget)
         for index in sorted(range(len(prefills)), key=lambda index: chunks[index] != 1):
             if chunks[index]:
+                batch.prefill_pairs += pairs_of(prefills[index], chunks[index])
                 batch.sequences.append(prefills[index])
                 batch.slices.append(_prefill_slice(prefills[index], chunks[index]))
-                batch.prefill_pairs += chunks[index] * (prefills[index].num_computed + chunks[index] // 2)
-        batch.num_tokens += budget - left
-
-    def _wanted_tokens(self, prefills: list[Sequence]) -> list[int]:
-        """Tokens each prefill could use; those that report prompt log-probabilities share a bound of their own."""
-        wanted = []
-        rows_left = self.limits.max_logits_rows
-        for seq in prefills:
-            want = seq.num_uncomputed
-            if seq.wants_prompt_logprobs:
-                want = min(want, rows_left)
-                rows_left -= want
-            wanted.append(want)
-        return wanted
+        batch.num_tokens += sum(chunks)
 
 
 def _verifying_slice(seq: Sequence) -> SequenceSlice:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from octavo_engine.errors import QueueFullError
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
+from octavo_engine.kv.host_tier import HostTier
 from octavo_engine.messages import AddRequest
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler.batch import Batch
@@ -60,6 +61,7 @@ class SimulationResult:
     num_steps: int
     seconds: float
     num_preemptions: int
+    num_swapped: int
 
     def ttft_s(self, of: Callable[[SimulatedRequest], bool], quantile: float) -> float:
         """A quantile of the time to the first token over some requests."""
@@ -83,9 +85,14 @@ class Simulation:
         step_seconds: Callable[[StepLoad], float],
         enable_caching: bool = True,
         on_step: Callable[[Scheduler, Batch], None] | None = None,
+        num_host_blocks: int = 0,
+        copy_seconds: float = 0.0,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_caching=enable_caching)
-        self.scheduler = Scheduler(limits, BlockManager(self.pool))
+        self.host = HostTier(BlockPool(num_host_blocks, block_size, enable_caching=enable_caching))
+        manager = BlockManager(self.pool, self.host if num_host_blocks else None)
+        self.scheduler = Scheduler(limits, manager)
+        self._copy_seconds = copy_seconds
         self._step_seconds = step_seconds
         self._on_step = on_step
         self._now = 0.0
@@ -105,7 +112,9 @@ class Simulation:
             num_steps += 1
             if num_steps > max_steps:
                 raise RuntimeError(f"not done after {max_steps} steps: {self.scheduler.sequences()[:5]}")
-        return SimulationResult(self._timelines, num_steps, self._now, self.scheduler.num_preemptions)
+        return SimulationResult(
+            self._timelines, num_steps, self._now, self.scheduler.num_preemptions, self.scheduler.preemption.num_swapped
+        )
 
     def _add(self, request: SimulatedRequest) -> None:
         timeline = self._timelines[request.name] = Timeline(request)
@@ -132,6 +141,7 @@ class Simulation:
             self._on_step(self.scheduler, batch)
         if not batch.slices:
             return
+        self._copy()
         seconds = self._step_seconds(batch.load)
         self._now += seconds
         self.scheduler.observe(batch, seconds)
@@ -139,6 +149,12 @@ class Simulation:
             self.scheduler.advance(seq, len(piece.token_ids))
             if seq.num_computed == len(seq.tokens):
                 self._append(seq)
+
+    def _copy(self) -> None:
+        num_blocks = sum(map(len, self.host.take_transfers()))
+        if num_blocks:
+            self.scheduler.preemption.copy.observe(num_blocks, num_blocks * self._copy_seconds)
+            self._now += num_blocks * self._copy_seconds
 
     def _append(self, seq: Sequence) -> None:
         timeline = self._timelines[seq.request_id]

@@ -14,10 +14,10 @@ from octavo_engine.messages import AddRequest
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.fairness import OUTPUT_TOKEN_COST, VirtualTokens
-from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.limits import ITL_STRETCH, SchedulerLimits
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence
-from octavo_engine.scheduler.simulation import SimulatedRequest, Simulation
+from octavo_engine.scheduler.simulation import SimulatedRequest, Simulation, SimulationResult
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
 
@@ -63,9 +63,19 @@ TRACE = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(trace=TRACE, num_blocks=st.integers(24, 60), itl_target_s=st.sampled_from([0.0, 0.005, 0.05]))
+@given(
+    trace=TRACE,
+    num_blocks=st.integers(24, 60),
+    itl_target_s=st.sampled_from([0.0, 0.005, 0.05]),
+    num_host_blocks=st.sampled_from([0, 5, 60]),
+    copy_seconds=st.sampled_from([1e-6, 1e-2]),
+)
 def test_every_request_gets_all_its_tokens_and_every_decode_one_a_step(
-    trace: list[tuple[str, float, int, int, str, int]], num_blocks: int, itl_target_s: float
+    trace: list[tuple[str, float, int, int, str, int]],
+    num_blocks: int,
+    itl_target_s: float,
+    num_host_blocks: int,
+    copy_seconds: float,
 ) -> None:
     rng = random.Random(len(trace))
     requests = [
@@ -89,7 +99,12 @@ def test_every_request_gets_all_its_tokens_and_every_decode_one_a_step(
         )
 
     simulation = Simulation(
-        limits(itl_target_s=itl_target_s), num_blocks=num_blocks, step_seconds=true_cost, on_step=check
+        limits(itl_target_s=itl_target_s),
+        num_blocks=num_blocks,
+        step_seconds=true_cost,
+        on_step=check,
+        num_host_blocks=num_host_blocks,
+        copy_seconds=copy_seconds,
     )
     result = simulation.run(requests, max_steps=20_000)
     assert all(len(t.token_times_s) == t.request.num_output_tokens for t in result.timelines.values())
@@ -118,6 +133,48 @@ def test_prefill_chunks_keep_the_latency_target_of_running_decodes() -> None:
     careless = Simulation(constant, num_blocks=8_000, step_seconds=true_cost).run([*decodes, *long])
     assert careless.gap_s(lambda r: r.name.startswith("chat"), 0.99) > 0.08
     assert result.seconds < 1.1 * careless.seconds
+
+
+def test_streams_beside_a_long_prompt_stay_within_three_times_their_idle_pace() -> None:
+    rng = random.Random(4)
+    streams = [SimulatedRequest(f"s{i}", 0.0, tokens(rng, 60), 900) for i in range(4)]
+    long = SimulatedRequest("long", 1.0, tokens(rng, 32_000), 10)
+    late = SimulatedRequest("late", 1.5, tokens(rng, 100), 10)
+    own = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=8_192, itl_target_s=0.05, itl_stretch=ITL_STRETCH)
+
+    def run(*requests: SimulatedRequest) -> SimulationResult:
+        simulation = Simulation(own, num_blocks=4_000, step_seconds=true_cost)
+        return simulation.run([*streams, *requests])
+
+    alone, beside = run(), run(long, late)
+
+    idle = alone.gap_s(lambda request: request.name[0] == "s", 0.5)
+    assert beside.gap_s(lambda request: request.name[0] == "s", 0.99) <= 3 * idle
+    assert beside.timelines["late"].ttft_s < 8 * idle
+    unhindered = Simulation(own, num_blocks=4_000, step_seconds=true_cost).run([long]).timelines["long"].ttft_s
+    assert beside.timelines["long"].ttft_s < 2 * unhindered
+
+
+def test_swapping_ends_an_overload_sooner_where_copies_are_cheap() -> None:
+    rng = random.Random(5)
+    trace = [SimulatedRequest(f"r{i}", i / 20, tokens(rng, 900), 400) for i in range(24)]
+
+    def run(num_host_blocks: int) -> SimulationResult:
+        simulation = Simulation(
+            limits(max_num_seqs=24, max_num_batched_tokens=2_048, itl_target_s=0.05, growth_reserve=0.0),
+            num_blocks=900,
+            step_seconds=true_cost,
+            num_host_blocks=num_host_blocks,
+            copy_seconds=2e-5,
+        )
+        result = simulation.run(trace)
+        assert simulation.pool.num_used == simulation.host.pool.num_used == 0
+        return result
+
+    recomputed, swapped = run(0), run(4_000)
+
+    assert swapped.num_swapped > 0
+    assert swapped.seconds < recomputed.seconds
 
 
 def test_no_step_of_a_slow_model_is_longer_than_it_may_be() -> None:

@@ -1,0 +1,106 @@
+"""How much of which prompts a step computes, beside the decodes that must not wait."""
+
+from __future__ import annotations
+
+from octavo_engine.scheduler.batch import Batch
+from octavo_engine.scheduler.limits import SchedulerLimits
+from octavo_engine.scheduler.sequence import Sequence
+from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+
+# Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
+MIN_PREFILL_STRETCH = 1.5
+
+
+class PrefillPlanner:
+    """Cuts prefills into chunks so that the step keeps its latency target, by the step-time model.
+
+    Prefills start small and at most double what was tried before, so that the model is not asked far beyond what it
+    has seen; and no step is planned to be longer than `max_step_s`: a model that is slow on this machine must not look
+    hung.
+    """
+
+    def __init__(self, limits: SchedulerLimits, step_time: StepTimeModel) -> None:
+        self._limits = limits
+        self._step_time = step_time
+        self._known_tokens = limits.first_prefill_tokens
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """A step of this size was tried."""
+        if 2 * seconds <= self._limits.max_step_s:
+            self._known_tokens = max(self._known_tokens, 2 * batch.num_tokens)
+
+    def budget(self, batch: Batch) -> int:
+        """The most tokens that prefills could have beside the decodes in `batch`: what they can if all are at their
+        start, where attention costs least."""
+        limits = self._limits
+        budget = limits.max_num_batched_tokens - batch.num_tokens
+        if not limits.itl_target_s:
+            return budget
+        budget = min(budget, self._known_tokens)
+        fitting = self._step_time.prefill_tokens_within(self._target_s(batch), batch.load, 0)
+        return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
+
+    def chunks(self, batch: Batch, prefills: list[Sequence], budget: int) -> list[int]:
+        """Tokens of each prefill, in the given order: all of `budget` if the step then keeps its target, else as many
+        as it can, with attention over what each has computed taken into account."""
+        wanted = self._wanted_tokens(prefills)
+        chunks = self._share(wanted, budget)
+        if not self._limits.itl_target_s or not self._step_time.is_ready:
+            return chunks
+        target_s = self._target_s(batch)
+        low, high = min(budget, self._limits.min_prefill_tokens), budget
+        if self._seconds(batch, prefills, chunks) <= target_s:
+            return chunks
+        while high - low > max(1, low // 32):
+            middle = (low + high) // 2
+            if self._seconds(batch, prefills, self._share(wanted, middle)) <= target_s:
+                low = middle
+            else:
+                high = middle
+        return self._share(wanted, low)
+
+    def _target_s(self, batch: Batch) -> float:
+        """How long the step may take."""
+        limits = self._limits
+        if not batch.slices:
+            return limits.max_step_s
+        alone_s = self._step_time.predict(batch.load)
+        target_s = limits.itl_target_s
+        if limits.itl_stretch:
+            target_s = min(target_s, limits.itl_stretch * alone_s)
+        return max(target_s, MIN_PREFILL_STRETCH * alone_s)
+
+    def _seconds(self, batch: Batch, prefills: list[Sequence], chunks: list[int]) -> float:
+        pairs = sum(map(pairs_of, prefills, chunks))
+        return self._step_time.predict(StepLoad(batch.num_tokens + sum(chunks), batch.decode_context, pairs))
+
+    def _share(self, wanted: list[int], budget: int) -> list[int]:
+        """A fair part for each of the first few, what is left over in order."""
+        share = max(1, budget // min(len(wanted), self._limits.max_num_partial_prefills))
+        left = budget
+        chunks = []
+        for want in wanted:
+            chunks.append(min(want, share, left))
+            left -= chunks[-1]
+        for index, want in enumerate(wanted):
+            extra = min(want - chunks[index], left)
+            left -= extra
+            chunks[index] += extra
+        return chunks
+
+    def _wanted_tokens(self, prefills: list[Sequence]) -> list[int]:
+        """Tokens each prefill could use; those that report prompt log-probabilities share a bound of their own."""
+        wanted = []
+        rows_left = self._limits.max_logits_rows
+        for seq in prefills:
+            want = seq.num_uncomputed
+            if seq.wants_prompt_logprobs:
+                want = min(want, rows_left)
+                rows_left -= want
+            wanted.append(want)
+        return wanted
+
+
+def pairs_of(seq: Sequence, num_tokens: int) -> int:
+    """Pairs of a new token and a position it attends to, for the next chunk of a sequence."""
+    return num_tokens * (seq.num_computed + num_tokens // 2)
