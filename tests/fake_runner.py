@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,12 @@ EMPTY = -1
 
 def logits_after(context: Sequence[int], adapter: str = "") -> torch.Tensor:
     """The model: logits [VOCAB_SIZE] from a hash of the whole context; special tokens are never likely."""
-    digest = blake2b(bytes(context), digest_size=8, key=adapter.encode()).digest()
+    return _logits(bytes(context), adapter)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _logits(context: bytes, adapter: str) -> torch.Tensor:
+    digest = blake2b(context, digest_size=8, key=adapter.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     logits = torch.randn(VOCAB_SIZE, generator=generator) * 3
     logits[list(SPECIAL)] = -20.0

@@ -145,7 +145,11 @@ def serve(
     ] = None,
     num_speculative_tokens: Annotated[
         int | None,
-        _option("--num-speculative-tokens", help="Tokens guessed ahead by prompt lookup; 0: off.", panel=_SCHEDULING),
+        _option("--num-speculative-tokens", help="Tokens guessed ahead while that pays; 0: off.", panel=_SCHEDULING),
+    ] = None,
+    speculative_model: Annotated[
+        str | None,
+        _option("--speculative-model", help="Small model that guesses; else prompt lookup does.", panel=_SCHEDULING),
     ] = None,
     enable_lora: Annotated[
         bool | None, _option("--enable-lora/--no-enable-lora", help="Serve LoRA adapters too.", panel=_ADAPTERS)

@@ -44,7 +44,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_cpu_loras: int = 0  # adapters kept in host memory; 0: four times max_loras
     lora_modules: dict[str, str] = {}  # name -> path or storage URI, loaded at start
     lora_root: str = ""  # folder that adapters may be loaded from at run time; empty: none may
-    num_speculative_tokens: int = 0  # tokens guessed ahead by prompt lookup while that pays; 0: off
+    num_speculative_tokens: int = 0  # tokens guessed ahead while that pays; 0: off
+    speculative_model: str = ""  # a small model that guesses, path or storage URI; empty: prompt lookup
     itl_target_s: float = 0.0  # inter-token latency that prefill chunks beside decodes are cut for; 0: 3 x idle
     priority_ageing_s: float = 10.0  # after this wait, worse priorities get their share of admissions too
     tenant_weights: dict[str, float] = {}  # shares of tenants that compete; 1 for those not named
@@ -105,6 +106,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if weight <= 0:
                 raise ConfigError(f"tenant_weights[{tenant}]: must be above 0, got {weight}")
         self._validate_lora()
+        if self.speculative_model and not self.num_speculative_tokens:
+            raise ConfigError("speculative_model: needs num_speculative_tokens, such as 4")
+        if self.speculative_model and self.num_ranks > 1:
+            raise ConfigError("speculative_model: needs a model that is whole on one device; prompt lookup does not")
         if self.preemption_mode == "swap" and not self.kv_host_memory_bytes:
             raise ConfigError("preemption_mode: swap needs kv_host_memory_bytes")
         choices = {

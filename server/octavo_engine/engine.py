@@ -44,6 +44,8 @@ from octavo_engine.scheduler.preemption import CopyTime
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
 from octavo_engine.scheduler.sequence import SequenceState
+from octavo_engine.speculation.draft_model import DraftModel, check_vocabulary
+from octavo_engine.speculation.proposer import PromptLookup
 from octavo_engine.speculation.speculator import Speculator
 from octavo_engine.structured.grammar_queue import GrammarQueue
 from octavo_engine.tokenizer.interface import Tokenizer
@@ -76,6 +78,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         tokenizer: Callable[[], Tokenizer] | None = None,
         roofline: Roofline | None = None,
+        draft: ModelRunner | None = None,
     ) -> None:
         info = runner.info
         self._runner = runner
@@ -101,8 +104,9 @@ class EngineCore:
             CopyTime(info.kv_bytes_per_token * block_size),
         )
         if config.num_speculative_tokens:
+            proposer = PromptLookup() if draft is None else self._draft_model(draft)
             self.scheduler.speculator = Speculator(
-                config.num_speculative_tokens, self.scheduler.step_time, self._max_model_len
+                config.num_speculative_tokens, self.scheduler.step_time, self._max_model_len, proposer
             )
         self._embeddings = EmbeddingQueue(runner, self.scheduler.limits.max_num_batched_tokens)
         self._sampler = Sampler()
@@ -211,6 +215,10 @@ class EngineCore:
         """While there is no work: is all the model needs still there? Raises `EngineDeadError`."""
         self._runner.heartbeat()
 
+    def _draft_model(self, draft: ModelRunner) -> DraftModel:
+        check_vocabulary(draft.info, self.model)
+        return DraftModel(draft, self.scheduler.limits.max_num_batched_tokens, self._clock)
+
     def _host_tier(self, num_blocks: int, block_size: int) -> HostTier | None:
         if not num_blocks:
             return None
@@ -261,6 +269,9 @@ class EngineCore:
             queued_work_s=scheduler.queued_work_s,
             roofline_decode=self._roofline.decode if self._roofline is not None else 0.0,
             roofline_prefill=self._roofline.prefill if self._roofline is not None else 0.0,
+            spec_drafts=speculator.num_drafts if speculator is not None else 0,
+            spec_accepted_by_position=_by_position(speculator),
+            spec_unavailable=speculator.proposer.unavailable if speculator is not None else "",
             spec_draft_tokens=speculator.num_drafted if speculator is not None else 0,
             spec_accepted_tokens=speculator.num_accepted if speculator is not None else 0,
             adapters=self.adapters.slots.stats() if self.adapters is not None else [],
@@ -485,6 +496,12 @@ def _no_token(seq: Seq, failure: int) -> OctavoError:
         return RequestFailedError(_FAILURES[failure])
     param = next((name for field, name in _EXCLUDING.items() if getattr(seq.sampling, field)), "min_tokens")
     return InvalidRequestError(f"{param}: {_FAILURES[failure]}", param)
+
+
+def _by_position(speculator: Speculator | None) -> dict[str, int]:
+    if speculator is None:
+        return {}
+    return {str(position): speculator.accepted_by_position[position] for position in range(speculator.max_tokens)}
 
 
 def effective_max_model_len(model: ModelInfo) -> int:

@@ -157,7 +157,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: float = 1.0  # when a client that is refused now should come back
     roofline_decode: float = 0.0  # achieved share of the device's limit, for steps that only decode
     roofline_prefill: float = 0.0  # and for those that prefill
+    spec_drafts: int = 0
     spec_draft_tokens: int = 0
+    spec_accepted_by_position: dict[str, int] = {}
+    spec_unavailable: str = ""  # why nothing is guessed any more
     spec_accepted_tokens: int = 0
     queued_work_s: float = 0.0  # seconds of work that wait, by the learned step-time model
     adapters: list[AdapterStats] = []

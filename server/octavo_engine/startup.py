@@ -23,8 +23,9 @@ def build_engine(config: EngineConfig, on_progress: OnProgress, load: LoadRunner
     if load is not None:
         core = EngineCore(load(config, on_progress), config)
     else:
-        runner = _real_loader()(config, on_progress)
-        core = EngineCore(runner, config, roofline=Roofline(runner.info, measure_limits(runner.info)))
+        runner, draft = _load(config, on_progress)
+        roofline = Roofline(runner.info, measure_limits(runner.info))
+        core = EngineCore(runner, config, roofline=roofline, draft=draft)
     _load_adapters(core, config)
     return core
 
@@ -35,7 +36,12 @@ def _load_adapters(core: EngineCore, config: EngineConfig) -> None:
             core.adapters.load_at_start(name, uri)
 
 
-def _real_loader() -> LoadRunner:
+def _load(config: EngineConfig, on_progress: OnProgress) -> tuple[ModelRunner, ModelRunner | None]:
+    """(model, draft model if there is one)."""
+    if config.speculative_model:
+        from octavo_engine.loader.draft import load_with_draft
+
+        return load_with_draft(config, on_progress)
     from octavo_engine.loader.load import load_runner
 
-    return load_runner
+    return load_runner(config, on_progress), None

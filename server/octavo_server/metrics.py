@@ -211,6 +211,7 @@ def _counters(model: str, stats: EngineStats) -> Iterator[Metric]:
         ("num_preemptions", "Sequences preempted for want of KV blocks.", stats.num_preemptions),
         ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
         ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+        ("spec_decode_num_drafts", "Sequences guessed ahead for, each step counted.", stats.spec_drafts),
         ("spec_decode_num_draft_tokens", "Tokens guessed ahead.", stats.spec_draft_tokens),
         ("spec_decode_num_accepted_tokens", "Guessed tokens that held.", stats.spec_accepted_tokens),
     ]
@@ -222,9 +223,33 @@ def _counters(model: str, stats: EngineStats) -> Iterator[Metric]:
         vllm.add_metric([model, "0"], value)
         yield vllm
     yield from _host_tier(model, stats)
+    yield from _speculation(model, stats)
     steps = CounterMetricFamily("octavo_engine_steps", "Engine steps.", labels=["model_name"])
     steps.add_metric([model], stats.step)
     yield steps
+
+
+def _speculation(model: str, stats: EngineStats) -> Iterator[Metric]:
+    """Where in a draft guesses held; absent while nothing guesses."""
+    if not stats.spec_accepted_by_position:
+        return
+    help_text = "Guessed tokens that held, by their place in the draft."
+    own = CounterMetricFamily(
+        "octavo_spec_decode_num_accepted_tokens_per_pos", help_text, labels=["model_name", "position"]
+    )
+    vllm = CounterMetricFamily(
+        "vllm:spec_decode_num_accepted_tokens_per_pos", help_text, labels=["model_name", "engine", "position"]
+    )
+    for position, count in stats.spec_accepted_by_position.items():
+        own.add_metric([model, position], count)
+        vllm.add_metric([model, "0", position], count)
+    yield own
+    yield vllm
+    available = GaugeMetricFamily(
+        "octavo_spec_decode_available", "0 once the draft model has failed.", labels=["model_name"]
+    )
+    available.add_metric([model], 0.0 if stats.spec_unavailable else 1.0)
+    yield available
 
 
 def _host_tier(model: str, stats: EngineStats) -> Iterator[Metric]:

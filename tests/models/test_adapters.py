@@ -14,10 +14,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models.lora_adapters import write_adapter
+from models.smollm2_reference import load_reference
 from models.tiny_checkpoints import SIZES, load, random_prompts, reference_logits, relative_error, write_checkpoint
+from octavo_engine import LLM, SamplingParams
 from octavo_engine.errors import ConfigError, ModelLoadError
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.torch_runner import TorchModelRunner
+from octavo_kernels.registry import use_backends
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -188,3 +191,33 @@ def test_adapters_need_a_model_that_generates(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, transformers.BertModel, config)
     with pytest.raises(ConfigError, match="enable_lora"):
         load(tmp_path, **LORA)
+
+
+@pytest.mark.slow
+def test_a_real_quantized_model_with_an_adapter_says_what_the_merged_one_says(
+    smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    """SmolLM2 in Q4_1 under two PEFT adapters and none, one batch on this machine's kernels, against transformers."""
+    base = load_reference(smollm2_gguf)
+    names = ("", "red", "blue")
+    merged = {"": base}
+    for seed, name in enumerate(names[1:]):
+        merged[name] = write_adapter(base, tmp_path / name, seed, target_modules=ALL[1:4], r=8)
+    llm = LLM(
+        str(smollm2_gguf),
+        dtype="float32",
+        max_model_len=128,
+        num_kv_blocks=32,
+        num_threads=1,
+        enable_lora=True,
+        lora_modules={name: str(tmp_path / name) for name in names[1:]},
+    )
+    prompt = llm.tokenizer.encode("The capital of France is")
+    with use_backends("cpu", "reference"):
+        sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+        results = llm.generate([prompt] * 6, sampling, adapter=[*names, *names])
+    for name, result in zip([*names, *names], results, strict=True):
+        tokens = list(prompt)
+        for _ in range(8):
+            tokens.append(int(reference_logits(merged[name], [tokens])[0][-1].argmax()))
+        assert result.outputs[0].token_ids == tokens[len(prompt) :]

@@ -12,11 +12,13 @@ class HostTier:
     """A pool of host blocks ("slots") with the same keys, eviction order and tenant quotas as the device's.
 
     Nothing is copied here: the copies that a decision needs are queued, and `take_transfers` hands them to whoever
-    computes, before the next step.
+    computes, before the next step. `demotions_left` bounds the evicted blocks that are still taken in before that: a
+    long prompt that sweeps the cache must not hold up the step it comes in with.
     """
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
+        self.demotions_left = 1 << 30
         self.num_stored = 0
         self.num_fetched = 0
         self._transfers = TransferQueue()
@@ -30,8 +32,9 @@ class HostTier:
 
     def demote(self, block: int, key: bytes, tenant: str) -> None:
         """A cached device block is about to be reused: keep its content, if it is not here and there is room."""
-        if self.pool.match([key]) or not self.pool.num_free:
+        if self.demotions_left < 1 or not self.pool.num_free or self.pool.match([key]):
             return
+        self.demotions_left -= 1
         (slot,) = self._store([block])
         self._publish(slot, key)
         self.pool.release([slot], tenant)

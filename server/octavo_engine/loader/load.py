@@ -43,11 +43,12 @@ _LONGEST_UNASKED = 1 << 17
 _log = logging.getLogger(__name__)
 
 
-def load_runner(config: EngineConfig, on_progress: OnProgress) -> ModelRunner:
+def load_runner(config: EngineConfig, on_progress: OnProgress, kv_bytes_beside: int = 0) -> ModelRunner:
     """Resolve, read and place the model, allocate its KV cache and run the first steps.
 
     `on_progress` hears of the phases resolve, weights, kv_cache and warmup. With more than one rank this process is
-    the first and starts the others of this machine. Raises `ModelLoadError` or `ConfigError`.
+    the first and starts the others of this machine. kv_bytes_beside: KV bytes of each token in a second model that gets
+    as many blocks. Raises `ModelLoadError` or `ConfigError`.
     """
     config.validate()
     phases = Phases(on_progress)
@@ -55,19 +56,23 @@ def load_runner(config: EngineConfig, on_progress: OnProgress) -> ModelRunner:
         path = resolve(config.model, revision=config.revision, on_progress=phases.report)
     if config.num_ranks == 1:
         torch.set_num_threads(config.num_threads or usable_cpus())
-        return load_rank(config, path, phases)
+        return load_rank(config, path, phases, None, kv_bytes_beside)
     from octavo_engine.parallel.leader import lead
 
     return lead(config, path, phases)
 
 
-def load_rank(config: EngineConfig, path: Path, phases: Phases, host: RankHost | None = None) -> TorchModelRunner:
+def load_rank(
+    config: EngineConfig, path: Path, phases: Phases, host: RankHost | None = None, kv_bytes_beside: int = 0
+) -> TorchModelRunner:
     """This rank's part of the model, warm. host: its rank and machine; the number of blocks is agreed on."""
     with phases.run("weights"):
-        runner = _read_model(config, path, phases, host)
+        runner = read_model(config, path, phases, host)
     if runner.info.task == "generate":
         with phases.run("kv_cache"):
-            blocks = _num_blocks(config, runner.info, 1 if host is None else host.ranks_here)
+            info = runner.info
+            sized = msgspec.structs.replace(info, kv_bytes_per_token=info.kv_bytes_per_token + kv_bytes_beside)
+            blocks = _num_blocks(config, sized, 1 if host is None else host.ranks_here)
             runner.allocate_kv_cache(blocks if host is None else host.control.minimum(blocks))
             if config.kv_host_memory_bytes:
                 blocks = num_host_blocks(config, runner.info, free_memory_bytes(torch.device("cpu")))
@@ -78,7 +83,7 @@ def load_rank(config: EngineConfig, path: Path, phases: Phases, host: RankHost |
     return runner
 
 
-def _read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost | None) -> TorchModelRunner:
+def read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost | None) -> TorchModelRunner:
     device = choose_device(config.device) if host is None else host.device
     checkpoint = open_checkpoint(path)
     quantize_to = _on_the_fly(config, checkpoint)

@@ -158,7 +158,9 @@ def merge_stats(stats: Sequence[EngineStats]) -> EngineStats:
     merged: dict[str, object] = {}
     for name in EngineStats.__struct_fields__:
         values = [getattr(item, name) for item in stats]
-        if name == "adapters":
+        if name == "spec_unavailable":
+            merged[name] = next(filter(None, values), "")
+        elif name == "adapters":
             merged[name] = _merge_adapters([item.adapters for item in stats])
         elif isinstance(values[0], dict):
             keys = {key for value in values for key in value}

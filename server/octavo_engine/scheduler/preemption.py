@@ -7,10 +7,12 @@ from collections.abc import Collection
 from octavo_engine.kv.block_manager import BlockManager, PrefixMatch
 from octavo_engine.scheduler.limits import PreemptionMode
 from octavo_engine.scheduler.sequence import Sequence
-from octavo_engine.scheduler.step_time import StepTimeModel
+from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 
 _FIRST_BYTES_PER_S = 8e9
 _WEIGHT = 0.1
+_DEMOTION_SHARE = 0.1
+_MIN_DEMOTIONS = 8
 
 
 class CopyTime:
@@ -64,6 +66,14 @@ class Preemption:
         if self._mode is PreemptionMode.AUTO and 0.0 < again_s <= len(match.slots) * self.copy.seconds_per_block:
             return on_device
         return match
+
+    def bound_demotions(self, num_running: int) -> None:
+        """Let evicted blocks take a small part of the next step's time on their way to host memory."""
+        host, block_s = self._blocks.host, self.copy.seconds_per_block
+        if host is None:
+            return
+        step_s = self._step_time.predict(StepLoad(num_running)) if self._step_time.is_ready else 0.0
+        host.demotions_left = max(_MIN_DEMOTIONS, int(_DEMOTION_SHARE * step_s / block_s) if block_s > 0 else 0)
 
     def _cost_per_block(self, seq: Sequence) -> float:
         freed = self._blocks.num_unshared(seq.table)

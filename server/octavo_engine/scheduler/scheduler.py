@@ -140,23 +140,24 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Choose the next step's tokens; an empty batch means there is nothing to do."""
+        self.preemption.bound_demotions(len(self._running))
         preempted = self._reserve_decode_blocks()
         batch = Batch([], [])
         prefills: list[Sequence] = []
-        drafting: list[Sequence] = []
-        speculator = self.speculator
+        wanted: list[tuple[Sequence, int]] = []
         sequences, slices = batch.sequences, batch.slices
         for seq in self._running.values():
             tokens, start = seq.tokens, seq.num_computed
             if len(tokens) - start == 1:
-                if speculator is not None and self._draft(seq, speculator, len(drafting)):
-                    drafting.append(seq)
+                count = self._num_guesses(seq, len(wanted))
+                if count:
+                    wanted.append((seq, count))
                     continue
                 sequences.append(seq)
                 slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1, seq.adapter_slot))
             else:
                 prefills.append(seq)
-        for seq in drafting:
+        for seq in self._draft(wanted):
             sequences.append(seq)
             slices.append(_verifying_slice(seq))
         batch.decode_context = sum(piece.start for piece in slices)
@@ -170,16 +171,24 @@ class Scheduler:
             self._add_prefills(batch, prefills, budget)
         return batch
 
-    def _draft(self, seq: Sequence, speculator: Speculator, num_drafting: int) -> bool:
-        """Guess the next tokens of a decoding sequence, within spare budget and spare blocks; True if there are any."""
+    def _num_guesses(self, seq: Sequence, num_drafting: int) -> int:
+        """How many tokens to guess ahead for a decoding sequence, within the budget that is spare."""
+        speculator = self.speculator
+        if speculator is None:
+            return 0
         spare = (self.limits.max_num_batched_tokens - self.limits.max_num_seqs) // 2
-        if (num_drafting + 1) * speculator.max_tokens > spare:
-            return False
-        drafted = speculator.propose(seq, len(self._running))
-        if drafted and not self.blocks.grow(seq.table, len(seq.tokens) + len(drafted)):
-            drafted = drafted[: seq.table.capacity - len(seq.tokens)]
-        seq.drafted = drafted
-        return bool(drafted)
+        fits = (num_drafting + 1) * speculator.max_tokens <= spare
+        return speculator.count(seq, len(self._running)) if fits else 0
+
+    def _draft(self, wanted: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """Guess the next tokens of decoding sequences, within spare blocks; those without a guess come first."""
+        if self.speculator is None or not wanted:
+            return []
+        for (seq, _), drafted in zip(wanted, self.speculator.propose(wanted), strict=True):
+            if drafted and not self.blocks.grow(seq.table, len(seq.tokens) + len(drafted)):
+                drafted = drafted[: seq.table.capacity - len(seq.tokens)]
+            seq.drafted = drafted
+        return sorted((seq for seq, _ in wanted), key=lambda seq: bool(seq.drafted))
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long a step took."""
@@ -226,6 +235,8 @@ class Scheduler:
         """A running sequence runs no more: what it holds is free."""
         del self._running[seq.request_id]
         self.blocks.free(seq.table)
+        if self.speculator is not None:
+            self.speculator.forget(seq)
         if self.adapters is not None and seq.adapter is not None:
             self.adapters.unpin(seq.adapter)
             seq.adapter_slot = None

@@ -10,10 +10,10 @@ MAX_NGRAM = 4
 
 
 class Draft:
-    """Where drafts come from, and how often one is accepted (a running mean)."""
+    """The n-grams of a sequence, and how often one of its guesses is accepted (a running mean)."""
 
     __slots__ = ("acceptance", "index")
 
-    def __init__(self) -> None:
+    def __init__(self, acceptance: float) -> None:
         self.index = NgramIndex(MIN_NGRAM, MAX_NGRAM)
-        self.acceptance = FIRST_ACCEPTANCE
+        self.acceptance = acceptance

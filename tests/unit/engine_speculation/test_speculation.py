@@ -14,6 +14,7 @@ from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler.sequence import Sequence
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.speculation.ngram import NgramIndex
+from octavo_engine.speculation.proposer import PromptLookup
 from octavo_engine.speculation.speculator import Speculator
 
 REPEATING = 1
@@ -121,10 +122,10 @@ def test_drafts_are_as_long_as_the_cost_of_a_token_allows(fixed_s: float, token_
     model = StepTimeModel()
     for size in range(1, 200):
         model.observe(StepLoad(size), fixed_s + token_s * size)
-    speculator = Speculator(5, model, 1_000)
+    speculator = Speculator(5, model, 1_000, PromptLookup())
     sampling = SamplingParams(max_tokens=100, temperature=0.0)
     seq = Sequence(AddRequest(request_id="a", prompt_token_ids=[1, 2, 3] * 10, sampling=sampling), 0.0)
-    assert len(speculator.propose(seq, num_running=50)) == length
+    assert speculator.count(seq, num_running=50) == length
 
 
 @settings(max_examples=80)
