@@ -26,7 +26,7 @@ from octavo_gateway.inspection import Inspection
 from octavo_gateway.metrics import Metrics
 from octavo_gateway.registry import Registry, Resolved
 from octavo_gateway.tenancy import Identity, Limiter, Reservation, TenantDirectory
-from octavo_gateway.tenancy.budget import Period
+from octavo_gateway.tenancy.budget import Period, budgets
 from octavo_gateway.tenancy.shared import SharedLimiter, SharedReservation
 from octavo_gateway.usage import (
     Begun,
@@ -152,9 +152,15 @@ class Accounts:
             started_at=self._wall_clock(),
             prompt_tokens=prompt,
         )
+        charge = Charge(begun, identity, reservation, shared, UsageMeter(strip=strip))
         if self.ledger is not None:
-            self.ledger.write(begun)
-        return Charge(begun, identity, reservation, shared, UsageMeter(strip=strip))
+            try:
+                self.ledger.write(begun)
+            except OSError as error:
+                log.error("usage ledger: %s", error)
+                self._settle_limits(charge, Consumed(), 0.0)
+                raise LedgerFullError("Usage cannot be recorded at the moment.", retry_after_s=30.0) from error
+        return charge
 
     async def _reserve_shared(self, identity: Identity, own: Reservation) -> SharedReservation | None:
         """Reserve from the limits of all gateways; whatever prevents it, this gateway's own share is given back."""
@@ -182,9 +188,10 @@ class Accounts:
                 self.shared.settle(held, 0, 0, 0, 0.0, self._today())
 
     def settle(self, charge: Charge, exchange: Exchange, outcome: str) -> None:
-        """Count what it really was, in the tenant's limits at once, and in the ledger as soon as its replica has told.
+        """Count what it really was, in the tenant's limits and in the ledger.
 
-        The limits take an estimate where the engine's count did not come with the answer.
+        Where the engine's count did not come with the answer, the limits take an estimate at once, and the ledger waits
+        until the replica has told.
         """
         meter, begun = charge.meter, charge.begun
         served = exchange.status < 400 and exchange.bytes_sent > 0
@@ -194,12 +201,8 @@ class Accounts:
             consumed = Consumed(exchange.progress.prompt_tokens, 0, exchange.progress.num_tokens)
         else:
             consumed = Consumed(begun.prompt_tokens, 0, meter.events)
-        prompt, cached, output = consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens
-        cost = self._prices.cost(begun.model, prompt, cached, output)
-        if charge.reservation is not None:
-            self.limiter.settle(charge.reservation, prompt, cached, output, cost, self._clock(), self._today())
-        if charge.shared is not None and self.shared is not None:
-            self.shared.settle(charge.shared, prompt, cached, output, cost, self._today())
+        cost = self._cost(begun.model, consumed)
+        self._settle_limits(charge, consumed, cost)
         record = structs.replace(
             interrupted(begun),
             duration_s=self._clock() - exchange.started_at,
@@ -216,10 +219,36 @@ class Accounts:
         def on_told(told: asyncio.Future[Consumed | None]) -> None:
             self._asking.discard(asking)
             answer = None if told.cancelled() else told.result()
+            if answer is not None:
+                self._correct_limits(charge, consumed, answer)
             self._write(record, answer or consumed, estimated=answer is None)
 
         self._asking.add(asking)
         asking.add_done_callback(on_told)
+
+    def _settle_limits(self, charge: Charge, consumed: Consumed, cost: float) -> None:
+        tokens = (consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens)
+        if charge.reservation is not None:
+            self.limiter.settle(charge.reservation, *tokens, cost, self._clock(), self._today())
+        if charge.shared is not None and self.shared is not None:
+            self.shared.settle(charge.shared, *tokens, cost, self._today())
+
+    def _correct_limits(self, charge: Charge, estimate: Consumed, truth: Consumed) -> None:
+        """The replica has told: whoever leaves before the answer pays for what was generated all the same."""
+        if charge.identity is None:
+            return
+        changes = (
+            truth.prompt_tokens - estimate.prompt_tokens,
+            truth.cached_tokens - estimate.cached_tokens,
+            truth.output_tokens - estimate.output_tokens,
+        )
+        cost = self._cost(charge.begun.model, truth) - self._cost(charge.begun.model, estimate)
+        self.limiter.correct(charge.identity.tenant.name, *changes, cost, self._clock(), self._today())
+        if charge.shared is not None and self.shared is not None:
+            self.shared.correct(charge.identity.tenant, *changes, cost, self._today())
+
+    def _cost(self, model: str, consumed: Consumed) -> float:
+        return self._prices.cost(model, consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens)
 
     @property
     def num_unsettled(self) -> int:
@@ -233,7 +262,7 @@ class Accounts:
             return
         budgets_read_at = self._clock()
         while True:
-            if self._clock() - budgets_read_at >= BUDGETS_EVERY_S:
+            if self._clock() - budgets_read_at >= BUDGETS_EVERY_S and self._has_budgets:
                 self._learn_spent(await asyncio.to_thread(self._read_spent))
                 budgets_read_at = self._clock()
             for begun in await asyncio.to_thread(self.ledger.take_unfinished):
@@ -277,17 +306,16 @@ class Accounts:
         return list(await asyncio.gather(*(collector.consumed(e, begun.id, began_at) for e in entry.endpoints)))
 
     def _write(self, record: UsageRecord, consumed: Consumed, *, estimated: bool) -> None:
-        prompt, cached, output = consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens
-        self._metrics.tokens(record.model, prompt, cached, output)
+        self._metrics.tokens(record.model, consumed.prompt_tokens, consumed.cached_tokens, consumed.output_tokens)
         if self.ledger is None:
             return
         final = structs.replace(
             record,
-            prompt_tokens=prompt,
-            cached_tokens=cached,
-            output_tokens=output,
+            prompt_tokens=consumed.prompt_tokens,
+            cached_tokens=consumed.cached_tokens,
+            output_tokens=consumed.output_tokens,
             estimated=estimated,
-            cost=self._prices.cost(record.model, prompt, cached, output),
+            cost=self._cost(record.model, consumed),
         )
         try:
             self.ledger.write(final)
@@ -305,6 +333,11 @@ class Accounts:
             headers.append((b"x-ratelimit-remaining-" + word, b"%d" % left))
             headers.append((b"x-ratelimit-reset-" + word, f"{reset_s:.3f}s".encode()))
         return headers
+
+    @property
+    def _has_budgets(self) -> bool:
+        tenants = self.directory.tenants.values() if self.directory is not None else ()
+        return any(tokens is not None or cost is not None for t in tenants for _, tokens, cost in budgets(t.limits))
 
     def _read_spent(self) -> list[tuple[str, Period, str, int, float]]:
         """What the ledger says of this day and month: tenant, period, today, tokens, cost. Slow."""

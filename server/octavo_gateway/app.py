@@ -138,8 +138,7 @@ class Gateway:
             failures = metrics.shared_limit_failures
             accounts.shared = SharedLimiter(settings.redis_url, settings.request_timeout, failures.inc)
         self._background: list[asyncio.Task[None]] = []
-        if accounts.ledger is not None:
-            accounts.collector = UsageCollector(self.pool, clock)
+        accounts.collector = UsageCollector(self.pool, clock)
         self._pages = Pages(self)
         self.metrics.watch(registry, self.loads, self.dispatcher.signals, self.dispatcher.tracks)
 

@@ -6,6 +6,7 @@ Exact within one process. Pure: time comes in as an argument.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from octavo_gateway.errors import RateLimitError
@@ -78,6 +79,16 @@ class _Account:
         if spent.label != label:
             spent = self._spent[period] = Spent(label)
         return spent
+
+    def charge(self, changes: Mapping[str, float], tokens: float, cost: float, now: float, today: str) -> None:
+        """Count in the buckets and in what was spent."""
+        for name, change in changes.items():
+            if name in self.buckets:
+                self.buckets[name].take(change, now)
+        for period in Period:
+            spent = self.spent(period, today)
+            spent.tokens += tokens
+            spent.cost += cost
 
     def bucket(self, name: str, capacity: int | None, now: float) -> TokenBucket | None:
         if capacity is None:
@@ -162,13 +173,15 @@ class Limiter:
         changes = bucket_changes(
             reservation.input_tokens, reservation.output_tokens, input_tokens, cached_tokens, output_tokens
         )
-        for name, change in changes.items():
-            if name in account.buckets:
-                account.buckets[name].take(change, now)
-        for period in Period:
-            spent = account.spent(period, today)
-            spent.tokens += input_tokens + output_tokens
-            spent.cost += cost
+        account.charge(changes, input_tokens + output_tokens, cost, now, today)
+
+    def correct(
+        self, tenant: str, input_tokens: float, cached_tokens: float, output_tokens: float,
+        cost: float, now: float, today: str,
+    ) -> None:  # fmt: skip
+        """Add (or take back) what a settled request has turned out to differ by."""
+        changes = bucket_changes(0, 0, input_tokens, cached_tokens, output_tokens)
+        self._account(tenant).charge(changes, input_tokens + output_tokens, cost, now, today)
 
     def remaining(self, tenant: Tenant, now: float) -> dict[str, tuple[int, int, float]]:
         """Per limited bucket: (limit, what is left, seconds until it is full again)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import redis.asyncio
@@ -61,9 +61,9 @@ return {'ok', '0'}
 """
 
 # KEYS as above. ARGV: request id, tokens, cost, seconds to keep a day and a month, then per bucket: name, change.
-# A request settled twice counts once.
+# A request settled twice counts once; without an id it is a correction of one that was settled.
 SETTLE = """
-if redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then return 0 end
+if ARGV[1] ~= '' and redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then return 0 end
 for i = 6, #ARGV, 2 do
   local used = redis.call('HGET', KEYS[1], ARGV[i] .. ':used')
   if used then redis.call('HSET', KEYS[1], ARGV[i] .. ':used', tostring(math.max(0, tonumber(used) + tonumber(ARGV[i + 1])))) end
@@ -138,10 +138,22 @@ class SharedLimiter:
     ) -> None:  # fmt: skip
         """Replace the estimate by the true count, in the background."""
         changes = bucket_changes(held.input_tokens, held.output_tokens, input_tokens, cached_tokens, output_tokens)
-        arguments: list[str | float] = [held.request_id, input_tokens + output_tokens, cost, *KEEP_S.values()]
+        self._count(held.tenant, held.request_id, changes, input_tokens + output_tokens, cost, today)
+
+    def correct(
+        self, tenant: Tenant, input_tokens: float, cached_tokens: float, output_tokens: float, cost: float, today: str
+    ) -> None:
+        """Add (or take back) what a settled request has turned out to differ by, in the background."""
+        changes = bucket_changes(0, 0, input_tokens, cached_tokens, output_tokens)
+        self._count(tenant, "", changes, input_tokens + output_tokens, cost, today)
+
+    def _count(
+        self, tenant: Tenant, request_id: str, changes: Mapping[str, float], tokens: float, cost: float, today: str
+    ) -> None:
+        arguments: list[str | float] = [request_id, tokens, cost, *KEEP_S.values()]
         for name, change in changes.items():
             arguments += [name, change]
-        task = asyncio.ensure_future(self._send_settlement(_keys(held.tenant.name, today), arguments))
+        task = asyncio.ensure_future(self._send_settlement(_keys(tenant.name, today), arguments))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 
 from fakes.gateway_door import HELLO, Door, entry, open_door, until
 from fakes.openai_replica import OpenAIReplica
-from octavo_gateway.registry import HoldPolicy, ModelEntry, Saturation
+from fakes.replica_process import replica_process
+from octavo_gateway.registry import Endpoint, HoldPolicy, ModelEntry, Saturation
 from octavo_gateway.tenancy import KeyRecord, Limits, Tenant, TenantDirectory, hash_key, new_key
+from octavo_gateway.tenancy.budget import Period
 from octavo_gateway.tenancy.keys import format_hash
 from octavo_gateway.tenancy.source import TenantFiles, load_tenants
 from octavo_gateway.usage import Ledger, PriceTable, read_usage
@@ -374,3 +377,32 @@ async def test_held_requests_per_tenant_are_bounded() -> None:
 
     assert status == 429
     assert "2 waiting requests" in text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_leaving_early_does_not_evade_a_token_limit(streamed: bool) -> None:
+    """The replica tells what was generated for a client that left, and the tenant is charged with it."""
+    directory = TenantDirectory([tenant("t", KEY_A)])
+    body = {
+        "model": "fake-model", "messages": HELLO["messages"], "max_tokens": 4_000, "ignore_eos": True,
+        "stream": streamed,
+    }  # fmt: skip
+    with replica_process({"step_s": 0.002}) as url:
+        model = ModelEntry(name="fake-model", endpoints=(Endpoint("r", url),))
+        async with open_door(model, directory=directory, connect_timeout=30) as door:
+
+            async def counted(pattern: str) -> int:
+                async with door.http.get(f"{url}/metrics") as response:
+                    return sum(int(float(value)) for value in re.findall(pattern, await response.text()))
+
+            asking = asyncio.ensure_future(door.read(body, headers=bearer(KEY_A)))
+            while await counted(r"octavo_generation_tokens_total{\S+ (\S+)") < 50:
+                await asyncio.sleep(0.02)
+            asking.cancel()
+            accounts = door.server.app.accounts
+            await until(lambda: door.server.app.in_flight == 0 and accounts.num_unsettled == 0)
+            spent = accounts.limiter._account("t").spent(Period.DAY, accounts._today()).tokens
+            told = await counted(r'octavo_usage_tokens_total{kind="(?:prompt|output)"} (\S+)')
+
+    assert told > 50
+    assert spent == told
