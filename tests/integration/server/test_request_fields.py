@@ -202,11 +202,12 @@ class Answering:
             model="fake", served_model_names=("fake-model",), tool_call_parser="hermes", reasoning_parser="think"
         )
         self.replica = Replica(settings, self.engine, lambda path: ShowingTokenizer())
+        self._app = build_app(self.replica)
 
     async def ask(self, route: str, body: dict[str, Any]) -> tuple[int, Any, str]:
         """Status, the parsed answer, and all that a caller or the engine could notice."""
         self.engine.received.clear()
-        status, _, answer = await asgi_call(build_app(self.replica), "POST", route, json.dumps(body).encode())
+        status, _, answer = await asgi_call(self._app, "POST", route, json.dumps(body).encode())
         text = re.sub(r'"(id|created|call_id)":("[a-z]+-[0-9a-f]{32}"|"call_[0-9a-f]+"|\d+)', "", answer.decode())
         return status, answer, f"{status} {text} {list(self.engine.received.values())}"
 
