@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from octavo_operator.api.errors import FieldError, ManifestErrors
@@ -12,7 +12,7 @@ from octavo_operator.api.serving_runtime import ClusterServingRuntime, ServingRu
 from octavo_operator.api.validation import Resource
 from octavo_operator.plan import Facts, Plan, Unplannable, plan
 from octavo_operator.plan.runtime import choose_runtime
-from octavo_operator.plan.values import ModelClaim
+from octavo_operator.plan.values import ModelClaim, ModelFacts
 from octavo_operator.presets import preset, preset_names
 from octavo_operator.render import Object, render_plan
 from octavo_operator.render.model_cache import claim_name, model_path, render_model_cache
@@ -32,10 +32,15 @@ def with_presets(runtimes: Iterable[Runtime]) -> list[Runtime]:
     return [*given, *(preset(name) for name in preset_names() if name not in names)]
 
 
-def render_resources(resources: Sequence[Resource], facts: Facts | None = None) -> tuple[list[Object], list[str]]:
+def render_resources(
+    resources: Sequence[Resource],
+    facts: Facts | None = None,
+    models: Callable[[InferenceService], ModelFacts] = lambda service: ModelFacts(),
+) -> tuple[list[Object], list[str]]:
     """The objects of these resources, as if the cluster held nothing else, and warnings.
 
-    Model caches count as complete. Raises `ManifestErrors` with everything that cannot be run.
+    Model caches count as complete; `models` says what is known of a service's model. Raises `ManifestErrors` with
+    everything that cannot be run, or is known not to fit.
     """
     runtimes: list[Runtime] = [r for r in resources if isinstance(r, ServingRuntime | ClusterServingRuntime)]
     caches = [r for r in resources if isinstance(r, ModelCache)]
@@ -53,11 +58,15 @@ def render_resources(resources: Sequence[Resource], facts: Facts | None = None) 
         }
         label = f"InferenceService/{service.name}"
         try:
-            planned = plan_service(service, runtimes, replace(facts, model_claims={**facts.model_claims, **claims}))
+            known = replace(facts, model_claims={**facts.model_claims, **claims}, model=models(service))
+            planned = plan_service(service, runtimes, known)
             objects += render_plan(planned)
         except Unplannable as wrong:
             errors += [replace(error, resource=label) for error in wrong.errors]
         else:
+            if planned.fit is not None and not planned.fit.fits:
+                message = f"does not fit its accelerator: {planned.fit.message}"
+                errors.append(FieldError("spec.model", message, resource=label))
             warnings += [f"{label}: {text}" for text in planned.warnings]
             if planned.waiting_for:
                 warnings.append(f"{label}: {planned.waiting_for}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,9 +13,12 @@ import typer
 import yaml
 
 from octavo_operator.api.errors import ManifestErrors
+from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.manifest import load_manifests
+from octavo_operator.api.validation import Resource
 from octavo_operator.desired import render_resources
 from octavo_operator.plan import Facts
+from octavo_operator.plan.values import ModelFacts
 
 BAD_MANIFEST = 2
 
@@ -32,19 +37,37 @@ def render(
     ],
     output: Annotated[OutputFormat, typer.Option("--output", "-o", help="Format of the output.")] = OutputFormat.YAML,
     engine_image: Annotated[str | None, typer.Option(help="Image of Octavo's own engine.")] = None,
+    check_fit: Annotated[
+        bool,
+        typer.Option("--check-fit", help="Ask the hub for size and shape of hf:// models, and say whether they fit."),
+    ] = False,
+    hub_endpoint: Annotated[str, typer.Option(envvar="HF_ENDPOINT", help="The hub to ask.")] = "https://huggingface.co",
 ) -> None:
     """Print the Kubernetes objects that the operator makes of these manifests.
 
-    Needs no cluster. Exits with 2, naming every wrong field, when a manifest cannot be run.
+    Needs no cluster. Exits with 2, naming every wrong field, when a manifest cannot be run, or a model does not fit.
     """
     try:
         resources = load_manifests(file)
-        objects, warnings = render_resources(resources, Facts(engine_image=engine_image))
+        models = _ask_hub(resources, hub_endpoint) if check_fit else {}
+        facts = Facts(engine_image=engine_image)
+        objects, warnings = render_resources(resources, facts, lambda service: models.get(service.name, ModelFacts()))
     except ManifestErrors as wrong:
         _refuse(wrong)
+    for name, known in models.items():
+        if known.shape is None:
+            warnings.append(f"InferenceService/{name}: whether it fits is not known: {known.unknown}")
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(_text(objects, output), nl=False)
+
+
+def _ask_hub(resources: Sequence[Resource], endpoint: str) -> dict[str, ModelFacts]:
+    """What the hub says of every service's model, by the name of the service."""
+    from octavo_operator.controller.hub import ask_hub
+
+    services = {r.name: r.spec.model for r in resources if isinstance(r, InferenceService)}
+    return asyncio.run(ask_hub(endpoint, services))
 
 
 def _refuse(wrong: ManifestErrors) -> NoReturn:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from e2e import control_plane
-from e2e.cluster import manifest, until
+from e2e.cluster import ROOT, is_gone, manifest, until
+from e2e.control_plane import ControlPlane
 from octavo_operator.controller.client import ApiError, Kind, KubeClient
 from octavo_operator.controller.kinds import INFERENCE_SERVICE
 from octavo_operator.controller.settings import OperatorSettings
@@ -37,7 +38,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=webhook"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
     command += ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
-    subprocess.run(command, check=True, capture_output=True)
+    run(command)
     return folder
 
 
@@ -131,3 +132,35 @@ async def test_without_a_certificate_it_says_so(client: KubeClient, tmp_path: Pa
     webhook = Webhook(client, OperatorSettings(webhook_port=0, webhook_cert_dir=str(tmp_path)))
     with pytest.raises(WebhookUnusable, match="no certificate in"):
         await webhook.start()
+
+
+def run(command: list[str], given: bytes = b"") -> str:
+    """What a command prints; fails with what it complained of."""
+    done = subprocess.run(command, input=given, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.skipif(bool(control_plane.missing_reason("helm")), reason=control_plane.missing_reason("helm") or "-")
+async def test_the_charts_certificate_is_kept_through_upgrades_and_goes_with_the_chart(
+    client: KubeClient, namespace: str, plane: ControlPlane
+) -> None:
+    helm = [str(control_plane.program("helm")), "--kubeconfig", str(plane.kubeconfig), "-n", namespace]
+    values = ["--set", "webhook.enabled=true,crds.install=false,gateway.enabled=false,webhook.failurePolicy=Ignore"]
+    chart, release = str(ROOT / "charts" / "octavo"), f"r{namespace[-6:]}"
+    name = f"{release}-octavo-operator-webhook"
+    secrets = Kind("v1", "Secret", "secrets")
+    run([*helm, "install", release, chart, *values])
+    try:
+        first = await client.get(secrets, namespace, name)
+        configuration = await client.get(CONFIGURATION, None, f"{name}.{namespace}")
+        assert configuration["webhooks"][0]["clientConfig"]["caBundle"] == first["data"]["ca.crt"]
+        run([*helm, "upgrade", release, chart, *values, "--set", "operator.logLevel=debug"])
+        assert (await client.get(secrets, namespace, name))["data"] == first["data"]
+        certificate = base64.b64decode(first["data"]["tls.crt"])
+        shown = run(["openssl", "x509", "-noout", "-ext", "subjectAltName"], certificate)
+        assert f"{name}.{namespace}.svc" in shown
+    finally:
+        run([*helm, "uninstall", release])
+    assert await is_gone(client, secrets, namespace, name)
+    assert await is_gone(client, CONFIGURATION, "", f"{name}.{namespace}")

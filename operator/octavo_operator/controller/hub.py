@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,18 @@ class HubFacts:
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         async with http.get(self._endpoint + path, timeout=timeout, raise_for_status=True) as answer:
             return json.loads(await read_up_to(answer, MAX_ANSWER_BYTES))
+
+
+async def ask_hub(endpoint: str, models: Mapping[str, ModelSpec]) -> dict[str, ModelFacts]:
+    """What a hub says of these models now, by the names they are given under."""
+    hub = HubFacts(endpoint)
+    async with aiohttp.ClientSession() as http:
+        return {name: await _ask_one(hub, model, http) for name, model in models.items()}
+
+
+async def _ask_one(hub: HubFacts, model: ModelSpec, http: aiohttp.ClientSession) -> ModelFacts:
+    name = repository(model)
+    return ModelFacts(unknown=NOT_HUB) if name is None else await hub.ask(name, http)
 
 
 def repository(model: ModelSpec) -> _Model | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -156,3 +158,25 @@ async def test_what_is_not_on_the_hub_is_not_asked_about(world: World, hub: Hub)
     world.submit("80Gi", uri="s3://bucket/model")
     assert await world.look() == ("Unknown", "NotEstimated", "only models at hf://ORG/NAME are looked up")
     assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("memory", "code", "told"), [("80Gi", 0, ""), ("16Gi", 2, "does not fit its accelerator: needs")]
+)
+async def test_octavo_render_asks_the_hub_when_told_to(
+    hub: Hub, tmp_path: Path, memory: str, code: int, told: str
+) -> None:
+    manifest = tmp_path / "chat.yaml"
+    manifest.write_text(
+        "apiVersion: serving.octavo.dev/v1alpha1\nkind: InferenceService\nmetadata: {name: chat}\nspec:\n"
+        f"  model: {{storageUri: hf://org/model}}\n  accelerator: {{minMemory: {memory}}}\n"
+        "  resources: {limits: {nvidia.com/gpu: 1}}\n"
+    )
+    words = ["-m", "octavo_cli.main", "render", "-f", str(manifest), "--check-fit", "--hub-endpoint", hub.address]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, errors = await process.communicate()
+    assert process.returncode == code, errors.decode()
+    assert told in errors.decode()
+    assert (b"kind: Deployment" in out) is (code == 0)
