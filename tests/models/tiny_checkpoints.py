@@ -75,7 +75,9 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 def reference_logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Transformers' logits of each prompt alone: [length, vocab_size] float32."""
+    """Transformers' logits of each prompt alone: [length, vocab_size] float32. Through eager attention: in some
+    releases no other knows Gemma 2's soft cap."""
+    model.set_attn_implementation("eager")
     with torch.inference_mode():
         return [model(torch.tensor([list(prompt)])).logits[0].float() for prompt in prompts]
 

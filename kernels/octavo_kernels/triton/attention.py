@@ -252,17 +252,35 @@ def _config(problem: Problem, part: Part) -> LaunchConfig:
     rows = max(16, triton.next_power_of_2(group))
     if mode.batch_invariant():  # one shape of tile for every query length, so that a row is always summed alike
         return LaunchConfig(block_m=max(64, rows), block_n=32, num_warps=4, num_stages=2)
-    wide = head_dim > 128
     key = f"d{head_dim}_g{group}_kv{bits}"
     if part.max_query_len <= SHORT_QUERY:
         rows = max(rows, min(128, triton.next_power_of_2(group * part.max_query_len)))
-        default = LaunchConfig(block_m=rows, block_n=32 if wide or bits == 32 else 64, num_stages=5)
+        default = _decode_default(head_dim, bits, rows)
         return launch_config("paged_attention_decode", key, device, default) if part.decode else default
-    if bits == 32:
-        default = LaunchConfig(block_m=max(32, rows), block_n=32, num_warps=4, num_stages=2)
-    else:
-        default = LaunchConfig(block_m=max(64 if wide else 128, rows), block_n=64, num_warps=8, num_stages=3)
+    default = _prefill_default(head_dim, bits, rows)
     return launch_config("paged_attention_prefill", key, device, default)
+
+
+def _decode_default(head_dim: int, bits: int, rows: int) -> LaunchConfig:
+    """What was fastest on an H200. More rows than a decode has (verification) keep the deep pipeline."""
+    if bits == 8:
+        return LaunchConfig(block_m=rows, block_n=64, num_warps=2 if rows == 16 else 4, num_stages=5)
+    if head_dim > 128 or bits == 32:
+        return LaunchConfig(block_m=rows, block_n=32, num_warps=4, num_stages=2)
+    if rows > 16:
+        return LaunchConfig(block_m=rows, block_n=64, num_warps=4, num_stages=5)
+    return LaunchConfig(block_m=rows, block_n=64, num_warps=8, num_stages=2)
+
+
+def _prefill_default(head_dim: int, bits: int, rows: int) -> LaunchConfig:
+    """What was fastest on an H200."""
+    if bits == 32:
+        return LaunchConfig(block_m=max(32, rows), block_n=32, num_warps=4, num_stages=2)
+    if bits == 8:
+        return LaunchConfig(block_m=max(64, rows), block_n=128, num_warps=4, num_stages=2)
+    if head_dim > 128:
+        return LaunchConfig(block_m=max(64, rows), block_n=32, num_warps=4, num_stages=2)
+    return LaunchConfig(block_m=max(128, rows), block_n=64 if head_dim <= 64 else 128, num_warps=8, num_stages=2)
 
 
 def _query_blocks(problem: Problem, part: Part, config: LaunchConfig) -> int:

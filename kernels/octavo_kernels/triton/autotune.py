@@ -133,13 +133,9 @@ _SPACES: dict[str, _Space] = {
     },
     "mla_decode": {"block_m": (16, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
     "packed_gemm": {
-        "block_n": (32, 64, 128), "block_k": (64, 128, 256), "num_stages": (2, 4), "splits": (0, 1, 2, 4, 8),
-    },
-    "dense_gemm": {
-        "block_n": (16, 32, 64), "block_k": (128, 256), "num_warps": (4, 8), "num_stages": (3, 5),
-        "splits": (0, 1, 2, 4, 8),
+        "block_n": (32, 64, 128), "block_k": (32, 64, 128), "num_stages": (3, 5, 7), "splits": (0, 1, 2, 4, 8),
     },
     "scaled_gemm": {"block_n": (32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "grouped_packed": {"block_n": (32, 64, 128), "block_k": (64, 128, 256), "num_stages": (2, 4)},
+    "grouped_packed": {"block_n": (32, 64, 128), "block_k": (32, 64, 128), "num_stages": (3, 5)},
     "grouped_gemm": {"block_n": (64, 128, 256), "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
 }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
 from octavo_kernels import ops
 from octavo_kernels.quantized_weights import Fp8Weight
@@ -18,6 +19,7 @@ from octavo_kernels.triton.environment import FP8, INT8, dot, quantization_of, q
 from octavo_kernels.triton.tuning import LaunchConfig, launch_config
 
 FEW_ROWS = 16  # up to here the weight's bytes set the time, and x is not quantized
+MANY_ROWS = 128
 BLOCK_K = 128  # the length of a scale block, and of the sums left to the tensor core
 NO_ACTIVATION = tl.constexpr(0)
 SILU = tl.constexpr(1)
@@ -151,6 +153,29 @@ def _cublas(
     return out if bias is None else out.add_(bias)
 
 
+def _cublas_takes_blocks(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Blocks of 128 by 128: cuBLASLt is twice as fast for many rows, where this torch offers it."""
+    whole = weight.shape[0] % BLOCK_K == 0 and weight.shape[1] % BLOCK_K == 0
+    return _cublas_takes(x, weight, dtype) and whole and x.shape[0] >= MANY_ROWS and hasattr(functional, "scaled_mm")
+
+
+def _cublas_blocks(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scales of x are wanted column by column."""
+    kinds = functional.ScalingType
+    out = functional.scaled_mm(
+        x, weight.t(), x_scale.t().contiguous().t(), kinds.BlockWise1x128, weight_scale.t(), kinds.BlockWise128x128,
+        output_dtype=dtype,
+    )  # fmt: skip
+    return out if bias is None else out.add_(bias)
+
+
 def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """Quantize x as the weight's scales ask (for each token, or each token and block), then one product in float8.
     Few rows, and GPUs without float8, keep x wide: reading the weight is what takes the time there."""
@@ -159,6 +184,8 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) ->
         return _launch(x, None, codes, scale, x.dtype, bias, None, None)
     if weight.is_blockwise:
         x_codes, x_scale = quantize_blocks(x)
+        if _cublas_takes_blocks(x_codes, codes, x.dtype):
+            return _cublas_blocks(x_codes, x_scale, codes, scale, x.dtype, bias)
     else:
         x_codes, x_scale = quantize(x, torch.float8_e4m3fn)
         if _cublas_takes(x_codes, codes, x.dtype):

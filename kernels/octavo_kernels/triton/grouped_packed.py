@@ -7,18 +7,17 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.triton.grouped_gemm import SortedRows
-from octavo_kernels.triton.packed_product import add_segment, constants, input_sums, pointers
+from octavo_kernels.triton.packed_product import add_segment, constants, pointers
 from octavo_kernels.triton.packed_weight import PackedWeight
 from octavo_kernels.triton.tuning import LaunchConfig
 
 
-@triton.jit(do_not_specialize=["assignments", "x_count", "segments"])
+@triton.jit(do_not_specialize=["assignments", "segments"])
 def _grouped_packed_kernel(
-    x_ptr, sums_ptr, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, bias_ptr,
-    factor_ptr, sorted_ptr, block_group_ptr, out_ptr,
-    assignments, x_count, out_features, weight_rows, segments, x_stride, out_stride,
+    x_ptr, codes_ptr, high_ptr, factors_ptr, row_scale_ptr, bias_ptr, factor_ptr, sorted_ptr, block_group_ptr, out_ptr,
+    assignments, out_features, weight_rows, segments, x_stride, out_stride,
     ROWS_EACH: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, ROW_SCALE: tl.constexpr,
     SEGMENT: tl.constexpr, LANES: tl.constexpr, FLOAT4: tl.constexpr, LOW_ASM: tl.constexpr, HIGH_ASM: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -32,18 +31,18 @@ def _grouped_packed_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_valid = n < out_features
     weight_row = group * out_features + n
-    x_row = row // ROWS_EACH
-    x_rows = x_ptr + x_row * x_stride
+    x_rows = x_ptr + row // ROWS_EACH * x_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(tl.cdiv(segments, UNROLL)):
         for i in tl.static_range(UNROLL):
             segment = step * UNROLL + i
             acc = add_segment(
-                acc, x_rows, row < tl.where(segment < segments, assignments, 0), sums_ptr, x_row, x_count, codes_ptr,
-                high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, segment, weight_row,
-                n < tl.where(segment < segments, out_features, 0), weight_rows, BITS, HALF, OFFSET,
-                GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, LANES, FLOAT4, LOW_ASM, HIGH_ASM,
+                acc, x_rows, row < tl.where(segment < segments, assignments, 0), codes_ptr, high_ptr, factors_ptr,
+                segment, weight_row, n < tl.where(segment < segments, out_features, 0), weight_rows, BITS, HALF, OFFSET,
+                GROUP, MINIMA, SEGMENT, LANES, FLOAT4, LOW_ASM, HIGH_ASM,
             )  # fmt: skip
+    if ROW_SCALE:
+        acc *= tl.load(row_scale_ptr + weight_row, mask=n_valid, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + group * out_features + n, mask=n_valid, other=0.0).to(tl.float32)[None, :]
     if FACTOR:
@@ -69,8 +68,8 @@ def grouped_packed_product(
     out_features = total // groups
     unroll = max(1, config.block_k // weight.segment)
     _grouped_packed_kernel[(triton.cdiv(out_features, config.block_n), rows.num_blocks)](
-        x, input_sums(x, weight), *pointers(weight), bias, factor, rows.sorted_ids, rows.block_group, out,
-        rows.assignments, x.shape[0], out_features, total, weight.codes.shape[0], x.stride(0), out.stride(0),
+        x, *pointers(weight), bias, factor, rows.sorted_ids, rows.block_group, out,
+        rows.assignments, out_features, total, weight.codes.shape[0], x.stride(0), out.stride(0),
         ROWS_EACH=rows_each, BIAS=bias is not None, FACTOR=factor is not None, **constants(weight, x.dtype),
         UNROLL=unroll, BLOCK_M=rows.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,

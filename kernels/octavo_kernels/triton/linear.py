@@ -1,4 +1,4 @@
-"""Dispatch of matrix products: dense ones of many rows to cuBLAS, everything else to our kernels."""
+"""Dispatch of matrix products: dense ones to cuBLAS, packed integers and float8 to our kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from octavo_kernels import ops
 from octavo_kernels.quantized_weights import Fp8Weight, IntWeight
-from octavo_kernels.triton import dense_gemm, fp8_gemm
+from octavo_kernels.triton import dense_gemm, fp8_gemm, mode
 from octavo_kernels.triton.environment import runs_here
 from octavo_kernels.triton.packed_gemm import dequantize, packed_linear
 from octavo_kernels.triton.packed_weight import PackedWeight, pack_gguf, pack_int
@@ -31,8 +31,8 @@ def pack_weight(weight: Weight) -> Weight:
 def _supports_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> bool:
     if not runs_here(x) or x.dim() != 2 or x.stride(1) != 1 or x.shape[0] == 0:
         return False
-    if isinstance(weight, torch.Tensor):
-        return dense_gemm.better_than_cublas(x, weight)
+    if isinstance(weight, torch.Tensor):  # cuBLAS is the better dense product; ours only fixes the order of sums
+        return mode.batch_invariant() and weight.is_floating_point() and weight.stride(1) == 1
     return isinstance(weight, (PackedWeight, Fp8Weight))
 
 
@@ -44,7 +44,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     if isinstance(weight, Fp8Weight):
         return fp8_gemm.fp8_linear(x, weight, bias)
     if isinstance(weight, torch.Tensor):
-        return dense_gemm.dense_linear(x, weight, bias)
+        return dense_gemm.invariant_linear(x, weight, bias)
     raise TypeError(f"linear: no Triton kernel for weights stored as {weight.format}")
 
 

@@ -99,7 +99,10 @@ def mla_attention(
     tokens, num_heads, width = query.shape
     rope = width - latent_dim
     out = torch.empty((tokens, num_heads, latent_dim), dtype=query.dtype, device=query.device)
-    default = LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=3)
+    wide = num_heads > 16  # more heads of a program read the latent cache fewer times
+    default = LaunchConfig(
+        block_m=64 if wide else 16, block_n=64 if wide else 32, num_warps=8 if wide else 4, num_stages=3
+    )
     config = launch_config("mla_decode", f"h{num_heads}_d{latent_dim}", query.device, default)
     head_blocks = triton.cdiv(num_heads, config.block_m)
     splits = _splits(query, tokens * head_blocks, batch.max_seq_len, config)

@@ -17,10 +17,10 @@ from octavo_kernels.triton.packed_product import (
     add_segment,
     constants,
     first_input,
-    input_sums,
     load_codes,
+    load_factors,
     pointers,
-    scale_of,
+    scaled,
 )
 from octavo_kernels.triton.packed_weight import PackedWeight
 from octavo_kernels.triton.tuning import LaunchConfig, launch_config
@@ -31,10 +31,10 @@ DENSE_ROWS = 512  # from this many rows on, de-quantizing once and a dense produ
 
 @triton.jit(do_not_specialize=["rows", "segments"])
 def _gemm_kernel(
-    x_ptr, sums_ptr, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, bias_ptr, out_ptr,
+    x_ptr, codes_ptr, high_ptr, factors_ptr, row_scale_ptr, bias_ptr, out_ptr,
     rows, x_stride, out_features, segments,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    GROUP: tl.constexpr, MINIMA: tl.constexpr, ROW_SCALE: tl.constexpr, SEGMENT: tl.constexpr,
     LANES: tl.constexpr, FLOAT4: tl.constexpr, LOW_ASM: tl.constexpr, HIGH_ASM: tl.constexpr,
     UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -53,11 +53,12 @@ def _gemm_kernel(
         for i in tl.static_range(UNROLL):
             segment = step * UNROLL + i
             acc = add_segment(
-                acc, x_rows, m < tl.where(segment < segments, rows, 0), sums_ptr, m, rows, codes_ptr, high_ptr,
-                scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, segment, n,
-                n < tl.where(segment < segments, out_features, 0), out_features, BITS, HALF, OFFSET,
-                GROUP, MINIMA, SUPER, SUPER_BLOCK, SEGMENT, LANES, FLOAT4, LOW_ASM, HIGH_ASM,
+                acc, x_rows, m < tl.where(segment < segments, rows, 0), codes_ptr, high_ptr, factors_ptr, segment, n,
+                n < tl.where(segment < segments, out_features, 0), out_features, BITS, HALF, OFFSET, GROUP, MINIMA,
+                SEGMENT, LANES, FLOAT4, LOW_ASM, HIGH_ASM,
             )  # fmt: skip
+    if ROW_SCALE:
+        acc *= tl.load(row_scale_ptr + n, mask=n_valid, other=0.0)[None, :]
     mask = m_valid[:, None] & n_valid[None, :]
     if SPLIT:
         m += tl.program_id(2).to(tl.int64) * rows
@@ -83,10 +84,10 @@ def sum_splits_kernel(
 
 @triton.jit(do_not_specialize=["count", "segments"])
 def _dequantize_kernel(
-    codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr, super_minima_ptr, ids_ptr, out_ptr,
+    codes_ptr, high_ptr, factors_ptr, row_scale_ptr, ids_ptr, out_ptr,
     count, out_features, in_features, segments,
     GATHER: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    MINIMA: tl.constexpr, SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, LANES: tl.constexpr,
+    MINIMA: tl.constexpr, ROW_SCALE: tl.constexpr, SEGMENT: tl.constexpr, LANES: tl.constexpr,
     FLOAT4: tl.constexpr, LOW_ASM: tl.constexpr, HIGH_ASM: tl.constexpr, EACH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of rows, runs of EACH segments). GATHER: row i is weight row ids[i]; ids outside the matrix give
@@ -97,7 +98,7 @@ def _dequantize_kernel(
     valid = wanted & (row >= 0) & (row < out_features)
     n = tl.where(valid, row, 0)
     j = tl.arange(0, LANES)
-    for i in range(EACH):
+    for i in tl.static_range(EACH):
         segment = tl.program_id(1) * EACH + i
         here = valid & (segment + tl.zeros_like(target) < segments)
         low, high = load_codes(
@@ -107,11 +108,10 @@ def _dequantize_kernel(
         k = first_input(segment, BITS, HALF, SEGMENT)
         for half in tl.static_range(1 if BITS == 8 else 2):
             at = k + half * HALF
-            scale = scale_of(scales_ptr, super_scales_ptr, at, n, here, out_features, GROUP, SUPER, SUPER_BLOCK)
-            dense = (low if half == 0 else high) * scale[:, None]
-            if MINIMA:
-                minimum = scale_of(minima_ptr, super_minima_ptr, at, n, here, out_features, GROUP, SUPER, SUPER_BLOCK)
-                dense -= minimum[:, None]
+            scale, minimum = load_factors(factors_ptr, at, n, here, out_features, GROUP, MINIMA)
+            dense = scaled(low if half == 0 else high, scale, minimum, MINIMA, tl.float32)
+            if ROW_SCALE:
+                dense *= tl.load(row_scale_ptr + n, mask=here, other=0.0)[:, None]
             dense = tl.where(here[:, None], dense, 0.0)
             mask = (target < tl.where(segment < segments, count, 0))[:, None] & (j < SEGMENT)[None, :]
             place = target[:, None] * in_features + (at + j)[None, :]
@@ -131,7 +131,7 @@ def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
     splits = _splits(x, grid[0] * grid[1], triton.cdiv(segments, unroll), config)
     parts = torch.empty((splits, rows, out_features), dtype=torch.float32, device=x.device) if splits > 1 else out
     _gemm_kernel[(*grid, splits)](
-        x, input_sums(x, weight), *pointers(weight), bias, parts, rows, x.stride(0), out_features, segments,
+        x, *pointers(weight), bias, parts, rows, x.stride(0), out_features, segments,
         BIAS=bias is not None, SPLIT=splits > 1, UNROLL=unroll, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         **constants(weight, x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, row_ids: torch.Tensor |
     if count == 0:
         return out
     segments = weight.codes.shape[0]
-    block, each = (32 if row_ids is None else 1), max(1, 256 // weight.segment)
+    block, each = (16 if row_ids is None else 1), max(1, 64 // weight.segment)
     _dequantize_kernel[(triton.cdiv(count, block), triton.cdiv(segments, each))](
         *pointers(weight), row_ids, out, count, weight.shape[0], weight.in_features, segments,
         GATHER=row_ids is not None, EACH=each, BLOCK_N=block, **constants(weight, torch.float32), num_warps=4,
@@ -169,7 +169,7 @@ def _config(x: torch.Tensor, weight: PackedWeight) -> LaunchConfig:
     if mode.batch_invariant():
         return LaunchConfig(block_m=32, block_n=64, block_k=64, splits=1)
     rows = min(64, max(16, triton.next_power_of_2(x.shape[0])))
-    default = LaunchConfig(block_m=rows, block_n=64, block_k=64, num_warps=4, num_stages=3)
+    default = LaunchConfig(block_m=min(32, rows), block_n=128, block_k=32, num_warps=4, num_stages=3)
     key = f"b{weight.bits}_g{weight.group}_s{weight.segment}_{_size_class(weight)}"
     return launch_config(f"packed_gemm_m{rows}", key, x.device, default)
 
@@ -182,4 +182,4 @@ def _size_class(weight: PackedWeight) -> str:
 def _splits(x: torch.Tensor, programs: int, steps: int, config: LaunchConfig) -> int:
     if config.splits:
         return config.splits
-    return int(max(1, min(4 * multiprocessors(x.device) // programs, steps // 4, MAX_SPLITS)))
+    return int(max(1, min(7 * multiprocessors(x.device) // programs, steps // 4, MAX_SPLITS)))

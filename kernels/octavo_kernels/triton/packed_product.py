@@ -1,8 +1,7 @@
 """The inside of every product with packed integers or 4-bit floats: segments of codes become 16-bit tiles in registers.
 
-A segment's codes are unpacked without their scale, a few instructions for four of them; the tensor core multiplies
-them, and one scale for each row and segment is applied to the result. Minima meet sums of the inputs that were made
-once (`input_sums`), so that they cost nothing for each weight. Kernels that only de-quantize use the same parts.
+A few instructions unpack four codes; scale and minimum are applied in float32 and the result is rounded once. All of it
+happens in the layout the tensor core reads, and whatever is loaded feeds a product, so Triton fetches it ahead.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.triton.environment import INTERPRETED, dot
-from octavo_kernels.triton.packed_weight import SUPER_BLOCK, PackedWeight
+from octavo_kernels.triton.packed_weight import PackedWeight
 
 
 @triton.jit
@@ -79,29 +78,34 @@ def first_input(segment, BITS: tl.constexpr, HALF: tl.constexpr, SEGMENT: tl.con
 
 
 @triton.jit
-def scale_of(
-    fine_ptr, coarse_ptr, k, n, valid, weight_rows, GROUP: tl.constexpr, SUPER: tl.constexpr,
-    SUPER_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scales (or minima) [N] of rows n at input k, float32."""
-    scale = tl.load(fine_ptr + (k // GROUP).to(tl.int64) * weight_rows + n, mask=valid, other=0.0).to(tl.float32)
-    if SUPER:
-        scale *= tl.load(
-            coarse_ptr + (k // SUPER_BLOCK).to(tl.int64) * weight_rows + n, mask=valid, other=0.0
-        ).to(tl.float32)  # fmt: skip
-    return scale
+def load_factors(factors_ptr, k, n, valid, weight_rows, GROUP: tl.constexpr, MINIMA: tl.constexpr):
+    """(scales [N], minima [N]) of rows n at input k, float32; without minima the scales twice."""
+    factors = tl.load(factors_ptr + (k // GROUP).to(tl.int64) * weight_rows + n, mask=valid, other=0)
+    if MINIMA:
+        scale = (factors & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        minimum = (factors >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scale = factors
+        minimum = factors
+    return scale, minimum
+
+
+@triton.jit
+def scaled(codes, scale, minimum, MINIMA: tl.constexpr, DTYPE: tl.constexpr):
+    """codes [N, K] -> weights of DTYPE, rounded once."""
+    weights = codes.to(tl.float32) * scale[:, None]
+    if MINIMA:
+        weights -= minimum[:, None]
+    return weights.to(DTYPE)
 
 
 @triton.jit
 def add_segment(
-    acc, x_rows, x_valid, sums_ptr, sum_rows, total_rows, codes_ptr, high_ptr, scales_ptr, minima_ptr, super_scales_ptr,
-    super_minima_ptr, segment, n, valid, weight_rows,
+    acc, x_rows, x_valid, codes_ptr, high_ptr, factors_ptr, segment, n, valid, weight_rows,
     BITS: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr,
-    SUPER: tl.constexpr, SUPER_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, LANES: tl.constexpr, FLOAT4: tl.constexpr,
-    LOW_ASM: tl.constexpr, HIGH_ASM: tl.constexpr,
+    SEGMENT: tl.constexpr, LANES: tl.constexpr, FLOAT4: tl.constexpr, LOW_ASM: tl.constexpr, HIGH_ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc [M, N] + x @ weights.T over the inputs of one segment. x_rows [M]: pointers to rows of inputs; sum_rows [M]:
-    which rows of `input_sums` [runs, total_rows] they are."""
+    """acc [M, N] + x @ weights.T over the inputs of one segment. x_rows [M]: pointers to rows of inputs."""
     dtype: tl.constexpr = x_rows.dtype.element_ty
     low, high = load_codes(
         codes_ptr, high_ptr, segment, n, valid, weight_rows, BITS, SEGMENT, LANES, OFFSET, FLOAT4, LOW_ASM, HIGH_ASM,
@@ -109,61 +113,24 @@ def add_segment(
     )  # fmt: skip
     k = first_input(segment, BITS, HALF, SEGMENT)
     j = tl.arange(0, LANES)
+    columns = k + j
+    if LANES == SEGMENT:  # says what the compiler cannot see: whole vectors may be loaded
+        columns = tl.max_contiguous(tl.multiple_of(columns, SEGMENT), SEGMENT)
     x_mask = x_valid[:, None] if LANES == SEGMENT else x_valid[:, None] & (j < SEGMENT)[None, :]
-    x = tl.load(x_rows[:, None] + (k + j)[None, :], mask=x_mask, other=0.0)
-    part = dot(x, tl.trans(low), tl.zeros(acc.shape, tl.float32))
-    scale = scale_of(scales_ptr, super_scales_ptr, k, n, valid, weight_rows, GROUP, SUPER, SUPER_BLOCK)
-    if BITS == 8:
-        acc += part * scale[None, :]
-    else:
-        x = tl.load(x_rows[:, None] + (k + HALF + j)[None, :], mask=x_mask, other=0.0)
-        if GROUP % (2 * HALF) == 0:  # both halves share their scale
-            part = dot(x, tl.trans(high), part)
-            acc += part * scale[None, :]
-        else:
-            acc += part * scale[None, :]
-            part = dot(x, tl.trans(high), tl.zeros(acc.shape, tl.float32))
-            scale = scale_of(scales_ptr, super_scales_ptr, k + HALF, n, valid, weight_rows, GROUP, SUPER, SUPER_BLOCK)
-            acc += part * scale[None, :]
-    if MINIMA:
-        run = sums_ptr + k // SEGMENT * total_rows + sum_rows
-        total = tl.load(run, mask=x_valid, other=0.0)
-        low_minimum = scale_of(minima_ptr, super_minima_ptr, k, n, valid, weight_rows, GROUP, SUPER, SUPER_BLOCK)
-        acc -= total[:, None] * low_minimum[None, :]
-        if BITS != 8:
-            total = tl.load(run + HALF // SEGMENT * total_rows, mask=x_valid, other=0.0)
-            minimum = low_minimum
-            if GROUP % (2 * HALF) != 0:
-                minimum = scale_of(
-                    minima_ptr, super_minima_ptr, k + HALF, n, valid, weight_rows, GROUP, SUPER, SUPER_BLOCK
-                )
-            acc -= total[:, None] * minimum[None, :]
+    x = tl.load(x_rows[:, None] + columns[None, :], mask=x_mask, other=0.0)
+    scale, minimum = load_factors(factors_ptr, k, n, valid, weight_rows, GROUP, MINIMA)
+    acc = dot(x, tl.trans(scaled(low, scale, minimum, MINIMA, dtype)), acc)
+    if BITS != 8:
+        x = tl.load(x_rows[:, None] + (columns + HALF)[None, :], mask=x_mask, other=0.0)
+        if GROUP % (2 * HALF) != 0:  # the halves lie in different groups
+            scale, minimum = load_factors(factors_ptr, k + HALF, n, valid, weight_rows, GROUP, MINIMA)
+        acc = dot(x, tl.trans(scaled(high, scale, minimum, MINIMA, dtype)), acc)
     return acc
 
 
-@triton.jit(do_not_specialize=["rows", "runs"])
-def _sums_kernel(x_ptr, sums_ptr, rows, runs, x_stride, RUN: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    run = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    x = tl.load(x_ptr + row * x_stride + k, mask=(run < runs)[:, None], other=0.0).to(tl.float32)
-    tl.store(sums_ptr + run * rows + row, tl.sum(x, axis=1), mask=run < runs)
-
-
-def input_sums(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor | None:
-    """Sums of the inputs a segment's low (or high) codes meet: [in / segment, rows] float32. None without minima."""
-    if weight.minima is None:
-        return None
-    rows, runs = x.shape[0], weight.in_features // weight.segment
-    sums = torch.empty((runs, rows), dtype=torch.float32, device=x.device)
-    block = 64
-    _sums_kernel[(rows, triton.cdiv(runs, block))](x, sums, rows, runs, x.stride(0), RUN=weight.segment, BLOCK=block)
-    return sums
-
-
 def pointers(weight: PackedWeight) -> tuple[torch.Tensor | None, ...]:
-    """The tensors `add_segment` reads, in its order."""
-    return weight.codes, weight.high, weight.scales, weight.minima, weight.super_scales, weight.super_minima
+    """The tensors `add_segment` reads, in its order, and the rows' scales."""
+    return weight.codes, weight.high, weight.factors, weight.row_scale
 
 
 def constants(weight: PackedWeight, dtype: torch.dtype) -> dict[str, int | str]:
@@ -177,9 +144,8 @@ def constants(weight: PackedWeight, dtype: torch.dtype) -> dict[str, int | str]:
         "HALF": weight.half,
         "OFFSET": weight.offset,
         "GROUP": weight.group,
-        "MINIMA": weight.minima is not None,
-        "SUPER": weight.super_scales is not None,
-        "SUPER_BLOCK": SUPER_BLOCK,
+        "MINIMA": weight.minima,
+        "ROW_SCALE": weight.row_scale is not None,
         "SEGMENT": weight.segment,
         "LANES": max(16, weight.segment),
         "FLOAT4": weight.float4,

@@ -1,8 +1,11 @@
 """One storage for every integer-quantized weight on the GPU, made once from GGUF blocks or from `IntWeight`.
 
-A weight is (code * scale - minimum), where scale is `scales[k / group, n]`, times `super_scales[k / 256, n]` in GGML's
-K formats, and minimum likewise. Codes are kept in 4 bits, 4 + 2 bits (Q6_K) or 8 bits; the parts lie in separate,
-dense arrays. All conversions are exact.
+A weight is code * scale, or (code * scale - minimum) * row scale where there are minima. Codes are kept in 4 bits,
+4 + 2 bits (Q6_K) or 8 bits; the parts lie in separate, dense arrays. What a group of codes needs beside them is one
+word of 32 bits, `factors[k / group, n]`, so that a product fetches it like the codes, ahead of time: a float32 scale,
+exact for every format, or scale and minimum as two float16 numbers. The latter is exact for Q4_1 and Q5_1; two-level
+scales (Q4_K, Q5_K) and scales of other types are multiplied out and rounded once, relative to the power of two above
+the row's largest (`row_scale`): by 0.05 % at most.
 
 In the 4-bit forms byte b of a row holds two codes `half` inputs apart: with c = b // half and j = b % half, the low
 nibble belongs to input 2 * half * c + j and the high one to the input `half` further. That is GGML's own order
@@ -26,7 +29,6 @@ from octavo_kernels.gguf_types import GGMLType
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight
 
-SUPER_BLOCK = 256
 MAX_SEGMENT = 64
 _TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -35,15 +37,15 @@ _TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 class PackedWeight(QuantizedWeight):
     """codes: [segments, out, segment bytes] uint8 or int8. high: [in / 64, out, 16] uint8, the two upper bits of Q6_K.
 
-    scales, minima: [in / group, out], floating, or integers to be multiplied with super_scales and super_minima
-    [in / 256, out] float32-able. offset: subtracted from every code. float4: codes are E2M1 numbers (MXFP4), taken
-    as twice their value.
+    factors: [in / group, out], float32 scales, or int32 with a float16 scale in the lower and a float16 minimum in the
+    upper half (`minima`). row_scale: [1, out] float32, None for ones. offset: subtracted from every code. float4: codes
+    are E2M1 numbers (MXFP4), taken as twice their value.
     """
 
     ROW_DIMENSION: ClassVar[int] = 1
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    factors: torch.Tensor
     in_features: int
     bits: int  # 4, 6 or 8
     group: int
@@ -52,9 +54,12 @@ class PackedWeight(QuantizedWeight):
     half: int = 0
     float4: bool = False
     high: torch.Tensor | None = None
-    minima: torch.Tensor | None = None
-    super_scales: torch.Tensor | None = None
-    super_minima: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+
+    @property
+    def minima(self) -> bool:
+        """Whether factors hold minima too."""
+        return self.factors.dtype == torch.int32
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,16 +87,20 @@ class PackedWeight(QuantizedWeight):
         return replace(self, **moved)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        names = ("codes", "scales", "high", "minima", "super_scales", "super_minima")
+        names = ("codes", "factors", "high", "row_scale")
         parts = {name: getattr(self, name) for name in names}
         return {name: part for name, part in parts.items() if part is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         rows, columns = self.shape
         grouped = (self._codes().float() - self.offset).view(rows, -1, self.group)
-        dense = grouped * self._wide(self.scales, self.super_scales).unsqueeze(-1)
-        if self.minima is not None:
-            dense = dense - self._wide(self.minima, self.super_minima).unsqueeze(-1)
+        if self.minima:
+            scales, minima = self.factors.view(torch.float16).view(*self.factors.shape, 2).float().unbind(-1)
+            dense = grouped * scales.t().unsqueeze(-1) - minima.t().unsqueeze(-1)
+        else:
+            dense = grouped * self.factors.t().unsqueeze(-1)
+        if self.row_scale is not None:
+            dense = dense * self.row_scale.view(rows, 1, 1)
         return dense.view(rows, columns).to(dtype)
 
     def _codes(self) -> torch.Tensor:
@@ -111,11 +120,6 @@ class PackedWeight(QuantizedWeight):
             upper = ((_in_rows(self.high).view(rows, -1, 1, 32) >> shifts) & 3).view(rows, self.in_features)
             codes = codes | (upper << 4)
         return codes
-
-    def _wide(self, fine: torch.Tensor, coarse: torch.Tensor | None) -> torch.Tensor:
-        if coarse is None:
-            return fine.t().float()
-        return fine.t().float() * coarse.t().float().repeat_interleave(SUPER_BLOCK // self.group, 1)
 
 
 def segment_bytes(group: int, half: int) -> int:
@@ -169,15 +173,27 @@ def _packed(
     float4: bool = False,
     high: torch.Tensor | None = None,
     minima: torch.Tensor | None = None,
-    super_scales: torch.Tensor | None = None,
-    super_minima: torch.Tensor | None = None,
 ) -> PackedWeight:
     """From parts whose first dimension is the output row."""
-    turned = [None if x is None else x.t().contiguous() for x in (minima, super_scales, super_minima)]
+    factors, row_scale = scales.float(), None
+    if minima is not None:
+        factors, row_scale = _with_minima(scales, minima)
     return PackedWeight(
-        in_segments(codes.contiguous(), segment_bytes(group, half)), scales.t().contiguous(), in_features, bits, group,
-        offset, source, half, float4, None if high is None else in_segments(high, 16), *turned,
+        in_segments(codes.contiguous(), segment_bytes(group, half)), factors.t().contiguous(), in_features, bits, group,
+        offset, source, half, float4, None if high is None else in_segments(high, 16), row_scale,
     )  # fmt: skip
+
+
+def _with_minima(scales: torch.Tensor, minima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(factors [out, groups] int32, row scales [1, out]) of scales and minima [out, groups]."""
+    row_scale = None
+    if not scales.dtype == minima.dtype == torch.float16:
+        scales, minima = scales.float(), minima.float()
+        largest = torch.maximum(scales.abs(), minima.abs()).amax(1, keepdim=True)
+        row_scale = torch.exp2(torch.ceil(torch.log2(largest.clamp_min(2.0**-126))))
+        scales, minima = (scales / row_scale).half(), (minima / row_scale).half()
+    factors = torch.stack((scales, minima), dim=-1).contiguous().view(torch.int32).squeeze(-1)
+    return factors, None if row_scale is None else row_scale.t().contiguous()
 
 
 Blocks = torch.Tensor  # [out, blocks in a row, bytes of a block] uint8
@@ -224,39 +240,40 @@ def _q5_1(blocks: Blocks, columns: int) -> PackedWeight:
     return _q5(blocks, columns, 4, -_halves(blocks, 2), "Q5_1")
 
 
-def _k_scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight 6-bit scales and minima of Q4_K and Q5_K from 12 bytes: each [out, blocks * 8] uint8."""
+def _k_scales_and_minima(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight scales and minima of a block of Q4_K or Q5_K: 6-bit numbers in 12 bytes, times two float16 numbers. Each
+    [out, blocks * 8] float32."""
+    packed = blocks[..., 4:16]
     first, second, mixed = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
     scales = torch.cat((first & 0x3F, (mixed & 0x0F) | ((first >> 2) & 0x30)), dim=-1)
     minima = torch.cat((second & 0x3F, (mixed >> 4) | ((second >> 2) & 0x30)), dim=-1)
-    return _rows(scales), _rows(minima)
+    return (_rows(scales.float() * _halves(blocks, 0).float().unsqueeze(-1)),
+            _rows(minima.float() * _halves(blocks, 2).float().unsqueeze(-1)))  # fmt: skip
 
 
 def _q4_k(blocks: Blocks, columns: int) -> PackedWeight:
-    scales, minima = _k_scales_and_minima(blocks[..., 4:16])
-    return _packed(_rows(blocks[..., 16:]), scales, columns, 4, 32, 0, "Q4_K", half=32, minima=minima,
-                   super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
+    scales, minima = _k_scales_and_minima(blocks)
+    return _packed(_rows(blocks[..., 16:]), scales, columns, 4, 32, 0, "Q4_K", half=32, minima=minima)
 
 
 def _q5_k(blocks: Blocks, columns: int) -> PackedWeight:
-    scales, minima = _k_scales_and_minima(blocks[..., 4:16])
+    scales, minima = _k_scales_and_minima(blocks)
     planes = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
     upper = ((blocks[..., 16:48].unsqueeze(-2) >> planes) & 1) << 4
     low = blocks[..., 48:].unflatten(-1, (4, 1, 32))
     codes = torch.cat((low & 15, low >> 4), dim=-2).flatten(2, 3) | upper
-    return _packed(_rows(codes), scales, columns, 8, 32, 0, "Q5_K", minima=minima,
-                   super_scales=_halves(blocks, 0), super_minima=_halves(blocks, 2))  # fmt: skip
+    return _packed(_rows(codes), scales, columns, 8, 32, 0, "Q5_K", minima=minima)
 
 
 def _q6_k(blocks: Blocks, columns: int) -> PackedWeight:
-    scales = _rows(blocks[..., 192:208]).view(torch.int8)
-    return _packed(_rows(blocks[..., :128]), scales, columns, 6, 16, 32, "Q6_K", half=64,
-                   high=_rows(blocks[..., 128:192]), super_scales=_halves(blocks, 208))  # fmt: skip
+    scales = blocks[..., 192:208].contiguous().view(torch.int8).float() * _halves(blocks, 208).float().unsqueeze(-1)
+    high = _rows(blocks[..., 128:192])
+    return _packed(_rows(blocks[..., :128]), _rows(scales), columns, 6, 16, 32, "Q6_K", half=64, high=high)
 
 
 def _mxfp4(blocks: Blocks, columns: int) -> PackedWeight:
-    """The scale is a power of two, exact in bfloat16; halved because codes count in halves."""
-    scales = torch.exp2(blocks[..., 0].float() - 128.0).to(torch.bfloat16)
+    """The scale is a power of two; halved because codes count in halves."""
+    scales = torch.exp2(blocks[..., 0].float() - 128.0)
     return _packed(_rows(blocks[..., 1:]), scales, columns, 4, 32, 0, "MXFP4", half=16, float4=True)
 
 

@@ -7,7 +7,7 @@ of 768), DeepSeek-V3's latent attention and gpt-oss's heads of 64, unless a name
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -217,6 +217,7 @@ def _attention() -> list[Workload]:
         Workload("verify 16 x 5 at 8k", paged([(5, 8192)] * 16)),
         Workload("prefill 1 x 8k", paged([(8192, 8192)])),
         Workload("prefill 8 x 2k", paged([(2048, 2048)] * 8)),
+        Workload("prefill 2 x 400", paged([(400, 400)] * 2)),
         Workload("prefill 2k after 30k", paged([(2048, 32768)])),
         Workload("prefill 8 x 2k fp8", paged([(2048, 2048)] * 8, FP8)),
         Workload("prefill 8 x 2k heads of 64", paged([(2048, 2048)] * 8, BF16, (9, 3, 64))),
@@ -292,7 +293,7 @@ def _products() -> list[Workload]:
         for m in (1, 64, 4096)
     ]
     shapes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (VOCAB, 4096))  # an 8B layer, and its head
-    wide = [Workload(f"dense {m} rows {n}x{k}", dense(m, n, k)) for m in (1, 16, 64) for n, k in shapes]
+    wide = [Workload(f"dense {m} rows {n}x{k}", dense(m, n, k)) for m in (1, 64) for n, k in shapes]
     return [
         *wide,
         *small,
@@ -311,34 +312,32 @@ def random_packed(kind: str, device: torch.device, outputs: int, inputs: int) ->
         shape = (columns // segment, outputs, segment)
         return torch.randint(low, low + 256, shape, dtype=dtype, device=device)
 
-    def whole(columns: int, high: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        return torch.randint(0, high, (columns, outputs), dtype=dtype, device=device)
-
     def scales(columns: int) -> torch.Tensor:
-        return (torch.rand(columns, outputs, device=device) / 100).half()
+        return torch.rand(columns, outputs, device=device) / 100
 
+    def with_minima(columns: int) -> torch.Tensor:
+        return torch.stack((scales(columns), scales(columns)), -1).half().view(torch.int32).squeeze(-1)
+
+    row_scale = 0.5 + torch.rand(1, outputs, device=device)
     match kind:
         case "int4-g128":
-            group = inputs // 128
-            minima = scales(group).float()
-            return PackedWeight(codes(inputs // 2, 64), scales(group), inputs, 4, 128, 0, kind, half=64, minima=minima)
+            factors = with_minima(inputs // 128)
+            return PackedWeight(codes(inputs // 2, 64), factors, inputs, 4, 128, 0, kind, half=64, row_scale=row_scale)
         case "Q4_0":
             return PackedWeight(codes(inputs // 2, 16), scales(inputs // 32), inputs, 4, 32, 8, kind, half=16)
         case "Q4_K":
-            fine, coarse = inputs // 32, inputs // 256
-            weight = PackedWeight(codes(inputs // 2, 32), whole(fine, 64), inputs, 4, 32, 0, kind, half=32)
-            return replace(weight, minima=whole(fine, 64), super_scales=scales(coarse), super_minima=scales(coarse))
+            factors = with_minima(inputs // 32)
+            return PackedWeight(codes(inputs // 2, 32), factors, inputs, 4, 32, 0, kind, half=32, row_scale=row_scale)
         case "Q6_K":
-            small = whole(inputs // 16, 128, INT8)
-            weight = PackedWeight(codes(inputs // 2, 16), small, inputs, 6, 16, 32, kind, half=64)
-            return replace(weight, high=codes(inputs // 4, 16), super_scales=scales(inputs // 256))
+            high = codes(inputs // 4, 16)
+            return PackedWeight(codes(inputs // 2, 16), scales(inputs // 16), inputs, 6, 16, 32, kind, 64, high=high)
         case "Q8_0":
             return PackedWeight(codes(inputs, 32, INT8), scales(inputs // 32), inputs, 8, 32, 0, kind)
         case "MXFP4":
-            scale = scales(inputs // 32).bfloat16()
-            return PackedWeight(codes(inputs // 2, 16), scale, inputs, 4, 32, 0, kind, half=16, float4=True)
+            factors = scales(inputs // 32)
+            return PackedWeight(codes(inputs // 2, 16), factors, inputs, 4, 32, 0, kind, half=16, float4=True)
         case "int8":
-            return PackedWeight(codes(inputs, 64, INT8), scales(1).float(), inputs, 8, inputs, 0, kind)
+            return PackedWeight(codes(inputs, 64, INT8), scales(1), inputs, 8, inputs, 0, kind)
     raise ValueError(f"no packed form named {kind!r}")
 
 

@@ -17,7 +17,7 @@ from octavo_kernels.triton.tuning import LaunchConfig, TunedConfigError
 from octavo_kernels.triton.workloads import Call, Workload
 
 CPU = torch.device("cpu")
-TABLE = {"packed_gemv": {"k1": LaunchConfig(block_n=8), "a": LaunchConfig(num_warps=2)}}
+TABLE = {"packed_gemm_m16": {"k1": LaunchConfig(block_n=8), "a": LaunchConfig(num_warps=2)}}
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ def test_files_that_are_not_tables_are_refused_by_name(tmp_path, text):
 def test_lookups_prefer_the_file_and_fall_back_to_the_default(tmp_path):
     tuning.write_table(tmp_path / "cpu.json", "cpu", {}, TABLE)
     default = LaunchConfig(block_m=77)
-    assert tuning.launch_config("packed_gemv", "k1", CPU, default) == LaunchConfig(block_n=8)
-    assert tuning.launch_config("packed_gemv", "unknown", CPU, default) == default
+    assert tuning.launch_config("packed_gemm_m16", "k1", CPU, default) == LaunchConfig(block_n=8)
+    assert tuning.launch_config("packed_gemm_m16", "unknown", CPU, default) == default
 
 
 def test_trials_end_with_their_block():
@@ -63,7 +63,7 @@ def test_trials_end_with_their_block():
 
 def test_candidates_start_with_the_default_and_are_distinct():
     default = LaunchConfig(block_m=16)
-    for kernel in ("packed_gemv", "packed_gemm_m64", "paged_attention_decode", "unknown"):
+    for kernel in ("mla_decode", "packed_gemm_m64", "paged_attention_decode", "unknown"):
         found = autotune.candidates(kernel, default)
         assert found[0] == default
         assert len(found) == len(set(found))
@@ -78,27 +78,27 @@ def test_the_search_keeps_the_fastest_candidate_and_reports_it(device):
     x = torch.randn(1, 64, device=device)
 
     def run():
-        seen.append(tuning.launch_config("packed_gemv", KEY, device, LaunchConfig()))
+        seen.append(tuning.launch_config("packed_gemm_m16", KEY, device, LaunchConfig()))
         return ops.linear(x, weight)
 
     with tuning.recording() as asked:
         ops.linear(x, weight)
     ((kernel, KEY),) = asked
-    assert kernel == "packed_gemv"
+    assert kernel == "packed_gemm_m16"
 
     def measure(call):
         if len(seen) < 2:  # run the kernel for the first candidates, then only look
             call()
         else:
             seen.append(tuning.launch_config(kernel, KEY, device, LaunchConfig()))
-        return 1.0 if seen[-1] != replace(seen[-1], block_n=2, num_warps=2, block_k=256) else 0.5
+        return 1.0 if seen[-1] != replace(seen[-1], block_n=128, num_stages=5, block_k=32) else 0.5
 
     findings = []
     table = autotune.tune([Workload("tiny", lambda device: Call(run, 1))], device, measure, findings.append)
-    best = table["packed_gemv"][KEY]
-    assert (best.block_n, best.num_warps, best.block_k) == (2, 2, 256)
+    best = table["packed_gemm_m16"][KEY]
+    assert (best.block_n, best.num_stages, best.block_k) == (128, 5, 32)
     assert findings[0].improved
-    assert findings[0].tried == len(autotune.candidates("packed_gemv", asked[kernel, KEY]))
+    assert findings[0].tried == len(autotune.candidates("packed_gemm_m16", asked[kernel, KEY]))
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):
