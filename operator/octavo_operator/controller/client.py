@@ -71,12 +71,18 @@ class KubeClient:
     """Calls of one operator. `session` carries credentials; close it with `close`."""
 
     def __init__(
-        self, server: str, session: aiohttp.ClientSession, authorize: Callable[[], Mapping[str, str]] = dict
+        self,
+        server: str,
+        session: aiohttp.ClientSession,
+        authorize: Callable[[], Mapping[str, str]] = dict,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._server = server.rstrip("/")
         self._session = session
         self._authorize = authorize  # headers of the moment: tokens of service accounts rotate
-        self.writes = 0  # for tests and metrics
+        self._may_write = may_write  # the fence: who lost the lease in its sleep must not write when it wakes
+        self.calls = 0  # for tests and metrics; watches are not counted
+        self.writes = 0
 
     async def close(self) -> None:
         await self._session.close()
@@ -172,10 +178,13 @@ class KubeClient:
         content_type: str = "application/json",
     ) -> Object:
         call = f"{method} {path}"
+        self.calls += 1
         if method != "GET":
             self.writes += 1
         error = ApiError(call, 0, "not tried")
         for attempt in range(ATTEMPTS):
+            if method != "GET" and not self._may_write():
+                raise ApiError(call, 0, "not written: this operator does not hold the lease any more")
             try:
                 return await self._once(call, method, path, params, body, content_type)
             except _Throttled as throttled:

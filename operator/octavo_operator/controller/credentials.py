@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -31,8 +31,8 @@ def find_cluster() -> kopf.ConnectionInfo:
     return info
 
 
-def connect(info: kopf.ConnectionInfo) -> KubeClient:
-    """A client; must be called within the event loop that uses it."""
+def connect(info: kopf.ConnectionInfo, may_write: Callable[[], bool] = lambda: True) -> KubeClient:
+    """A client; must be called within the event loop that uses it. It writes nothing while `may_write` says no."""
     connector = aiohttp.TCPConnector(ssl=info.as_ssl_context(), limit=MAX_CONNECTIONS)
     session = aiohttp.ClientSession(connector=connector, headers={"User-Agent": "octavo-operator"})
 
@@ -42,4 +42,4 @@ def connect(info: kopf.ConnectionInfo) -> KubeClient:
         headers: Mapping[str, str] = info.as_http_headers()
         return headers
 
-    return KubeClient(info.server, session, authorize)
+    return KubeClient(info.server, session, authorize, may_write)

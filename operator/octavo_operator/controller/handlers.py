@@ -11,7 +11,7 @@ from typing import Any
 import kopf
 
 from octavo_operator.api.base import GROUP, VERSION
-from octavo_operator.controller.client import Kind, KubeClient
+from octavo_operator.controller.client import Kind
 from octavo_operator.controller.credentials import connect, find_cluster
 from octavo_operator.controller.engine_room import OWN_KINDS, EngineRoom
 from octavo_operator.controller.settings import OperatorSettings
@@ -20,9 +20,11 @@ log = logging.getLogger("octavo.operator")
 
 
 def build_registry(
-    settings: OperatorSettings, on_room: Callable[[EngineRoom], None] = lambda room: None
+    settings: OperatorSettings,
+    on_room: Callable[[EngineRoom], None] = lambda room: None,
+    may_write: Callable[[], bool] = lambda: True,
 ) -> kopf.OperatorRegistry:
-    """The handlers of one operator. `on_room` hears of the engine room once it exists."""
+    """The handlers of one operator. `on_room` hears of the engine room once it exists; `may_write` is its fence."""
     registry = kopf.OperatorRegistry()
     room: EngineRoom | None = None
     task: asyncio.Task[None] | None = None
@@ -35,7 +37,7 @@ def build_registry(
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         nonlocal room, task
         _configure(settings)
-        room = EngineRoom(_client(), own)
+        room = EngineRoom(connect(find_cluster(), may_write), own)
         task = asyncio.create_task(room.run())
         on_room(room)
 
@@ -57,10 +59,6 @@ def build_registry(
     for kind in OWN_KINDS:
         watch(kind)
     return registry
-
-
-def _client() -> KubeClient:
-    return connect(find_cluster())
 
 
 def _configure(settings: kopf.OperatorSettings) -> None:

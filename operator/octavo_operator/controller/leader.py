@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import math
 import time
 from typing import Any
 
@@ -23,7 +24,7 @@ class LeaderElection:
         self._settings = settings
         self._seen: tuple[str, Any] = ("", None)  # holder and renewTime last seen
         self._seen_at = 0.0
-        self._renewed_at = 0.0
+        self._renewed_at = -math.inf
 
     async def acquire(self) -> None:
         """Return when this operator leads."""
@@ -31,13 +32,16 @@ class LeaderElection:
             await asyncio.sleep(self._settings.lease_renew_s)
         log.info("%s leads", self._settings.identity)
 
+    def leads(self) -> bool:
+        """Whether the lease was renewed lately enough to write; no one else can have taken it until then."""
+        return time.monotonic() - self._renewed_at <= self._settings.lease_duration_s * 2 / 3
+
     async def hold(self) -> None:
         """Renew until the lease is lost; then return. A lease that cannot be renewed in time counts as lost."""
-        limit = self._settings.lease_duration_s * 2 / 3
         while True:
             await asyncio.sleep(self._settings.lease_renew_s)
             held = await self._try()
-            if held is False or time.monotonic() - self._renewed_at > limit:
+            if held is False or not self.leads():
                 log.error("the lease is lost; this operator stops")
                 return
 

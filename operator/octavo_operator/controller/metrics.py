@@ -29,7 +29,12 @@ class OperatorCollector(Collector):
             "Seconds since the most silent watch heard.",
             value=room.silence_s(),
         )
+        yield CounterMetricFamily("octavo_operator_api_calls", "Calls to the API server.", value=room.client.calls)
         yield CounterMetricFamily("octavo_operator_api_writes", "Writes to the API server.", value=room.client.writes)
+        queue = room.services
+        yield CounterMetricFamily("octavo_operator_reconciles", "Looks at InferenceServices.", value=queue.handled)
+        yield CounterMetricFamily("octavo_operator_reconcile_failures", "Looks that failed.", value=queue.failed)
+        yield GaugeMetricFamily("octavo_operator_queue_length", "InferenceServices to look at.", value=queue.length)
         yield GaugeMetricFamily(
             "octavo_operator_scaling_round_seconds",
             "Duration of the last scaling round.",

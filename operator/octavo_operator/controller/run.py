@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 import kopf
@@ -25,8 +26,9 @@ STOP_WITHIN_S = 20.0
 class Operator:
     """kopf in a thread with its own loop: kopf cancels every foreign task of the loop it stops in."""
 
-    def __init__(self, settings: OperatorSettings) -> None:
+    def __init__(self, settings: OperatorSettings, may_write: Callable[[], bool] = lambda: True) -> None:
         self._settings = settings
+        self._may_write = may_write
         self._stop = threading.Event()
         self.ready = threading.Event()
         self.room: EngineRoom | None = None
@@ -48,7 +50,7 @@ class Operator:
     def _run(self) -> None:
         try:
             kopf.run(
-                registry=build_registry(self._settings, self._take_room),
+                registry=build_registry(self._settings, self._take_room, self._may_write),
                 standalone=True,
                 clusterwide=not self._settings.namespaces,
                 namespaces=self._settings.namespaces,
@@ -79,7 +81,7 @@ async def run(settings: OperatorSettings) -> int:
             await webhook.start()
         if settings.leader_election and not await _first(stopping.wait(), election.acquire()):
             return 0
-        operator = Operator(settings)
+        operator = Operator(settings, election.leads if settings.leader_election else lambda: True)
         health.watch(operator)
         operator.start()
         code = await _lead(operator, election, stopping, settings)

@@ -27,6 +27,8 @@ class WorkQueue(Generic[K]):
         self._again: set[K] = set()
         self._failures: dict[K, int] = {}
         self._timers: dict[K, asyncio.TimerHandle] = {}
+        self.handled = 0  # for metrics; failures included
+        self.failed = 0
 
     def add(self, key: K) -> None:
         """Handle a key soon."""
@@ -40,6 +42,11 @@ class WorkQueue(Generic[K]):
         """Handle a key later; a later call replaces the delay."""
         self._cancel(key)
         self._timers[key] = asyncio.get_running_loop().call_later(delay_s, self._fire, key)
+
+    @property
+    def length(self) -> int:
+        """Keys that wait or run."""
+        return len(self._waiting) + len(self._running)
 
     @property
     def idle(self) -> bool:
@@ -66,9 +73,11 @@ class WorkQueue(Generic[K]):
                     self.add(key)
 
     async def _handle(self, key: K) -> None:
+        self.handled += 1
         try:
             again_s = await self._work(key)
         except Exception as error:  # the one place where any failure becomes a retry; it is logged and counted
+            self.failed += 1
             count = self._failures[key] = self._failures.get(key, 0) + 1
             delay = min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2 ** (count - 1))
             known = isinstance(error, OSError) or type(error).__module__.startswith("octavo_")

@@ -195,3 +195,26 @@ async def test_a_server_that_does_not_answer_leaves_the_question_open(kmock: Any
     kmock["get", f"{LEASES}/octavo-operator"] << failure(503)
     assert await election(client)._try() is None
     assert LEASE.plural == "leases"
+
+
+async def test_who_lost_the_lease_in_its_sleep_writes_nothing_when_it_wakes(
+    kmock: Any, client: KubeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fence is in the client: no task that was under way slips a write past it, and reading stays allowed."""
+    kmock["get", f"{LEASES}/octavo-operator"] << failure(404)
+    kmock["post", LEASES] << {}
+    kmock["get", ONE] << obj()
+    kmock["delete", ONE] << {}
+    clock = [1_000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    me = election(client)
+    fenced = KubeClient(str(kmock.url), client._session, may_write=me.leads)
+    with pytest.raises(ApiError, match="does not hold the lease"):
+        await fenced.delete(DEPLOYMENT, "team", "chat")
+    await me.acquire()
+    await fenced.delete(DEPLOYMENT, "team", "chat")
+    clock[0] += 11  # a standby takes over after 15 s of silence at the earliest
+    with pytest.raises(ApiError, match="does not hold the lease"):
+        await fenced.delete(DEPLOYMENT, "team", "chat")
+    assert (await fenced.get(DEPLOYMENT, "team", "chat"))["metadata"]["name"] == "chat"
+    assert len(kmock["delete", ONE]) == 1
