@@ -71,7 +71,9 @@ class ControlPlane:
             process.kill()
 
 
-def start(root: Path, prepare: Callable[[ControlPlane], None], address: str = "127.0.0.1") -> ControlPlane:
+def start(
+    root: Path, prepare: Callable[[ControlPlane], None], address: str = "127.0.0.1", controllers: bool = True
+) -> ControlPlane:
     """Start everything and wait until it answers.
 
     `prepare` installs CRDs before the controllers start: garbage collection then knows them from the beginning.
@@ -85,8 +87,8 @@ def start(root: Path, prepare: Callable[[ControlPlane], None], address: str = "1
         root,
         kubeconfig,
         server,
-        has_controllers=(assets / "kube-controller-manager").exists(),
-        has_scheduler=(assets / "kube-scheduler").exists(),
+        has_controllers=controllers and (assets / "kube-controller-manager").exists(),
+        has_scheduler=controllers and (assets / "kube-scheduler").exists(),
     )
     try:
         _start_etcd(plane, assets, etcd_port, peer_port)

@@ -19,6 +19,7 @@ LEADER_WORKER_SET = Kind(LEADER_WORKER_SET_VERSION, "LeaderWorkerSet", "leaderwo
 POD = Kind("v1", "Pod", "pods")
 EVENT = Kind("v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
+SELF_REVIEW = Kind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False)
 POD_MONITOR = Kind("monitoring.coreos.com/v1", "PodMonitor", "podmonitors")
 JOB = Kind("batch/v1", "Job", "jobs")
 CLAIM = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")

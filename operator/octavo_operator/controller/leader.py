@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from octavo_operator.controller.client import ApiError, KubeClient
-from octavo_operator.controller.kinds import LEASE
+from octavo_operator.controller.kinds import LEASE, SELF_REVIEW
 from octavo_operator.controller.settings import OperatorSettings
 
 log = logging.getLogger("octavo.operator.leader")
@@ -82,7 +82,7 @@ class LeaderElection:
         """Take or renew; the resourceVersion makes sure that only one of several succeeds."""
         began = time.monotonic()
         time_now = dt.datetime.now(tz=dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        metadata = lease["metadata"] if lease else self._metadata()
+        metadata = lease["metadata"] if lease else await self._metadata()
         spec = dict((lease or {}).get("spec") or {})
         if spec.get("holderIdentity") != self._settings.identity:
             spec["acquireTime"] = time_now
@@ -103,5 +103,24 @@ class LeaderElection:
         self._renewed_at = began
         return True
 
-    def _metadata(self) -> dict[str, Any]:
-        return {"name": self._settings.lease_name, "namespace": self._settings.own_namespace}
+    async def _metadata(self) -> dict[str, Any]:
+        """Of a new lease. It belongs to our service account, so that it goes when the installation goes."""
+        metadata: dict[str, Any] = {"name": self._settings.lease_name, "namespace": self._settings.own_namespace}
+        try:
+            review = await self._client.create(
+                SELF_REVIEW, {"apiVersion": SELF_REVIEW.api_version, "kind": SELF_REVIEW.kind, "metadata": {}}
+            )
+        except ApiError as error:
+            log.info("the lease gets no owner: %s", error)
+            return metadata
+        user = (review.get("status") or {}).get("userInfo") or {}
+        prefix, name = f"system:serviceaccount:{self._settings.own_namespace}:", str(user.get("username", ""))
+        if name.startswith(prefix):
+            owner = {
+                "apiVersion": "v1",
+                "kind": "ServiceAccount",
+                "name": name.removeprefix(prefix),
+                "uid": user["uid"],
+            }
+            metadata["ownerReferences"] = [owner]
+        return metadata
