@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("octavo_cli.chat", "chat", "Talk to a model from the terminal.", WORK, "server"),
     "bench": Command("octavo_cli.bench", "bench", "Load an OpenAI endpoint and report latencies.", WORK, "server"),
     "quantize": Command("octavo_cli.quantize", "quantize", "Make a model smaller, with a report.", WORK, "server"),
+    "plan": Command("octavo_cli.plan", "plan", "Say what a model needs and what fits.", WORK, "server"),
     "tune": Command("octavo_cli.tune", "tune", "Measure kernel configurations on this GPU.", WORK, "gpu"),
     "pull": Command("octavo_cli.pull", "pull", "Download a model into a folder.", WORK, "server"),
     "batch": Command("octavo_cli.batch", "batch", "Run a file of requests, resumably.", WORK, "server"),

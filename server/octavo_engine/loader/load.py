@@ -13,7 +13,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
-from octavo_engine.kv.sizing import num_host_blocks, num_kv_blocks
+from octavo_engine.kv.sizing import activation_bytes, num_host_blocks, num_kv_blocks
 from octavo_engine.layers.classifier import Classifier, YesOrNo
 from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo_engine.loader.pooling_config import is_embedding_checkpoint, read_pooling
@@ -72,7 +72,7 @@ def load_rank(
         with phases.run("kv_cache"):
             info = runner.info
             sized = msgspec.structs.replace(info, kv_bytes_per_token=info.kv_bytes_per_token + kv_bytes_beside)
-            blocks = _num_blocks(config, sized, 1 if host is None else host.ranks_here)
+            blocks = _num_blocks(config, sized, runner.model.config, 1 if host is None else host.ranks_here)
             runner.allocate_kv_cache(blocks if host is None else host.control.minimum(blocks))
             if config.kv_host_memory_bytes:
                 blocks = num_host_blocks(config, runner.info, free_memory_bytes(torch.device("cpu")))
@@ -86,13 +86,13 @@ def load_rank(
 def read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost | None) -> TorchModelRunner:
     device = choose_device(config.device) if host is None else host.device
     checkpoint = open_checkpoint(path)
-    quantize_to = _on_the_fly(config, checkpoint)
+    quantize_to = on_the_fly(config, checkpoint)
     quantized = checkpoint.is_quantized or quantize_to is not None
     dtype = choose_dtype(config.dtype, device, quantized=quantized)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype)
     architecture, model_class = find_architecture(checkpoint.config)
     model_config = model_class.configure(checkpoint.config, architecture)
-    max_model_len = _max_model_len(config, model_config)
+    max_model_len = max_model_len_of(config, model_config)
     rank = SINGLE if host is None else host.rank
     if not issubclass(model_class, Decoder) and rank is not SINGLE:
         raise ConfigError(f"tensor_parallel_size: {architecture} runs on one device; use data_parallel_size")
@@ -151,7 +151,7 @@ def _pool(task: str, path: Path, model: Model) -> Pool:
     return Classifier(last, (model.logits,), YesOrNo(words[0][0], words[1][0]))
 
 
-def _on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None:
+def on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None:
     """The format to bring a dense checkpoint to; a quantized one is served as it is."""
     if config.quantization in ("auto", "none"):
         return None
@@ -163,8 +163,8 @@ def _on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None
     return OnTheFly(config.quantization)
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """What was asked for; else what the model allows, up to a length whose tables any machine can hold."""
+def max_model_len_of(config: EngineConfig, model: ModelConfig) -> int:
+    """Positions to serve: as asked for; else the model's own, up to a length whose tables any machine can hold."""
     longest = model.max_position_embeddings
     if config.max_model_len > longest:
         raise ConfigError(f"max_model_len: {config.max_model_len} is beyond the {longest} positions of the model")
@@ -173,11 +173,15 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len or min(longest, _LONGEST_UNASKED)
 
 
-def _num_blocks(config: EngineConfig, info: ModelInfo, ranks_here: int) -> int:
+def _num_blocks(config: EngineConfig, info: ModelInfo, model: ModelConfig, ranks_here: int) -> int:
     """ranks_here: the ranks that share this machine's memory; GPUs have their own."""
     device = torch.device(info.device)
     free = free_memory_bytes(device)
-    return num_kv_blocks(config, info, free if device.type == "cuda" else free // ranks_here)
+    if device.type != "cuda":
+        return num_kv_blocks(config, info, free // ranks_here)
+    tokens = limits_for(config, device.type).max_num_batched_tokens
+    itemsize = getattr(torch, info.dtype).itemsize
+    return num_kv_blocks(config, info, free, activation_bytes(config, model, itemsize, tokens))
 
 
 def _task(config: EngineConfig, checkpoint: Checkpoint, model: Model) -> str:
