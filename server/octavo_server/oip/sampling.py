@@ -18,6 +18,7 @@ _OWN_WAYS = {
     "echo": Refused("set the input exclude_input_in_output to false"),
     "logprobs": Refused("set the input return_logprobs; alternatives are not given"),
     "n": Refused("one text comes back for each request", off=("1",)),
+    "octavo_resume": Refused("only streams of the OpenAI routes go on elsewhere"),
     "prompt_logprobs": Refused("use /v1/completions"),
     "request_id": Refused("use the request's own id"),
     "return_token_ids": Refused("use /v1/completions"),

@@ -76,6 +76,7 @@ SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {
     "cache_salt": ("mine", {}),
     "priority": (3, {}),
     "request_id": ("my-request", {}),
+    "octavo_resume": ({"id": "x", "created": 1, "token_ids": [72]}, {"stream": True}),
     "use_beam_search": (True, {}),
     "length_penalty": (0.5, {}),
     "early_stopping": (True, {}),
