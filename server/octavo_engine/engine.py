@@ -334,7 +334,7 @@ class EngineCore:
             seconds = self._clock() - started
             self.scheduler.observe(batch, seconds)
             if self._roofline is not None:
-                self._roofline.observe(batch.load, seconds)
+                self._roofline.observe(batch.load, batch.num_logits, seconds)
 
     def _sample(self, part: Batch, logits: torch.Tensor) -> None:
         """Choose and append the next tokens of the sequences whose last position a step has reached."""

@@ -206,6 +206,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     weight_bytes: int
     adapter_bytes: int = 0  # reserved for adapters on the device
+    head_parameters: int = 0  # of the output head, which works only for positions whose logits are wanted
+    expert_parameters: int = 0  # of routed experts, all of them
+    expert_share: float = 1.0  # of the experts that one token passes
+    attention_operations: int = 0  # for each pair of a query and a key position, over all layers
     kv_block_size: int
     kv_blocks_total: int
     kv_bytes_per_token: int

@@ -16,6 +16,7 @@ from octavo_engine.errors import ConfigError
 from octavo_engine.kv.sizing import activation_bytes, num_host_blocks, num_kv_blocks
 from octavo_engine.layers.classifier import Classifier, YesOrNo
 from octavo_engine.loader.checkpoint import Checkpoint, open_checkpoint
+from octavo_engine.loader.costs import with_costs
 from octavo_engine.loader.pooling_config import is_embedding_checkpoint, read_pooling
 from octavo_engine.loader.quantization import OnTheFly
 from octavo_engine.loader.weights import WeightLoader
@@ -127,6 +128,7 @@ def read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost 
         labels=list(names),
         judges_by_yes=judges,
     )
+    info = with_costs(info, model_config, can_generate=model.can_generate)
     adapted = None
     if config.enable_lora and task != "generate":
         raise ConfigError(f"enable_lora: adapters are for models that generate; this one is served to {task}")

@@ -23,6 +23,11 @@ class Batch:
         return len(self.slices)
 
     @property
+    def num_logits(self) -> int:
+        """Positions whose logits are wanted."""
+        return sum(piece.num_logits for piece in self.slices)
+
+    @property
     def load(self) -> StepLoad:
         """The step as the step-time model sees it."""
         return StepLoad(self.num_tokens, self.decode_context, self.prefill_pairs)
