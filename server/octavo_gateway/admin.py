@@ -48,7 +48,7 @@ class AdminApi:
             return
         method, path = scope["method"], scope["path"]
         if method == "GET" and path == "/metrics":
-            await respond(send, 200, await self._gateway.metrics_page(), TEXT)
+            await respond(send, 200, await self._gateway.whole.metrics_page(), TEXT)
             return
         if method == "GET" and path == "/tenants":
             await respond(send, 200, self._readings())
@@ -90,7 +90,7 @@ class AdminApi:
     async def _tenants(self, query: dict[str, str]) -> bytes:
         directory = self._gateway.accounts.directory
         tenants = sorted(directory.tenants.values(), key=lambda t: t.name) if directory is not None else []
-        running = await self._gateway.running_by_tenant()
+        running = await self._gateway.whole.running_by_tenant()
         return json.dumps({"tenants": [_tenant(tenant, running.get(tenant.name, 0)) for tenant in tenants]}).encode()
 
     async def _usage(self, query: dict[str, str]) -> bytes:

@@ -8,11 +8,8 @@ import random
 import re
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-
-import msgspec
 
 from octavo_gateway.access_log import log_exchange
 from octavo_gateway.accounts import Accounts
@@ -47,17 +44,13 @@ from octavo_gateway.usage.collector import UsageCollector
 from octavo_gateway.usage.meter import ask_for_usage
 from octavo_gateway.web import state_document
 from octavo_gateway.web.usage import UsageThisMonth
-from octavo_gateway.workers.merging import merge_pages, merge_signals
-from octavo_gateway.workers.peers import METRICS, Peers
 from octavo_gateway.workers.seat import Seat
+from octavo_gateway.workers.whole import Whole
 
 log = logging.getLogger("octavo.gateway")
 
 Clock = Callable[[], float]
 
-SIGNALS = "signals"
-RUNNING = "running"
-"""What workers ask each other for, beside their metrics."""
 
 OPEN_INFERENCE = re.compile(
     r"/v2/models/([^/]+)(?:/versions/[^/.]+)?(?:/(?:infer|generate|generate_stream|ready|stats|config|trace/setting))?"
@@ -117,8 +110,12 @@ class Gateway:
             clock,
             num_sharing=seat.count if seat is not None else 1,
         )
-        answers = {METRICS: metrics.page, SIGNALS: self._own_signals, RUNNING: self._own_running}
-        self._peers = Peers(seat, answers) if seat is not None else None
+        self.whole = Whole(
+            seat,
+            page=metrics.page,
+            signals=lambda: [self.signals(model) for model in registry.snapshot.models],
+            running=accounts.limiter.running,
+        )
         self.pool = UpstreamPool(
             connect_timeout_s=settings.connect_timeout,
             keep_alive_s=settings.upstream_keep_alive,
@@ -148,42 +145,17 @@ class Gateway:
         """Held and flying requests and rates of a model, for the autoscaler."""
         return self.dispatcher.signals(model)
 
-    async def metrics_page(self) -> bytes:
-        """The text page of /metrics, over all workers."""
-        if self._peers is None:
-            return self.metrics.page()
-        return merge_pages(await self._peers.ask(METRICS), self._peers.last_words())
-
     async def state(self, identity: Identity | None = None) -> bytes:
         """What the web page shows: the models of this caller, of all for None."""
         models = self.registry.snapshot.models.values()
         return state_document(
             [entry for entry in models if identity is None or identity.tenant.may_use(entry.name)],
             self.loads,
-            await self.all_signals(),
+            await self.whole.signals(),
             draining=self.leaving,
             usage=self.accounts.ledger is not None,
             version=self.version,
         )
-
-    async def all_signals(self) -> Callable[[str], GatewaySignals]:
-        """As `signals`, over all workers."""
-        if self._peers is None:
-            return self.dispatcher.signals
-        told: dict[str, list[GatewaySignals]] = {}
-        for answer in await self._peers.ask(SIGNALS):
-            for part in msgspec.msgpack.decode(answer, type=list[GatewaySignals]):
-                told.setdefault(part.model, []).append(part)
-        return lambda model: merge_signals(told.get(model) or [GatewaySignals(model=model)])
-
-    async def running_by_tenant(self) -> dict[str, int]:
-        """Requests not settled of each tenant, over all workers."""
-        if self._peers is None:
-            return self.accounts.limiter.running()
-        running: Counter[str] = Counter()
-        for answer in await self._peers.ask(RUNNING):
-            running.update(msgspec.msgpack.decode(answer, type=dict[str, int]))
-        return running
 
     @property
     def synced(self) -> bool:
@@ -211,8 +183,7 @@ class Gateway:
             clock=self._clock,
             on_report=self.dispatcher.loads_changed,
         )
-        if self._peers is not None:
-            await self._peers.start()
+        await self.whole.start()
         self._background = [asyncio.create_task(poller.run())]
         if self.accounts.ledger is not None:
             self._background.append(asyncio.create_task(self.accounts.follow_ledger(self.registry)))
@@ -245,17 +216,9 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.accounts.close()
-        if self._peers is not None:
-            await self._peers.close()
+        await self.whole.close()
         self.pool.close()
         await asyncio.to_thread(self._tracing.shutdown)
-
-    def _own_signals(self) -> bytes:
-        models = self.registry.snapshot.models
-        return msgspec.msgpack.encode([self.dispatcher.signals(model) for model in models])
-
-    def _own_running(self) -> bytes:
-        return msgspec.msgpack.encode(self.accounts.limiter.running())
 
     # ---- ASGI
 

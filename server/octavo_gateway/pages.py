@@ -77,7 +77,7 @@ class Pages:
         await exchange.respond(200, json.dumps({"version": octavo_version()}).encode())
 
     async def _metrics(self, exchange: Exchange) -> None:
-        await exchange.respond(200, await self._gateway.metrics_page(), TEXT)
+        await exchange.respond(200, await self._gateway.whole.metrics_page(), TEXT)
 
     async def _web_page(self, exchange: Exchange) -> None:
         await exchange.respond(200, page(), HTML, PAGE_HEADERS)

@@ -19,7 +19,8 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 EVERYTHING = (
     "gateway.tenants.enabled=true,gateway.ingress.enabled=true,monitoring.serviceMonitor.enabled=true,"
     "monitoring.prometheusRule.enabled=true,monitoring.dashboards.enabled=true,gateway.workers=2,"
-    "gateway.ledger.secretName=ledger,gateway.redis.secretName=redis,gateway.admin.secretName=admin"
+    "gateway.ledger.secretName=ledger,gateway.redis.secretName=redis,gateway.admin.secretName=admin,"
+    "gateway.prices.small.input=0.1,gateway.prices.small.output=0.4"
 )
 needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed: the chart is not rendered")
 
@@ -169,6 +170,7 @@ def test_the_gateway_gets_its_secrets_as_environment_and_a_bounded_spool() -> No
     assert int(by_name["OCTAVO_GATEWAY_LEDGER_SPOOL_BYTES"]["value"]) == 2 * 2**30 * 9 // 20
     assert {"--workers=2", "--ledger=/spool", "--admin-port=9091"} <= set(container["args"])
     assert {"name": "spool", "emptyDir": {"sizeLimit": "2Gi"}} in pod["volumes"]
+    assert {"--config=/etc/octavo/gateway.yaml"} <= set(container["args"])
     assert not any("url" in argument for argument in container["args"])
 
 
