@@ -139,7 +139,7 @@ def _canary(trial: Trial, canary: Canary) -> dict[str, Any]:
 def restored_trial(service: InferenceService) -> Trial | None:
     """The trial that the last status told of."""
     told = service.status.canary if service.status else None
-    if told is None:
+    if told is None or told.phase not in set(Phase):  # of another version of the operator
         return None
     return Trial(told.revision, Phase(told.phase), told.step, seconds(told.since) or 0.0, told.message)
 

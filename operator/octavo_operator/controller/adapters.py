@@ -20,7 +20,7 @@ from octavo_operator.controller.replicas import replica_url
 from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
-from octavo_operator.render.labels import ADAPTERS_ANNOTATION
+from octavo_operator.render.labels import ADAPTERS_ANNOTATION, SERVICE_LABEL
 
 log = logging.getLogger("octavo.operator.adapters")
 LIST_TIMEOUT_S = 5.0
@@ -70,9 +70,8 @@ class AdapterLoop:
         """Whether there is anything to load, or to unload because it is no longer wanted."""
         if not state.plan or not state.plan.workloads or state.plan.workloads[0].adapter_api is None:
             return bool(state.adapters)
-        return bool(state.plan.workloads[0].adapters) or any(
-            self._ours(self._store.get(POD, key[0], pod.name)) for pod in self._reconciler.observe(key).ready
-        )
+        pods = self._store.labelled(POD, key[0], SERVICE_LABEL, key[1])
+        return bool(state.plan.workloads[0].adapters) or any(self._ours(pod) for pod in pods)
 
     async def tend(self, key: Key, state: ServiceState, http: aiohttp.ClientSession) -> None:
         """One look at the replicas of a service, and every call that is due."""

@@ -13,6 +13,7 @@ from aiohttp import web
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.validation import parse
 from octavo_operator.autoscale.metrics import parse_page
+from octavo_operator.canary import Phase, Trial
 from octavo_operator.controller.client import Kind, KubeClient
 from octavo_operator.controller.events import EventRecorder
 from octavo_operator.controller.kinds import DEPLOYMENT, INFERENCE_SERVICE, POD
@@ -224,3 +225,27 @@ async def test_a_service_of_fixed_size_is_measured_but_never_scaled(world: World
     assert await world.decide() is None
     assert world.state.capacity.kv_tokens == 4_096
     assert world.state.replicas is None
+
+
+async def test_while_a_revision_is_on_trial_the_whole_service_is_scaled_not_its_part(world: World) -> None:
+    world.set_replicas(3)  # and one of the canary
+    world.state.trial, world.state.wanted = Trial("new", Phase.RUNNING, 0, 0.0), 4
+    for name in ("chat-1", "chat-2", "chat-3", "chat-4"):
+        world.add_pod(name)
+        world.pages[name] = load(running=20, kv=0.7)
+    decision = await world.decide()
+    assert (decision.replicas, decision.ready) == (4, 4)
+    assert world.state.scalings == (), "four are wanted and four serve"
+
+
+async def test_what_gateways_count_of_a_trial_reaches_its_meter(world: World) -> None:
+    world.add_pod("gateway-1", "octavo-system", {"app.kubernetes.io/component": "gateway"})
+    world.state.trial = Trial("new", Phase.RUNNING, 0, 0.0)
+    labels = 'model="chat",namespace="team",track="canary"'
+    for requests, errors in ((10, 1), (60, 21)):
+        world.pages["gateway-1"] = (
+            f"octavo_gateway_track_requests_total{{{labels}}} {requests}\n"
+            f"octavo_gateway_track_errors_total{{{labels}}} {errors}\n"
+        )
+        await world.decide()
+    assert (world.state.meter.canary.requests, world.state.meter.canary.errors) == (50, 20)

@@ -63,7 +63,8 @@ READY_POD = pod(conditions=(SCHEDULED, READY), started=True, ready=True)
 
 def judged(observation: Observation, subject: InferenceService | None = None, **changes: Any) -> dict[str, Any]:
     subject = subject or service()
-    changes.setdefault("plan", plan(subject))
+    if "plan" not in changes:
+        changes["plan"] = plan(subject)
     changes.setdefault("refusal", None)
     return service_status(Judgement(service=subject, observation=observation, now=NOW, **changes))
 
