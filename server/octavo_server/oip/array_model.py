@@ -90,8 +90,6 @@ class ArrayModel:
     async def _submit(self, arrays: Arrays) -> list[Array]:
         try:
             return await self._batcher.submit(arrays)
-        except ApiError:
-            raise
         except InvalidTensorsError:
             raise bad_request(
                 "inputs: the model cannot be run on tensors of these shapes or values", "inputs"

@@ -46,7 +46,7 @@ class DynamicBatcher:
         """The model's outputs for these rows alone. Raises what the model raises."""
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
-        rows = len(next(iter(inputs.values())))
+        rows = next((len(array) for array in inputs.values() if array.ndim), 1)
         signature = tuple(sorted((name, array.dtype.str, array.shape[1:]) for name, array in inputs.items()))
         pending = _Pending(inputs, rows, signature, asyncio.get_running_loop().create_future())
         self._pending.append(pending)

@@ -23,8 +23,12 @@ from torch.export import Dim, export, save
 
 from fakes.replica_process import free_port, replica_process
 from octavo_engine.errors import ModelLoadError
+from octavo_server.caller import Caller
+from octavo_server.oip.array_model import ArrayModel
 from octavo_server.oip.exported_program import ExportedProgram
 from octavo_server.oip.model_files import find_models, warn_of_pickles
+from octavo_server.oip.models import InferRequest
+from octavo_server.oip.tensors import Tensor
 
 
 class Classifier(torch.nn.Module):
@@ -314,3 +318,24 @@ def test_pickles_are_never_found_and_said_so(tmp_path: Path, caplog: pytest.LogC
 
     assert find_models(tmp_path) == {}
     assert "never loaded" in caplog.text
+
+
+def test_inputs_without_dimensions_are_served(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+            return x * factor
+
+    file = tmp_path / "model.pt2"
+    write(file, Scaled(), (torch.ones(3), torch.tensor(2.0)), None)
+    model = ArrayModel("scaled", "1", file, ExportedProgram(file))
+    request = InferRequest("", {
+        "factor": Tensor("factor", "FP32", (), np.float32(3).tobytes()),
+        "x": Tensor("x", "FP32", (3,), np.arange(3, dtype=np.float32).tobytes()),
+    })  # fmt: skip
+
+    async def once() -> np.ndarray:
+        answer = await model.infer_once(request, Caller())
+        model.close()
+        return answer.outputs[0].numbers()
+
+    np.testing.assert_array_equal(asyncio.run(once()), [0, 3, 6])
