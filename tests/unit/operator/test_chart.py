@@ -12,6 +12,17 @@ import jsonschema
 import pytest
 import yaml
 
+from octavo_operator.controller.client import Kind
+from octavo_operator.controller.engine_room import OWN_KINDS
+from octavo_operator.controller.kinds import (
+    CHILDREN,
+    INFERENCE_SERVICE,
+    INFERENCE_TENANT,
+    LEASE,
+    MODEL_CACHE,
+    OPTIONAL_CHILDREN,
+)
+
 ROOT = Path(__file__).parents[3]
 CHART = ROOT / "charts" / "octavo"
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -200,3 +211,38 @@ def test_a_certificate_of_ones_own_takes_the_place_of_the_charts() -> None:
     (configuration,) = [d for d in documents if d["kind"] == "ValidatingWebhookConfiguration"]
     assert configuration["webhooks"][0]["clientConfig"]["caBundle"] == "Q0E="
     assert configuration["webhooks"][0]["failurePolicy"] == "Fail"
+
+
+def _granted(documents: list[dict[str, Any]], name: str) -> set[tuple[str, str, str]]:
+    """(group, resource, verb) of every role of this name or whose name begins with it."""
+    return {
+        (group, resource, verb)
+        for document in documents
+        if document["kind"] in ("Role", "ClusterRole") and document["metadata"]["name"].startswith(name)
+        for rule in document["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule.get("resources", [])
+        for verb in rule["verbs"]
+    }
+
+
+@needs_helm
+@pytest.mark.parametrize("values", ["", "operator.namespaces={a}"])
+def test_the_operator_may_do_all_that_it_does(values: str) -> None:
+    granted = _granted(helm_template(values), "octavo-operator")
+
+    def group(kind: Kind) -> str:
+        return kind.api_version.rpartition("/")[0]
+
+    wanted = {
+        (group(kind), kind.plural, verb)
+        for kind in (*CHILDREN, *OPTIONAL_CHILDREN)
+        for verb in ("list", "watch", "patch", "create", "delete")
+    }
+    wanted |= {(group(kind), kind.plural, verb) for kind in OWN_KINDS for verb in ("list", "watch")}
+    wanted |= {("", "pods", verb) for verb in ("list", "watch", "patch", "delete")}
+    wanted |= {(group(kind), f"{kind.plural}/status", "patch") for kind in (INFERENCE_SERVICE, MODEL_CACHE)}
+    wanted |= {("", "events", "create")} | {(group(LEASE), LEASE.plural, verb) for verb in ("get", "create", "update")}
+    if not values:
+        wanted.add((group(INFERENCE_TENANT), "inferencetenants/status", "patch"))
+    assert wanted - granted == set()
