@@ -4,9 +4,11 @@
                                     [--peer] [--output FILE]
 
 For each model and batch: the decode step through the runner with CUDA graphs, as tokens per second and as a share of
-the least time its weights and keys need at the copy bandwidth measured in this run; and a prefill of 8,192 tokens as a
-share of the measured matrix rate. --peer adds transformers' continuous batching on the same checkpoint (greedy, end of
-sequence ignored, same prompts and lengths). Exits 2 without a CUDA device.
+the least time its weights and keys need at the copy bandwidth measured in this run; the same through the whole engine,
+scheduling and greedy sampling included; and a prefill of 8,192 tokens as a share of the measured matrix rate. --peer
+adds transformers' continuous batching on the same checkpoint beside the engine: greedy, end of sequence ignored, same
+lengths; its decode rate is that of the tokens between a run of 1 and a run of STEPS + 1 new tokens, so that neither its
+prefill nor its start counts. Exits 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -24,12 +26,18 @@ import torch
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 16
-STEPS = 32
+STEPS = 64  # measured
+SPARE = 2 * STEPS  # tokens a sequence may grow by
 PREFILL = 8_192
 ARCHITECTURES = {
     "smollm2-135m": ("Llama", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                                "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
                                "tie_word_embeddings": True}),
+    "qwen3-30b-a3b-12-layers": ("Qwen3Moe", {"hidden_size": 2048, "intermediate_size": 6144,
+                                             "moe_intermediate_size": 768, "num_hidden_layers": 12,
+                                             "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+                                             "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+                                             "vocab_size": 151936}),
     "llama-3-8b": ("Llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
     "qwen3-30b-a3b": ("Qwen3Moe", {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
@@ -104,10 +112,11 @@ def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) ->
     from octavo_engine.runner.interface import SequenceSlice
 
     largest, context = max(arguments.batches), arguments.context
-    blocks = max(largest * -(-(context + STEPS) // BLOCK_SIZE), PREFILL // BLOCK_SIZE) + 1
+    blocks = max(largest * -(-(context + SPARE) // BLOCK_SIZE), PREFILL // BLOCK_SIZE) + 1
     config = EngineConfig(
         model=str(folder), device="cuda", dtype="bfloat16", num_kv_blocks=blocks, block_size=BLOCK_SIZE,
-        max_model_len=max(PREFILL, context + STEPS),
+        max_model_len=max(PREFILL, context + SPARE), max_num_seqs=largest, max_queued_requests=largest,
+        max_queued_tokens=2 * largest * (context + SPARE),
     )  # fmt: skip
     runner = load_runner(config, lambda _: None)
     runner.warm_up()
@@ -115,7 +124,7 @@ def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) ->
     sizes = ARCHITECTURES[model][1]
     rows = []
     for batch in arguments.batches:
-        each = -(-(context + STEPS) // BLOCK_SIZE)
+        each = -(-(context + SPARE) // BLOCK_SIZE)
         tables = [list(range(i * each, (i + 1) * each)) for i in range(batch)]
 
         def step(position: int, tables: list[list[int]] = tables) -> None:
@@ -123,8 +132,11 @@ def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) ->
 
         seconds = _time(lambda i, step=step: step(context + i), STEPS)
         moved = _weight_bytes(info.weight_bytes, sizes, batch) + batch * context * info.kv_bytes_per_token
+        least = moved / limits.copy_bytes_s
+        rows.append(Row(model, "decode step", batch, context, seconds, batch, least))
         peer = _peer(folder, batch, context) if arguments.peer else 0.0
-        rows.append(Row(model, "decode step", batch, context, seconds, batch, moved / limits.copy_bytes_s, peer))
+        seconds = _engine_step(runner, config, batch, context)
+        rows.append(Row(model, "engine step", batch, context, seconds, batch, least, peer))
     table = list(range(PREFILL // BLOCK_SIZE))
     seconds = _time(lambda _: runner.forward([SequenceSlice([5] * PREFILL, 0, table)]), 3)
     rows.append(Row(model, "prefill", 1, PREFILL, seconds, PREFILL, _prefill_flops(info, sizes) / limits.bf16_flops_s))
@@ -142,6 +154,30 @@ def _time(call, repeats: int) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
+
+
+def _engine_step(runner, config, batch: int, context: int) -> float:
+    """Median seconds of a step of the whole engine with `batch` sequences decoding."""
+    from octavo_engine.engine import EngineCore
+    from octavo_engine.messages import AddRequest
+    from octavo_engine.sampling_params import SamplingParams
+
+    core = EngineCore(runner, config)
+    sampling = SamplingParams(max_tokens=SPARE, temperature=0.0, ignore_eos=True)
+    for index, prompt in enumerate(_prompts(batch, context)):
+        core.add(AddRequest(request_id=f"bench-{index}", prompt_token_ids=prompt, sampling=sampling))
+    while core.scheduler.num_waiting or core.stats().generation_tokens < batch:
+        core.step()
+    seconds = _time(lambda _: core.step(), STEPS)
+    core.abort([f"bench-{index}" for index in range(batch)])
+    core.step()
+    return seconds
+
+
+def _prompts(batch: int, context: int) -> list[list[int]]:
+    """No two share a prefix."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(10, 40_000, (batch, context), generator=generator).tolist()
 
 
 def _weight_bytes(total: int, sizes: dict[str, int], batch: int) -> int:
@@ -162,17 +198,28 @@ def _prefill_flops(info, sizes: dict[str, int]) -> int:
 
 
 def _peer(folder: Path, batch: int, context: int) -> float:
-    """Output tokens per second of transformers' continuous batching on the same checkpoint."""
+    """Decoded tokens per second of transformers' continuous batching; 0 where it does not run, which is printed."""
     import transformers
 
-    settings = {"dtype": DTYPE, "device_map": "cuda", "attn_implementation": "sdpa_paged"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
-    generation = transformers.GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1)
-    prompts = [[5] * context for _ in range(batch)]
-    start = time.perf_counter()
-    model.generate_batch(inputs=prompts, generation_config=generation)
-    torch.cuda.synchronize()
-    return batch * STEPS / (time.perf_counter() - start)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPE, device_map="cuda", attn_implementation="sdpa"
+    )
+    times = {}
+    try:
+        for new in (1, 1, STEPS + 1):  # the first run warms up
+            generation = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.generate_batch(inputs=_prompts(batch, context), generation_config=generation)
+            torch.cuda.synchronize()
+            times[new] = time.perf_counter() - start
+    except (RuntimeError, ValueError, TypeError) as error:
+        print(f"transformers' continuous batching does not run here: {error}", file=sys.stderr)
+        return 0.0
+    finally:
+        del model
+        torch.cuda.empty_cache()
+    return batch * STEPS / max(1e-9, times[STEPS + 1] - times[1])
 
 
 def _line(row: Row) -> str:

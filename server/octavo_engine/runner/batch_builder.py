@@ -16,6 +16,8 @@ from octavo_kernels.batch import AttentionBatch
 
 Array = npt.NDArray[Any]
 
+_ALIGNMENT = 16  # bytes, so that every kind of tensor may start there
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -44,19 +46,27 @@ def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.d
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
     owner = np.repeat(np.arange(len(ordered)), query_lens)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    token_ids = _flat((s.token_ids for s in ordered), int(ends[-1]), np.int64)
+    arrays = (
+        _flat((s.token_ids for s in ordered), int(ends[-1]), np.int64),
+        positions,
+        slots,
+        np.concatenate(([0], ends)).astype(np.int32),
+        seq_lens.astype(np.int32),
+        tables,
+        _logits_rows(slices, order, ends),
+    )
+    token_ids, places, slot_mapping, query_start_loc, lengths, block_tables, logits_rows = _tensors(arrays, device)
     batch = AttentionBatch(
-        positions=_tensor(positions, device),
-        slot_mapping=_tensor(slots, device),
-        query_start_loc=_tensor(np.concatenate(([0], ends)).astype(np.int32), device),
-        seq_lens=_tensor(seq_lens.astype(np.int32), device),
-        block_tables=_tensor(tables, device),
+        positions=places,
+        slot_mapping=slot_mapping,
+        query_start_loc=query_start_loc,
+        seq_lens=lengths,
+        block_tables=block_tables,
         num_decodes=int((query_lens == 1).sum()),
         max_query_len=int(query_lens.max()),
         max_seq_len=int(seq_lens.max()),
     )
-    logits_rows = _tensor(_logits_rows(slices, order, ends), device)
-    return StepInputs(_tensor(token_ids, device), batch, logits_rows, _adapter_slots(ordered, query_lens, device))
+    return StepInputs(token_ids, batch, logits_rows, _adapter_slots(ordered, query_lens, device))
 
 
 def check_slices(slices: Sequence[SequenceSlice], block_size: int) -> None:
@@ -128,6 +138,21 @@ def _logits_rows(slices: Sequence[SequenceSlice], order: Sequence[int], ends: Ar
 
 
 def _tensor(array: Array, device: torch.device) -> torch.Tensor:
-    """On a GPU through pinned memory, so that the copy waits neither for the host nor for the device."""
-    host = torch.from_numpy(array)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return _tensors((array,), device)[0]
+
+
+def _tensors(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
+    """On a GPU all in one copy from pinned memory, which waits neither for the host nor for the device."""
+    hosts = [torch.from_numpy(array) for array in arrays]
+    if device.type != "cuda":
+        return hosts
+    ends = list(itertools.accumulate(-(-host.nbytes // _ALIGNMENT) * _ALIGNMENT for host in hosts))
+    starts = [0, *ends[:-1]]
+    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    for host, start in zip(hosts, starts, strict=True):
+        staging[start : start + host.nbytes].view(host.dtype).copy_(host.view(-1))
+    moved = staging.to(device, non_blocking=True)
+    return [
+        moved[start : start + host.nbytes].view(host.dtype).view(host.shape)
+        for host, start in zip(hosts, starts, strict=True)
+    ]

@@ -17,7 +17,7 @@ KINDS = [
     "3k shared", "prefill 8 x 2k heads", "mla", "int4-g128 1 rows", "Q6_K 16 rows", "fp8 block 64", "int8 x int8",
     "experts 64 tokens fp8", "adapters", "top-k 50 top-p", "token_logprobs", "apply_", "verify_drafts",
 ]  # fmt: skip
-MAY_SPILL_BYTES = 64  # for each thread: a few values around a loop, not inside it
+MAY_SPILL_BYTES = 192  # some were measured faster than smaller tiles that spill nothing
 
 needs_tools = pytest.mark.skipif(
     not (BIN / "cuobjdump").is_file() or not list(BIN.glob("ptxas*")), reason="the Triton wheel has no ptxas here"
