@@ -75,7 +75,7 @@ class Peers:
         new = folder / f"worker-{own}.new"
         with contextlib.suppress(OSError):
             new.write_bytes(self._answers[METRICS]())
-            new.rename(folder / f"worker-{own}.metrics")
+            new.rename(metrics_file(folder, own))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, ValueError):
@@ -102,6 +102,11 @@ class Peers:
 def pid_file(folder: Path, index: int) -> Path:
     """Where the parent writes which process sits at `index`."""
     return folder / f"worker-{index}.pid"
+
+
+def metrics_file(folder: Path, pid: int) -> Path:
+    """Where a worker keeps its metrics; its age tells whether the worker still does anything."""
+    return folder / f"worker-{pid}.metrics"
 
 
 def _pid(path: Path) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from octavo_gateway.listeners import Listeners
 from octavo_gateway.settings import GatewaySettings
-from octavo_gateway.workers.peers import pid_file
+from octavo_gateway.workers.peers import metrics_file, pid_file
 from octavo_gateway.workers.seat import Seat
 
 log = logging.getLogger("octavo.gateway.workers")
@@ -29,6 +29,9 @@ log = logging.getLogger("octavo.gateway.workers")
 SHORT_LIFE_S = 5.0
 PAUSE_S = 1.0
 """How long after its birth a worker that lived for less than `SHORT_LIFE_S` is replaced."""
+
+HUNG_S = 30.0
+"""How long a worker may go without keeping its metrics, which it does every two seconds, before it is replaced."""
 
 BEYOND_DRAIN_S = 20.0
 TICK_S = 0.5
@@ -89,6 +92,7 @@ class _Supervisor:
                 for key, _ in selector.select(TICK_S):
                     self._read(key.fd)
                 self._reap()
+                self._end_hung()
                 if self._kill_at is not None and time.monotonic() >= self._kill_at:
                     self._send(signal.SIGKILL)
         return self._exit_code
@@ -107,6 +111,8 @@ class _Supervisor:
         self._seats[pid] = index
         self._born[index] = time.monotonic()
         pid_file(self._folder, index).write_text(str(pid), encoding="ascii")
+        if self._signals:  # one came while it was born
+            self._send(signal.SIGTERM)
 
     def _become_worker(self, index: int) -> None:
         """In the child; does not return."""
@@ -153,6 +159,14 @@ class _Supervisor:
             index = self._seats.pop(pid)
             pid_file(self._folder, index).unlink(missing_ok=True)
             self._on_end(index, os.waitstatus_to_exitcode(status))
+
+    def _end_hung(self) -> None:
+        for pid, index in self._seats.items():
+            with contextlib.suppress(OSError):  # it has not kept any yet
+                silent_s = time.time() - metrics_file(self._folder, pid).stat().st_mtime
+                if silent_s > HUNG_S:
+                    log.error("worker %d has done nothing for %.0f s; ending it", index, silent_s)
+                    os.kill(pid, signal.SIGKILL)
 
     def _on_end(self, index: int, code: int) -> None:
         if self._signals:

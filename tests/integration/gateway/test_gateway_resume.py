@@ -27,11 +27,12 @@ from fakes.replica_process import ReplicaProcess
 from octavo_gateway.registry import Endpoint, ModelEntry, RetryPolicy, Strategy
 from octavo_gateway.usage import Ledger, read_usage
 
+TOKENS = 240
 CHAT: dict[str, Any] = {
-    "model": "fake-model", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 120,
+    "model": "fake-model", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": TOKENS,
     "ignore_eos": True, "temperature": 1.0,
 }  # fmt: skip
-WHOLE = ("Hello from the fake engine!" * 5)[:116]  # four of the tokens are ends, which show nothing
+WHOLE = ("Hello from the fake engine!" * 9)[: TOKENS - TOKENS // 28]  # every 28th token is an end, which shows nothing
 
 
 @contextlib.asynccontextmanager
@@ -67,7 +68,7 @@ def token_ids(text: str) -> list[int]:
 
 
 async def kill_when_all_stream(door: Door, victim: ReplicaProcess, count: int) -> None:
-    await until(lambda: sum(exchange.bytes_sent > 3_000 for exchange in door.server.app._exchanges) >= count)
+    await until(lambda: sum(exchange.bytes_sent > 3_000 for exchange in door.server.app._exchanges) >= count, 60)
     await asyncio.to_thread(victim.kill)
 
 
@@ -93,7 +94,7 @@ async def test_streams_of_a_killed_replica_go_on_as_if_nothing_had_happened(tmp_
     assert resumed is not None
     assert float(resumed[1]) == 12
     (row,) = read_usage(tmp_path / "usage.sqlite")
-    assert (row.requests, row.output_tokens, row.estimated) == (24, 24 * 120, 0)
+    assert (row.requests, row.output_tokens, row.estimated) == (24, 24 * TOKENS, 0)
     assert row.prompt_tokens == 24 * prompt_tokens_of(replicas[1])
 
 
