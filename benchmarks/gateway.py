@@ -131,6 +131,8 @@ def start_replica() -> subprocess.Popen[bytes]:
     """The mock replica, once it answers."""
     process = subprocess.Popen([sys.executable, str(LOAD), "replica", str(REPLICA_PORT)])
     for _ in range(100):
+        if process.poll() is not None:
+            break
         try:
             urllib.request.urlopen(f"{REPLICA_URL}/health", timeout=2).close()
         except OSError:

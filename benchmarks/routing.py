@@ -36,6 +36,8 @@ PREFILL_TOKENS_S = 10_000.0
 STEP_S = 0.020
 REPORT_EVERY_S = 1.0
 WARM_UP = 0.2  # share of the trace that is not measured
+RESTART_AT = 0.6  # share of the trace at which a gateway that is restarted forgets its index
+RECOVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,13 @@ class Result:
     ttft_p50: float
     ttft_p99: float
     index_blocks: int
+    recovery: float  # hit rate in the minute after a restart, as a share of that in the minute before
 
 
 class Simulation:
     """Events in order: arrivals, ends of prefill, ends of requests, load reports."""
 
-    def __init__(self, strategy: Strategy | None, seed: int, learn: bool = True) -> None:
+    def __init__(self, strategy: Strategy | None, seed: int, learn: bool = True, restart: bool = False) -> None:
         self.endpoints = [Endpoint(f"r{i}", f"http://r{i}:8000") for i in range(REPLICAS)]
         self.replicas = {e.id: Replica() for e in self.endpoints}
         self.loads = LoadBook()
@@ -179,6 +182,7 @@ class Simulation:
         self.strategy = strategy
         self.chwbl = Chwbl(self.endpoints)
         self.learn = learn
+        self.restart = restart
         self.events: list[tuple[float, int, str, object]] = []
         self.counter = 0
 
@@ -188,10 +192,14 @@ class Simulation:
         hits = total = oracle_hits = 0
         seen: set[int] = set()
         skews: list[float] = []
+        served: list[tuple[float, int, int]] = []  # when, blocks found, blocks
+        restart_at = trace[int(len(trace) * RESTART_AT)].at
         warm = int(len(trace) * WARM_UP)
         for request in trace:
             self._push(request.at, "arrive", request)
         self._push(0.0, "report", None)
+        if self.restart:
+            self._push(restart_at, "restart", None)
         arrived = 0
         while self.events:
             now, _, kind, data = heapq.heappop(self.events)
@@ -203,10 +211,13 @@ class Simulation:
                         load = [self.loads[e.id].in_flight for e in self.endpoints]
                         if sum(load) >= REPLICAS:
                             skews.append(max(load) / (sum(load) / REPLICAS))
+            elif kind == "restart":
+                self.index.retain(set())
             elif kind == "arrive":
                 assert isinstance(data, Request)
                 arrived += 1
                 found, ttft = self._serve(now, data)
+                served.append((now, found, len(data.blocks)))
                 if arrived > warm:
                     known = next((i for i, b in enumerate(data.blocks) if b not in seen), len(data.blocks))
                     oracle_hits += known
@@ -233,6 +244,7 @@ class Simulation:
             ttft_p50=ttfts[len(ttfts) // 2],
             ttft_p99=ttfts[int(len(ttfts) * 0.99)],
             index_blocks=len(self.index),
+            recovery=_hit_rate(served, restart_at, RECOVERY_S) / max(1e-9, _hit_rate(served, restart_at - 60, 60.0)),
         )
 
     def _serve(self, now: float, request: Request) -> tuple[int, float]:
@@ -269,6 +281,11 @@ class Simulation:
         heapq.heappush(self.events, (at, self.counter, kind, data))
 
 
+def _hit_rate(served: Sequence[tuple[float, int, int]], since: float, seconds: float) -> float:
+    window = [(found, total) for at, found, total in served if since <= at < since + seconds]
+    return sum(found for found, _ in window) / max(1, sum(total for _, total in window))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the requests, one seed")
@@ -280,20 +297,25 @@ def main() -> None:
     for trace_name, (make, rate) in TRACES.items():
         print(f"\n{trace_name} at {rate:g} requests/s")
         print(f"{'strategy':26} {'hit rate':>9} {'of oracle':>9} {'max/mean':>9} {'TTFT p50':>9} {'TTFT p99':>9}")
-        for name, strategy, learn in [
-            *((n, s, True) for n, s in STRATEGIES.items()),
-            ("prefix aware, no learning", Strategy.PREFIX_AWARE, False),
+        for name, strategy, learn, restart in [
+            *((n, s, True, False) for n, s in STRATEGIES.items()),
+            ("prefix aware, no learning", Strategy.PREFIX_AWARE, False, False),
+            ("prefix aware, restarted", Strategy.PREFIX_AWARE, True, True),
         ]:
-            results = [Simulation(strategy, s, learn).run(list(make(random.Random(s), count, rate))) for s in seeds]
+            results = [
+                Simulation(strategy, s, learn, restart).run(list(make(random.Random(s), count, rate))) for s in seeds
+            ]
             row = {
                 key: statistics.median(getattr(r, key) for r in results)
-                for key in ("hit_rate", "oracle", "skew", "ttft_p50", "ttft_p99", "index_blocks")
+                for key in ("hit_rate", "oracle", "skew", "ttft_p50", "ttft_p99", "index_blocks", "recovery")
             }
             share = row["hit_rate"] / row["oracle"] if row["oracle"] else 1.0
             print(
                 f"{name:26} {row['hit_rate']:9.1%} {share:9.1%} {row['skew']:9.2f} "
                 f"{row['ttft_p50'] * 1e3:7.0f}ms {row['ttft_p99'] * 1e3:7.0f}ms"
             )
+            if restart and row["oracle"]:
+                print(f"{'':26} the minute after the restart hits {row['recovery']:.0%} of the minute before")
             rows.append({"trace": trace_name, "strategy": name} | row)
     if options.json:
         document = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "rows": rows}

@@ -8,9 +8,11 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,14 +24,18 @@ from octavo_cli.local.manifests import local_workloads
 from octavo_cli.local.screen import Screen
 from octavo_cli.local.table import ServiceRow
 from octavo_cli.openai_client import EndpointError
+from octavo_gateway.discovery import StaticFile, load_static
 from octavo_gateway.errors import ConfigError
-from octavo_gateway.settings import GatewaySettings
-from octavo_gateway.usage import LedgerError
+from octavo_gateway.server import GatewayServer
+from octavo_gateway.settings import GatewaySettings, load_settings
+from octavo_gateway.usage import LedgerError, PriceTable
 from octavo_operator.api.errors import ManifestErrors
 from octavo_operator.plan import Workload
 
 BAD_MANIFEST = 2
 INTERRUPTED = 130
+QUIET = {"access_log": False, "log_level": "warning", "debug_headers": True}
+"""Defaults of the gateway that differ here: the screen tells what happens."""
 
 
 def up(
@@ -51,6 +57,13 @@ def up(
     ledger: Annotated[
         str | None, typer.Option(help="Folder of the usage ledger.", show_default="nothing is recorded")
     ] = None,
+    gateway: Annotated[
+        Path | None,
+        typer.Option(
+            help="Config file of the gateway: `settings:` and `prices:` as `octavo gateway` reads them.",
+            show_default="none",
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="Where the replicas' logs go.", show_default="~/.local/state/octavo/logs")
     ] = None,
@@ -59,6 +72,7 @@ def up(
 
     Starts engine replicas as child processes and one gateway in front of them, scales them between minReplicas and
     maxReplicas as the operator would, restarts crashed ones, and shows what happens. Ctrl-C drains and ends.
+    OCTAVO_GATEWAY_* variables set the gateway as they do for `octavo gateway`.
 
     Exit codes: 0 served and ended, 1 failed, 2 bad manifest or option.
     """
@@ -74,14 +88,12 @@ def up(
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    settings = GatewaySettings(
-        host=host, port=port, tenants=tenants, ledger=ledger, access_log=False, log_level="warning", debug_headers=True
-    )
-    session = _Session(
-        workloads, settings, log_dir or _default_log_dir(), console, live=console.is_terminal and not plain
-    )
+    flags = {"host": host, "port": port, "tenants": tenants, "ledger": ledger}
     try:
-        settings.validate()
+        settings, prices = gateway_of(gateway, {name: value for name, value in flags.items() if value is not None})
+        logs = log_dir or _default_log_dir()
+        make_host = partial(LocalHost, workloads, settings, prices, logs)
+        session = _Session(workloads, make_host, logs, console, live=console.is_terminal and not plain)
         code = asyncio.run(session.run(question, once))
     except (ConfigError, LedgerError) as error:
         typer.echo(f"octavo up: {error}", err=True)
@@ -89,14 +101,33 @@ def up(
     raise typer.Exit(code)
 
 
+def gateway_of(file: Path | None, flags: Mapping[str, Any]) -> tuple[GatewaySettings, PriceTable]:
+    """Settings and prices, from the file, the environment and the flags; raises `ConfigError`."""
+    read = load_static(file) if file is not None else StaticFile()
+    if read.models:
+        raise ConfigError(f"{file}: models: octavo up serves those of its manifests")
+    settings = load_settings(
+        flags, file_values=QUIET | read.settings, file_name=str(file or "defaults"), environment=os.environ
+    )
+    if settings.workers != 1:
+        raise ConfigError("workers: octavo up runs one gateway process")
+    return settings, PriceTable.parse(read.prices, str(file))
+
+
 class _Session:
     """One run of `octavo up`: the host, the screen, and what is said in between."""
 
     def __init__(
-        self, workloads: list[Workload], settings: GatewaySettings, log_dir: Path, console: Console, *, live: bool
+        self,
+        workloads: list[Workload],
+        make_host: Callable[[], LocalHost],
+        log_dir: Path,
+        console: Console,
+        *,
+        live: bool,
     ) -> None:
         self._workloads = workloads
-        self._settings = settings
+        self._make_host = make_host
         self._log_dir = log_dir
         self._console = console
         self._screen = Screen(console, live=live)
@@ -105,7 +136,7 @@ class _Session:
     async def run(self, question: str | None, once: bool) -> int:
         """Serve until a signal or, with `once`, until all is done; returns the exit code."""
         self._console.print(f"[bold]Octavo {version('octavo')}[/] serves {_names(self._workloads)}", highlight=False)
-        host = LocalHost(self._workloads, self._settings, self._log_dir)
+        host = self._make_host()
         self._listen_to_signals(host)
         with self._screen:
             serving = asyncio.create_task(host.run(lambda rows: self._show(host, rows)))
@@ -132,7 +163,7 @@ class _Session:
             if once or isinstance(error, StartFailedError):
                 return 1
         if not once:
-            self._invite(address)
+            self._invite(host.gateway)
         return 0
 
     async def _ask(self, address: str, question: str) -> None:
@@ -150,13 +181,19 @@ class _Session:
     def _write(self, text: str) -> None:
         self._console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
-    def _invite(self, address: str) -> None:
+    def _invite(self, gateway: GatewayServer) -> None:
         """How to reach what runs now."""
+        address = gateway.address
+        admin = gateway.listeners.admin_address if gateway.listeners is not None else None
+        headers = "-H 'content-type: application/json'"
+        if gateway.settings.tenants:
+            headers += " -H 'authorization: Bearer KEY'"
         body = f'{{"model": "{self._workloads[0].model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         lines = [
             f"[bold]OpenAI API[/]  {address}/v1",
             f"[bold]Web page[/]    {address}/",
-            f"[bold]Try it[/]      curl {address}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+            *([f"[bold]Admin page[/]  {admin}/"] if admin else []),
+            f"[bold]Try it[/]      curl {address}/v1/chat/completions {headers} -d '{body}'",
             f"[bold]Logs[/]        {self._log_dir}",
             "Ctrl-C drains and ends.",
         ]

@@ -91,8 +91,8 @@ def _table(groups: tuple[str, ...], rows: list[UsageRow]) -> Table:
     ]
     for title, values in sums:
         table.add_column(title, justify="right", footer=f"{sum(values):,}")
-    table.add_column("Cost", justify="right", footer=f"{sum(row.cost for row in rows):,.4f}")
+    table.add_column("Cost", justify="right", footer=f"{sum(row.cost for row in rows):,.6f}")
     for number, row in enumerate(rows):
         counts = [f"{values[number]:,}" for _, values in sums]
-        table.add_row(*(part or "-" for part in row.group), *counts, f"{row.cost:,.4f}")
+        table.add_row(*(part or "-" for part in row.group), *counts, f"{row.cost:,.6f}")
     return table

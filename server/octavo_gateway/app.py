@@ -182,6 +182,7 @@ class Gateway:
             interval_s=self.settings.report_interval,
             clock=self._clock,
             on_report=self.dispatcher.loads_changed,
+            on_restart=self.index.forget,
         )
         await self.whole.start()
         self._background = [asyncio.create_task(poller.run())]

@@ -57,6 +57,11 @@ class EndpointLoad:
         self.expects_reports = True
         self._in_flight_at_report = self.in_flight if in_flight_when_asked is None else in_flight_when_asked
 
+    def restarted(self, report: LoadReport) -> bool:
+        """True when this reading's counter began anew: another process answers there, with an empty cache."""
+        before = self.report.generated_tokens if self.report is not None else None
+        return before is not None and report.generated_tokens is not None and report.generated_tokens < before
+
     def forget_report(self, expects_reports: bool) -> None:
         """Drop a stale reading; `expects_reports` is False for a runtime that has no metrics page."""
         self.report = None

@@ -98,6 +98,7 @@ class ReportPoller:
         interval_s: float,
         clock: Callable[[], float],
         on_report: Callable[[], None],
+        on_restart: Callable[[str], None],
     ) -> None:
         self._registry = registry
         self._loads = loads
@@ -105,6 +106,7 @@ class ReportPoller:
         self._interval_s = interval_s
         self._clock = clock
         self._on_report = on_report
+        self._on_restart = on_restart
         self._ready: set[str] = set()
         self._newly_ready = asyncio.Event()
         registry.subscribe(self._on_change)
@@ -143,6 +145,9 @@ class ReportPoller:
             return
         report = parse_report(page, self._clock()) if status == 200 else None
         if report is not None:
+            if load.restarted(report):
+                log.info("replica %s was restarted: nothing is cached there", endpoint.id)
+                self._on_restart(endpoint.id)
             load.update(report, in_flight)
         elif load.report is not None or load.expects_reports:
             log.warning("replica %s: its metrics page tells no load; routing by this gateway's own count", endpoint.id)

@@ -16,6 +16,7 @@ from octavo_gateway.discovery import LocalDiscovery
 from octavo_gateway.registry import Registry
 from octavo_gateway.server import GatewayServer
 from octavo_gateway.settings import GatewaySettings
+from octavo_gateway.usage import PriceTable
 from octavo_operator.plan import Workload
 
 SCRAPE_INTERVAL_S = 1.0
@@ -30,10 +31,12 @@ class StartFailedError(Exception):
 class LocalHost:
     """The services of some manifests on this machine. `run` serves until `stop` has drained everything."""
 
-    def __init__(self, workloads: Sequence[Workload], settings: GatewaySettings, log_dir: Path) -> None:
+    def __init__(
+        self, workloads: Sequence[Workload], settings: GatewaySettings, prices: PriceTable, log_dir: Path
+    ) -> None:
         self._registry = Registry()
         self._discovery = LocalDiscovery(self._registry)
-        self.gateway = GatewayServer.from_settings(settings, self._registry)
+        self.gateway = GatewayServer.from_settings(settings, self._registry, prices=prices)
         self.workloads = [LocalWorkload(workload, log_dir, self._publish) for workload in workloads]
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()

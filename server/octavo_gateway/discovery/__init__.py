@@ -3,6 +3,6 @@
 from octavo_gateway.discovery.kube_api import ApiServer
 from octavo_gateway.discovery.kubernetes import KubernetesDiscovery
 from octavo_gateway.discovery.local import LocalDiscovery
-from octavo_gateway.discovery.static import StaticDiscovery, load_static
+from octavo_gateway.discovery.static import StaticDiscovery, StaticFile, load_static
 
-__all__ = ["ApiServer", "KubernetesDiscovery", "LocalDiscovery", "StaticDiscovery", "load_static"]
+__all__ = ["ApiServer", "KubernetesDiscovery", "LocalDiscovery", "StaticDiscovery", "StaticFile", "load_static"]

@@ -85,7 +85,7 @@ class ModelSpec(_Part, frozen=True, kw_only=True):
 class StaticFile(_Part, frozen=True, kw_only=True):
     """The whole file. `settings` are those of `octavo gateway`, `prices` are per model."""
 
-    models: list[ModelSpec]
+    models: list[ModelSpec] = []
     settings: dict[str, Any] = {}
     prices: dict[str, Any] = {}
 

@@ -50,8 +50,8 @@ class PrefixAware:
     """The replica that has most of the prompt cached, unless it is busier than `load_factor` times the mean.
 
     The bound is that of consistent hashing with bounded loads (Mirrokni et al. 2016), applied per request, so one hot
-    replica loses affinity without costing the others theirs. A new prefix goes to the least loaded; near-equals are
-    told apart by rendezvous hashing on its first block, so several gateways agree without talking.
+    replica loses affinity without costing the others theirs. A new prefix goes to the least loaded; among idle
+    ones rendezvous hashing on its first block decides, so several gateways agree without talking.
     """
 
     def __init__(self, index: PrefixIndex, load_factor: float = 1.25, load_weight: float = 0.25) -> None:
@@ -88,9 +88,10 @@ class PrefixAware:
         return Choice(chosen.endpoint, f"least loaded {chosen.score:.2f}: {why}")
 
     def _place(self, candidates: Sequence[Candidate], scores: Sequence[float], first_block: int) -> Candidate:
-        lowest = min(scores)
-        near = [c for c, score in zip(candidates, scores, strict=True) if score <= lowest]
-        return max(near, key=lambda c: xxhash.xxh3_64_intdigest(c.endpoint.id.encode(), seed=first_block))
+        idle = [c for c, score in zip(candidates, scores, strict=True) if score == 0.0]
+        if not idle:
+            return min(candidates, key=_by_load)
+        return max(idle, key=lambda c: xxhash.xxh3_64_intdigest(c.endpoint.id.encode(), seed=first_block))
 
 
 class SessionAffinity:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fakes.gateway_door import HELLO, Door, entry, open_door, until
 from fakes.openai_replica import OpenAIReplica
-from octavo_gateway.registry import Endpoint, EndpointState
+from octavo_gateway.registry import Endpoint, EndpointState, Strategy
 
 STREAM = HELLO | {"stream": True}
 
@@ -124,3 +124,18 @@ async def test_after_many_random_cancels_every_count_is_back_at_zero() -> None:
 
         assert (load.in_flight, load.pending_tokens) == (0, 0)
         assert (signals.held, signals.in_flight) == (0, 0)
+
+
+async def test_a_replica_that_restarts_behind_its_address_is_believed_to_have_cached_nothing() -> None:
+    page = "octavo_requests_waiting 0\noctavo_requests_running 0\noctavo_generation_tokens_total {}\n"
+    question = {"model": "m", "messages": [{"role": "user", "content": "long " * 400}]}
+    replica = OpenAIReplica("r", metrics=page.format(500), cached_tokens=7)
+    async with replica.serve(), open_door(entry(replica, strategy=Strategy.PREFIX_AWARE)) as door:
+        index, load = door.server.app.index, door.server.app.loads["r"]
+        await until(lambda: load.report is not None)
+        await door.read(question)
+        believed = len(index)
+        replica.metrics = page.format(3)
+        await until(lambda: len(index) == 0)
+
+    assert believed > 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +94,20 @@ def test_eviction_never_orphans_the_start_of_a_chain() -> None:
 
     assert index.matched("r", (7, 8, 9)) == 3
     assert index.matched("r", (1, 2, 3)) == 1
+
+
+@pytest.mark.slow
+def test_ten_million_blocks_leave_a_quarter_gibibyte_at_most() -> None:
+    def resident_mib() -> float:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+
+    index, before = PrefixIndex(), resident_mib()
+    for number in range(40_000):
+        index.record(f"r{number % 8}", [number << 20 | block for block in range(250)])
+
+    assert len(index) == index.max_blocks
+    assert resident_mib() - before <= 256
 
 
 def test_endpoints_that_are_gone_leave_nothing_behind() -> None:
