@@ -21,8 +21,9 @@ CONTEXT_BYTES = {True: GIB, False: 400 * 1024**2}  # of a process, with and with
 DEFAULT_STEP_TOKENS = 8_192
 MAX_FIXES = 3
 _SMALLER = (WeightQuantization.FP8, WeightQuantization.INT8, WeightQuantization.INT4)
-# Bytes that remain of 16-bit weights: codes, and scales of groups of 128.
-_WEIGHT_SHARE = {WeightQuantization.FP8: 0.51, WeightQuantization.INT8: 0.51, WeightQuantization.INT4: 0.28}
+# Bytes that remain of 16-bit weights: codes and their scales, as Octavo's own engine stores them.
+_WEIGHT_SHARE = {WeightQuantization.FP8: 0.505, WeightQuantization.INT8: 0.535, WeightQuantization.INT4: 0.315}
+_HEAD_SHARE = 0.535  # of the output head, which no format takes below 8 bits
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,19 @@ def estimate_fit(service: InferenceService, resources: Resources, supports: Supp
     )
     if fits(setting):
         room = (_usable(setting) - wanted.weights - wanted.overhead) // wanted.per_token
-        return Fit(True, f"{told}; the cache will hold about {_rounded(room):,} tokens")
+        message = f"{told}; the cache will hold about {_rounded(room):,} tokens"
+        return Fit(True, message, wanted.weights, wanted.request)
     fixes = [text for changed, text in _fixes(setting, wanted, supports, shape) if fits(changed)][:MAX_FIXES]
     advice = "; or ".join(fixes) or "use accelerators with more memory, or more of them"
-    return Fit(False, f"needs {_gib(wanted.total)}: {told}; {advice}")
+    return Fit(False, f"needs {_gib(wanted.total)}: {told}; {advice}", wanted.weights, wanted.request)
 
 
 def _need(of: _Setting, shape: ModelShape, step_tokens: int, on_accelerator: bool) -> _Need:
-    embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied_embedding else 2)
     weights = shape.weight_bytes
     if of.weights in _WEIGHT_SHARE and not shape.quantized:
-        in_16_bit = (weights - embedding) * 2 / shape.stored_bytes
-        weights = int(embedding + max(0.0, in_16_bit) * _WEIGHT_SHARE[of.weights])
+        table = shape.vocabulary * shape.hidden * shape.stored_bytes  # looked up, so kept; a tied head is made of it
+        layers = max(0, weights - table * (1 if shape.tied_embedding else 2)) * 2 / shape.stored_bytes
+        weights = int(table + table * _HEAD_SHARE + layers * _WEIGHT_SHARE[of.weights])
     cache_bytes = 1 if of.cache in (KVCacheQuantization.FP8, KVCacheQuantization.INT8) else 2
     per_token = shape.layers * shape.kv_elements * cache_bytes
     working = step_tokens * (4 * shape.hidden + 2 * shape.intermediate) * 2

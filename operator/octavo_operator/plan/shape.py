@@ -27,10 +27,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Fit:
-    """The verdict and the numbers behind it, in words."""
+    """The verdict, and the numbers behind it in words. Bytes over all ranks; `request_bytes` is the cache of one
+    request of full length."""
 
     fits: bool
     message: str
+    weight_bytes: int = 0
+    request_bytes: int = 0
 
 
 def shape_of(config: Mapping[str, Any], weight_bytes: int) -> ModelShape | None:
