@@ -69,8 +69,20 @@ def memory_pressure(rng: random.Random) -> list[SimulatedRequest]:
     ]
 
 
+def returning_conversations(rng: random.Random) -> list[SimulatedRequest]:
+    """100 conversations of 4,000 tokens, twice what the cache holds; each says something new every 25 s or so."""
+    requests = []
+    for talk in range(100):
+        history = prompt(rng, 4_000)
+        for turn in range(4):
+            history += prompt(rng, 60)
+            arrival_s = 25 * turn + rng.uniform(0, 25)
+            requests.append(SimulatedRequest(f"talk{talk}-{turn}", arrival_s, history, 60, "returning"))
+    return requests
+
+
 def is_short(request: SimulatedRequest) -> bool:
-    return len(request.prompt) < 1_000 and request.tenant != "flood"
+    return request.tenant == "returning" or (len(request.prompt) < 1_000 and request.tenant != "flood")
 
 
 def report(title: str, policy: str, results: list[SimulationResult]) -> None:
@@ -87,15 +99,22 @@ def report(title: str, policy: str, results: list[SimulationResult]) -> None:
     )
 
 
+WORKLOADS = (chat_with_long_prompts, noisy_neighbour, memory_pressure, returning_conversations)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=2)
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--workload", choices=[trace.__name__ for trace in WORKLOADS], help="only this one")
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
     print(
         f"{'workload':24} {'':5} {'ttft p50':>9} {'ttft p99':>9} {'itl p50':>8} {'itl p99':>8} {'total s':>8} "
-        f"{'tok/s':>8} {'preempt':>8}   (ms; ttft of short requests)"
+        f"{'tok/s':>8} {'preempt':>8}   (ms; ttft of short requests and of returning ones)"
     )
-    for trace in (chat_with_long_prompts, noisy_neighbour, memory_pressure):
+    for trace in WORKLOADS:
+        if arguments.workload not in (None, trace.__name__):
+            continue
         for policy, limits, host_blocks in (
             ("fcfs", FCFS, 0),
             ("fixed", FIXED_TARGET, 0),

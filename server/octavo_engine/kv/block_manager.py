@@ -104,6 +104,9 @@ class BlockManager:
             self.host.fetch(match.slots, table.blocks[num_cached : num_cached + len(match.slots)])
             self.host.pool.release(match.slots, table.tenant)
             self.publish(table, tokens, match.num_tokens)
+        if self.host is not None:
+            fetched = 0 if table.set_aside else len(match.slots)
+            self.host.came_back(table.keys[match.num_tokens // self._block_size :], fetched)
         self.forget_set_aside(table)
 
     def set_aside(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> bool:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from octavo_engine.kv.block_pool import BlockPool
 from octavo_engine.kv.transfers import Direction, Transfer, TransferQueue
+
+FIRST_LEAST_RATE = 0.3
+_RATE_WEIGHT = 0.002
 
 
 class HostTier:
     """A pool of host blocks ("slots") with the same keys, eviction order and tenant quotas as the device's.
 
     Nothing is copied here: the copies that a decision needs are queued, and `take_transfers` hands them to whoever
-    computes, before the next step. `demotions_left` bounds the evicted blocks that are still taken in before that: a
-    long prompt that sweeps the cache must not hold up the step it comes in with.
+    computes, before the next step.
+
+    Evicted blocks are taken in while they are likely to come back: `return_rate` is how many blocks were asked for
+    again for each that was evicted, of late. Of those not taken in, the keys are remembered as long as their content
+    might have stayed, so that the rate is learned from them too. Prompts that are seen once cost no copies.
     """
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
-        self.demotions_left = 1 << 30
+        self.least_rate = FIRST_LEAST_RATE
+        self.return_rate = 0.0
+        self._gone: OrderedDict[bytes, None] = OrderedDict()
         self.num_stored = 0
         self.num_fetched = 0
         self._transfers = TransferQueue()
@@ -31,13 +40,30 @@ class HostTier:
         return self._transfers.take()
 
     def demote(self, block: int, key: bytes, tenant: str) -> None:
-        """A cached device block is about to be reused: keep its content, if it is not here and there is room."""
-        if self.demotions_left < 1 or not self.pool.num_free or self.pool.match([key]):
+        """A cached device block is about to be reused: keep its content, if it is not here, there is room, and
+        evicted blocks come back often enough."""
+        self.return_rate *= 1.0 - _RATE_WEIGHT
+        if self.pool.match([key]):
             return
-        self.demotions_left -= 1
+        if self.return_rate < self.least_rate or not self.pool.num_free:
+            self._remember(key)
+            return
         (slot,) = self._store([block])
         self._publish(slot, key)
         self.pool.release([slot], tenant)
+
+    def came_back(self, missing: Sequence[bytes], num_fetched: int) -> None:
+        """A sequence started: it has fetched so many blocks, and these it must compute."""
+        gone = [key for key in missing if key in self._gone]
+        for key in gone:
+            del self._gone[key]
+        self.return_rate = min(1.0, self.return_rate + _RATE_WEIGHT * (len(gone) + num_fetched))
+
+    def _remember(self, key: bytes) -> None:
+        self._gone[key] = None
+        self._gone.move_to_end(key)
+        if len(self._gone) > self.pool.num_blocks:
+            self._gone.popitem(last=False)
 
     def set_aside(self, blocks: Sequence[int], keys: Sequence[bytes]) -> list[int] | None:
         """Hold copies of a sequence's blocks, the first of which have `keys`; None, with nothing changed, if there is

@@ -21,6 +21,7 @@ from octavo_engine.parallel.sections import Rows, as_rows, held_size
 from octavo_kernels import ops
 
 NO_ADAPTER = -1
+_LEAST_TOKENS = 1_024  # more than any step of the warm-up has
 
 
 class ActiveSlots:
@@ -30,7 +31,7 @@ class ActiveSlots:
     """
 
     def __init__(self, max_num_tokens: int, device: torch.device) -> None:
-        self._slots = torch.full((max_num_tokens,), NO_ADAPTER, dtype=torch.int32, device=device)
+        self._slots = torch.full((max(_LEAST_TOKENS, max_num_tokens),), NO_ADAPTER, dtype=torch.int32, device=device)
 
     def set(self, slots: torch.Tensor) -> None:
         """slots: [T] int32. What lies beyond T has no adapter."""

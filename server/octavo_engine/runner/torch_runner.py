@@ -151,7 +151,9 @@ class TorchModelRunner:
             if self._info.task != "generate":
                 self.embed([[0] * length])
             elif cached + length <= capacity:
-                self.forward([SequenceSlice([0] * length, cached, range(-(-(cached + length) // block_size)))])
+                blocks = range(-(-(cached + length) // block_size))
+                for slot in (None,) if self._adapted is None else (None, 0):
+                    self.forward([SequenceSlice([0] * length, cached, blocks, 1, slot)])
         self._info = msgspec.structs.replace(self._info, backend=self._describe_backend())
 
     def record_phases(self, seconds: dict[str, float]) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Collection
 from octavo_engine.kv.block_manager import BlockManager, PrefixMatch
 from octavo_engine.scheduler.limits import PreemptionMode
 from octavo_engine.scheduler.sequence import Sequence
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.scheduler.step_time import StepTimeModel
 
 _FIRST_BYTES_PER_S = 8e9
 _WEIGHT = 0.1
-_DEMOTION_SHARE = 0.1
-_MIN_DEMOTIONS = 8
 
 
 class CopyTime:
@@ -67,13 +65,14 @@ class Preemption:
             return on_device
         return match
 
-    def bound_demotions(self, num_running: int) -> None:
-        """Let evicted blocks take a small part of the next step's time on their way to host memory."""
+    def weigh_demotions(self) -> None:
+        """Evicted blocks are worth a copy while so many come back that fetching them saves more than copying costs."""
         host, block_s = self._blocks.host, self.copy.seconds_per_block
         if host is None:
             return
-        step_s = self._step_time.predict(StepLoad(num_running)) if self._step_time.is_ready else 0.0
-        host.demotions_left = max(_MIN_DEMOTIONS, int(_DEMOTION_SHARE * step_s / block_s) if block_s > 0 else 0)
+        again_s = self._recompute_s(self._blocks.pool.block_size)
+        if again_s > 0.0:
+            host.least_rate = block_s / (again_s - block_s) if again_s > block_s else float("inf")
 
     def _cost_per_block(self, seq: Sequence) -> float:
         freed = self._blocks.num_unshared(seq.table)

@@ -140,7 +140,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Choose the next step's tokens; an empty batch means there is nothing to do."""
-        self.preemption.bound_demotions(len(self._running))
+        self.preemption.weigh_demotions()
         preempted = self._reserve_decode_blocks()
         batch = Batch([], [])
         prefills: list[Sequence] = []

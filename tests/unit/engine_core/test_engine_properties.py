@@ -82,6 +82,8 @@ class World:
             preemption_mode=self.preemption_mode,
         )
         self.core = EngineCore(self.runner, config, lambda: self.now)
+        if self.core.scheduler.blocks.host is not None:
+            self.core.scheduler.blocks.host.return_rate = 1.0  # whatever is evicted goes there
         assert self.core.adapters is not None
         self.adapters = self.core.adapters.slots
         for name in ADAPTERS:

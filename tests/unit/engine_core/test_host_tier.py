@@ -25,7 +25,14 @@ from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 def engine(num_blocks: int, num_host_blocks: int, **settings: object) -> EngineCore:
     config = EngineConfig(model="fake", max_num_seqs=8, max_num_batched_tokens=64, **settings)  # type: ignore[arg-type]
     runner = FakeRunner(num_blocks=num_blocks, num_host_blocks=num_host_blocks)
-    return EngineCore(runner, config, lambda: 0.0)
+    core = EngineCore(runner, config, lambda: 0.0)
+    host_of(core).return_rate = 1.0  # as if everything evicted had come back so far
+    return core
+
+
+def host_of(core: EngineCore) -> HostTier:
+    assert core.scheduler.blocks.host is not None
+    return core.scheduler.blocks.host
 
 
 def ask(core: EngineCore, name: str, prompt: list[int], max_tokens: int = 4) -> None:
@@ -62,6 +69,24 @@ def test_an_evicted_prefix_comes_back_from_host_memory() -> None:
     assert stats.host_hits >= 12
     assert stats.host_blocks_fetched * 4 == stats.host_hits
     assert stats.host_blocks_used == 0
+
+
+def test_prompts_seen_once_are_not_kept_and_returning_ones_are() -> None:
+    core = engine(num_blocks=8, num_host_blocks=2_000)
+    host_of(core).return_rate = 0.0
+
+    def say(start: int) -> int:
+        prompt = [start, *range(2, 25)]
+        ask(core, f"r{core.stats().step}", prompt)
+        return max(output.num_cached_tokens for outputs in drain(core).values() for output in outputs)
+
+    for start in range(1, 80):
+        say(start)
+    assert core.stats().host_blocks_stored == 0
+    for _ in range(6):
+        found = [say(start) for start in range(1, 80)]
+    assert min(found) == 20
+    assert core.stats().host_blocks_stored > 0
 
 
 def test_a_preempted_sequence_resumes_where_it_was() -> None:
@@ -114,7 +139,9 @@ def test_a_reset_forgets_host_memory_too() -> None:
 
 
 def tiers(num_blocks: int, num_slots: int) -> BlockManager:
-    return BlockManager(BlockPool(num_blocks, 4), HostTier(BlockPool(num_slots, 4)))
+    host = HostTier(BlockPool(num_slots, 4))
+    host.return_rate = 1.0
+    return BlockManager(BlockPool(num_blocks, 4), host)
 
 
 def sequence(manager: BlockManager, name: str, length: int, computed: int, priority: int = 0) -> Sequence:
