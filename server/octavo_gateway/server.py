@@ -178,7 +178,8 @@ def _open_ledger(settings: GatewaySettings, seat: Seat | None) -> Ledger | None:
 def _deliver_left_behind(settings: GatewaySettings, folder: Path, count: int) -> None:
     """Journals of workers that there were when there were more of them; what they left open is found as others' is."""
     for own in folder.glob("worker-*"):
-        if own.is_dir() and int(own.name.removeprefix("worker-")) >= count:
+        number = own.name.removeprefix("worker-")
+        if own.is_dir() and number.isdigit() and int(number) >= count:
             ledger = Ledger(own, settings.ledger_url, database=folder / DATABASE)
             ledger.take_unfinished()
             ledger.close()
