@@ -62,6 +62,22 @@ def _case(name: str, **particular: Any) -> Case:
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.5, 1.6, 1.8], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    **EXPERTS,
+    "num_key_value_heads": 6,
+    "head_dim": 8,
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+DEEP_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=0.9)
 CASES |= {
     "mistral": _case("Mistral", sliding_window=None),
     "mistral, sliding window": _case("Mistral", sliding_window=6),
@@ -79,6 +95,12 @@ CASES |= {
         "Phi3", tie_word_embeddings=True, **_rope("default", partial_rotary_factor=0.75)
     ),
     "olmo2": _case("Olmo2"),
+    "deepseek v2": _case("DeepseekV2", **LATENT, topk_method="greedy"),
+    "deepseek v2, groups, queries compressed, yarn": _case(
+        "DeepseekV2", **{**LATENT, "q_lora_rank": 20}, **GROUPS, topk_method="group_limited_greedy", **DEEP_YARN
+    ),
+    "deepseek v3": _case("DeepseekV3", **{**LATENT, "q_lora_rank": 20}, **GROUPS, **DEEP_YARN),
+    "deepseek v3, all in one group": _case("DeepseekV3", **LATENT, n_group=1, topk_group=1, norm_topk_prob=False),
     "smollm3": _case("SmolLM3", no_rope_layers=[1, 0, 1]),
     "gpt-oss": _case("GptOss", num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
 }

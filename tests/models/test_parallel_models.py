@@ -28,7 +28,7 @@ QUICK = [
 REST = [
     *((name, TENSOR) for name in CASES),
     *((name, PIPELINE) for name in ("llama, tied embeddings", "gemma3", "qwen3 moe", "smollm3")),
-    *((name, EXPERTS) for name in ("mixtral", "qwen3 moe", "gpt-oss")),
+    *((name, EXPERTS) for name in ("mixtral", "qwen3 moe", "gpt-oss", "deepseek v3")),
 ]
 
 

@@ -15,6 +15,7 @@ import torch
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.layers.moe import MoE, SharedExpert
+from octavo_engine.layers.routing import Routing
 from octavo_kernels import ops
 from octavo_kernels.expert_weights import ExpertWeight, join_rows
 from octavo_kernels.quantized_weights import Fp8Weight
@@ -32,17 +33,16 @@ class FusedMoE:
     router: Linear
     gate_up: ExpertWeight
     down: ExpertWeight
-    top_k: int
-    renormalize: bool
+    routing: Routing
     activation: str
     alpha: float
     limit: float
-    shared: SharedExpert | None = None
+    shared: SharedExpert | GatedMLP | None = None
     first_expert: int = 0
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weights, experts = ops.route_experts(self.router(x), self.top_k, False, self.renormalize)
+        weights, experts = self.routing(self.router(x))
         local = experts - self.first_expert if self.first_expert else experts
         out = ops.moe_mlp(
             x, self.gate_up, self.down, weights, local, self.activation, alpha=self.alpha, limit=self.limit
@@ -68,8 +68,7 @@ def fuse(moe: MoE) -> MoE | FusedMoE:
         moe.router,
         gate_up,
         down,
-        moe.top_k,
-        moe.renormalize,
+        moe.routing,
         name,
         alpha,
         limit,

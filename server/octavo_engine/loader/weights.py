@@ -83,6 +83,12 @@ class WeightLoader:
         """A stack of matrices as stored, for a model to take apart and `pack`."""
         return self._dense(name, shape)
 
+    def dense_matrix(self, name: str, rows: int | Rows, columns: int) -> torch.Tensor:
+        """A matrix in the activations' type, whatever it is stored as: one that a model multiplies in its own way."""
+        weight = self._matrix(name, rows, columns)
+        dense = weight.dequantize(self.dtype) if isinstance(weight, QuantizedWeight) else weight
+        return self._account(dense.to(self.device, self.dtype))
+
     def raw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Codes of a format of the model's own, as stored."""
         tensor = self._get(name)

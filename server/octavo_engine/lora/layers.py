@@ -122,6 +122,8 @@ class AdaptedModel:
         attention = getattr(layer, "attention", None)
         if not isinstance(attention, Attention) or not dataclasses.is_dataclass(layer) or isinstance(layer, type):
             raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
+        if not isinstance(attention.qkv, Linear):
+            raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
         config = base.config
         attended = config.num_heads * config.head_dim
         changed: dict[str, Any] = {

@@ -15,13 +15,20 @@ from octavo_kernels.step import Activation
 class MoEConfig:
     """Experts of a layer: each token goes to `top_k` of `num_experts`.
 
-    renormalize: the chosen probabilities are scaled to sum to one.
+    renormalize: the chosen probabilities are scaled to sum to one. correction_bias: what the layer calls it, if it has
+    one. The fields after it are those of `layers.routing.Routing`.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     renormalize: bool
+    correction_bias: str = ""
+    sigmoid: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    groups_by_best: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

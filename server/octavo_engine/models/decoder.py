@@ -18,6 +18,7 @@ from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.classifier import Classifier
 from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.fused_moe import FusedMoE
+from octavo_engine.layers.latent_attention import LatentAttention
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GATED, GatedMLP
 from octavo_engine.layers.moe import MoE
@@ -51,7 +52,7 @@ class DecoderLayer:
     """Pre-norm layer; the residual sum is folded into the norm that follows it."""
 
     input_norm: RMSNorm
-    attention: Attention
+    attention: Attention | LatentAttention
     post_attention_norm: RMSNorm
     mlp: MLP
 
@@ -249,7 +250,7 @@ def _layer_plan(layer: Layer, config: LayerConfig) -> DecoderLayerPlan | None:
     if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, GatedMLP):
         return None
     attention, mlp = layer.attention, layer.mlp
-    if not isinstance(attention.qkv, Linear):
+    if not isinstance(attention, Attention) or not isinstance(attention.qkv, Linear):
         return None
     if attention.soft_cap or attention.sinks is not None or mlp.gate_up.bias is not None or mlp.down.bias is not None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from octavo_engine.layers.fused_moe import fuse
 from octavo_engine.layers.mlp import GATED, GatedActivation, GatedMLP
 from octavo_engine.layers.moe import MoE, SharedExpert
+from octavo_engine.layers.routing import Routing
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, MoEConfig
 from octavo_engine.models.decoder import MLP, Decoder
@@ -29,13 +30,25 @@ class MoEDecoder(Decoder):
         layer_moe = MoE(
             weights.linear(router, self.config.hidden_size, bias=self.moe_bias, exact=True),
             self.make_experts(weights, f"{prefix}.experts", moe, held),
-            moe.top_k,
-            moe.renormalize,
+            self._routing(weights, prefix, moe),
             self.make_shared_expert(weights, prefix),
             held.start,
             self.rank.reduce,
         )
         return layer_moe if weights.device.type == "cpu" else fuse(layer_moe)
+
+    def _routing(self, weights: WeightLoader, prefix: str, moe: MoEConfig) -> Routing:
+        name = f"{prefix}.{moe.correction_bias}"
+        return Routing(
+            moe.top_k,
+            moe.renormalize,
+            moe.sigmoid,
+            moe.num_groups,
+            moe.top_groups,
+            moe.groups_by_best,
+            moe.scale,
+            weights.vector(name, moe.num_experts) if moe.correction_bias else None,
+        )
 
     def make_experts(self, weights: WeightLoader, prefix: str, moe: MoEConfig, held: Section) -> tuple[GatedMLP, ...]:
         """This rank's experts, or its part of each."""
@@ -56,7 +69,7 @@ class MoEDecoder(Decoder):
     def expert_activation(self) -> GatedActivation:
         return GATED[self.config.activation]
 
-    def make_shared_expert(self, weights: WeightLoader, prefix: str) -> SharedExpert | None:
+    def make_shared_expert(self, weights: WeightLoader, prefix: str) -> SharedExpert | GatedMLP | None:
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from octavo_engine.errors import ModelLoadError
 from octavo_engine.models.bert import BertModel, RobertaModel
 from octavo_engine.models.classification import SUFFIX
+from octavo_engine.models.deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from octavo_engine.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from octavo_engine.models.gpt_oss import GptOssForCausalLM
 from octavo_engine.models.interface import Model
@@ -21,6 +22,8 @@ ARCHITECTURES: dict[str, type[Model]] = {
     "BertForMaskedLM": BertModel,
     "BertForSequenceClassification": BertModel,
     "BertModel": BertModel,
+    "DeepseekV2ForCausalLM": DeepseekV2ForCausalLM,
+    "DeepseekV3ForCausalLM": DeepseekV3ForCausalLM,
     "Gemma2ForCausalLM": Gemma2ForCausalLM,
     "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "GptOssForCausalLM": GptOssForCausalLM,

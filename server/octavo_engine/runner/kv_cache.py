@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo_engine.errors import ConfigError
 from octavo_kernels.batch import PagedKVCache
 
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -15,7 +16,10 @@ SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What a model caches of each token, in each of `num_layers` layers. Keys and values may differ in width."""
+    """What a model caches of each token, in each of `num_layers` layers. Keys and values may differ in width.
+
+    value_dim 0: values are a part of the keys (latent attention), which then have no 8-bit form.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -23,7 +27,12 @@ class CacheLayout:
     value_dim: int
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Keys and values of one token in all layers, with the scales of 8-bit forms."""
+        """Keys and values of one token in all layers, with the scales of 8-bit forms.
+
+        Raises `ConfigError` for a form the layout does not have.
+        """
+        if dtype in SCALED_DTYPES and not self.value_dim:
+            raise ConfigError("kv_cache_dtype: latent attention caches no 8-bit numbers; use auto or bfloat16")
         scales = 8 if dtype in SCALED_DTYPES else 0
         width = (self.key_dim + self.value_dim) * dtype.itemsize + scales
         return self.num_layers * self.num_kv_heads * width
@@ -40,7 +49,7 @@ class CacheLayout:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On a CPU the pages come from the system when they are first written: an idle cache costs nothing."""
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)

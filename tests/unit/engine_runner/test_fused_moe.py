@@ -11,6 +11,7 @@ from octavo_engine.layers.fused_moe import FusedMoE, fuse
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.layers.moe import MoE, SharedExpert
+from octavo_engine.layers.routing import Routing
 from octavo_kernels import ops
 from octavo_kernels.quantized_weights import quantize_fp8
 from octavo_kernels.registry import use_backends
@@ -32,7 +33,7 @@ def make_moe(store=lambda weight: weight, activation=ops.silu_and_mul, biased=Fa
     experts = tuple(GatedMLP(linear(2 * INNER, HIDDEN), linear(HIDDEN, INNER), activation) for _ in range(EXPERTS))
     router = Linear((torch.randn(EXPERTS, HIDDEN),))
     extra = SharedExpert(experts[0], Linear((torch.randn(1, HIDDEN),))) if shared else None
-    return MoE(router, experts, 2, True, extra)
+    return MoE(router, experts, Routing(2, True), extra)
 
 
 @pytest.mark.parametrize(
