@@ -240,6 +240,8 @@ class AdapterApi(Part):
 
     source: ModelSourceKind | None = None
     """What it reads adapters from, as modelSource says of models; the same when omitted."""
+    at_start: Argument | None = None
+    """Arguments that load one when the engine starts, with {name} and {path}; local mode uses them."""
     load: HttpPath = "/v1/load_lora_adapter"
     """POST {"lora_name": ..., "lora_path": ...} here loads one."""
     unload: HttpPath = "/v1/unload_lora_adapter"

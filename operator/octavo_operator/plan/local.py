@@ -43,6 +43,11 @@ _CLUSTER_FIELDS: tuple[tuple[str, _Read, str], ...] = (
         lambda s: s.model.storage_uri.startswith(_VOLUMES),
         "use file:// or another address",
     ),
+    (
+        "model.adapters",
+        lambda s: any(a.storage_uri.startswith(_VOLUMES) for a in (s.model.adapters.items if s.model.adapters else ())),
+        "use file:// or another address for each",
+    ),
     ("model.cacheRef", lambda s: s.model.cache_ref, "downloads are cached under ~/.cache/octavo anyway"),
     ("model.credentialsSecretRef", lambda s: s.model.credentials_secret_ref, "set HF_TOKEN in your shell"),
     ("accelerator", lambda s: s.accelerator, "nodes are chosen by the scheduler"),

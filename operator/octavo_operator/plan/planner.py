@@ -64,9 +64,10 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
     values = portable_values(service, resources)
     if not source.takes_revision:
         values.pop("model.revision", None)
-    argv, argument_errors = command_line(
-        runtime.spec.container, values, names, extra=tuple(service.spec.engine.extra_args)
-    )
+    extra = tuple(service.spec.engine.extra_args)
+    if facts.target is Target.LOCAL:  # nobody loads adapters into running engines there
+        extra = (*_adapters_at_start(runtime.spec, adapters), *extra)
+    argv, argument_errors = command_line(runtime.spec.container, values, names, extra)
     errors += source_errors + adapter_errors + argument_errors
     nodes, node_errors = replica_nodes(service, runtime.spec, resources)
     errors += node_errors
@@ -83,6 +84,15 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
         not_estimated=fit if isinstance(fit, str) else "" if fit else facts.model.unknown,
         model=facts.model,
     )
+
+
+def _adapters_at_start(runtime: ServingRuntimeSpec, adapters: Mapping[str, ModelSource]) -> list[str]:
+    words = (runtime.adapter_api.at_start or "").split()
+    return [
+        word.replace("{name}", name).replace("{path}", source.uri)
+        for name, source in adapters.items()
+        for word in words
+    ]
 
 
 def _without_propagation(service: InferenceService) -> InferenceService:

@@ -41,9 +41,11 @@ def adapter_sources(
     sources: dict[str, ModelSource] = {}
     errors: list[FieldError] = []
     adapters = service.spec.model.adapters
+    kind = runtime.adapter_api.source or runtime.model_source
+    if facts.target is Target.LOCAL:
+        kind = "Uri"  # read by the engine as it starts, like the model
     for index, adapter in enumerate(adapters.items if adapters else []):
         path = f"spec.model.adapters.items[{index}].storageUri"
-        kind = runtime.adapter_api.source or runtime.model_source
         sources[adapter.name], wrong = _source(adapter.storage_uri, path, kind, facts)
         errors += wrong
     return sources, errors

@@ -91,6 +91,7 @@ class LocalWorkload:
             name=self.workload.model_name,
             endpoints=tuple(self._endpoint(m) for m in self.supervisor.members if m.process is not None),
             aliases=self.workload.model_names[1:],
+            adapters=tuple(self.workload.adapters),
             namespace=self.workload.namespace,
             created=self._created,
             strategy=Strategy(routing.strategy),

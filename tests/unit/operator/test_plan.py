@@ -140,6 +140,19 @@ def test_adapters_are_switched_on_where_the_runtime_serves_them() -> None:
     assert "spec.model.adapters" in [e.path for e in caught.value.errors]
 
 
+def test_in_local_mode_adapters_are_loaded_as_the_engine_starts() -> None:
+    adapters = {"items": [{"name": "sql", "storageUri": "file:///adapters/sql"}]}
+    subject = service(model={"storageUri": "hf://o/m", "adapters": adapters})
+    (planned,) = plan(subject, facts=Facts(target=Target.LOCAL)).workloads
+    at = planned.argv.index("--lora-modules")
+    assert planned.argv[at + 1] == "sql=file:///adapters/sql"
+    assert "--enable-lora" in planned.argv
+    assert local_refusals(subject) == []
+    on_a_volume = {"items": [{"name": "sql", "storageUri": "pvc://disk/sql"}]}
+    refused = service(model={"storageUri": "hf://o/m", "adapters": on_a_volume})
+    assert [e.path for e in local_refusals(refused)] == ["spec.model.adapters"]
+
+
 def test_octavos_engine_reads_adapters_from_volumes_only() -> None:
     adapters = {"items": [{"name": "a", "storageUri": "hf://o/a"}]}
     with pytest.raises(Unplannable) as caught:
