@@ -27,6 +27,14 @@ from opentelemetry.trace import (
 from octavo_gateway.exchange import Exchange
 
 EXPORT_TIMEOUT_S = 3.0
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+"""Names of the GenAI semantic conventions for what a path asks for."""
 
 
 class Tracing:
@@ -62,7 +70,8 @@ class Tracing:
             context=_parent(exchange),
             kind=SpanKind.SERVER,
             start_time=wall_ns(exchange.started_at),
-            attributes={
+            attributes=_operation(exchange)
+            | {
                 "http.request.method": exchange.method,
                 "url.path": exchange.path,
                 "http.response.status_code": exchange.status,
@@ -86,6 +95,11 @@ class Tracing:
         """Send what is left; takes a few seconds at most when the collector is away."""
         if self.enabled:
             self._provider.shutdown()
+
+
+def _operation(exchange: Exchange) -> dict[str, str]:
+    name = OPERATIONS.get(exchange.path)
+    return {"gen_ai.operation.name": name} if name is not None else {}
 
 
 class _ChosenIds(IdGenerator):
@@ -115,7 +129,7 @@ def _parent(exchange: Exchange) -> Context | None:
         trace_id=int(exchange.trace.trace_id, 16),
         span_id=int(exchange.trace.parent_span_id, 16),
         is_remote=True,
-        trace_flags=TraceFlags(TraceFlags.SAMPLED),
+        trace_flags=TraceFlags(int(exchange.trace.flags, 16)),
     )
     return set_span_in_context(NonRecordingSpan(caller))
 

@@ -27,6 +27,7 @@ async def test_a_request_is_one_span_with_phases_between_caller_and_replica() ->
     covered = sum(span.end_time_unix_nano - span.start_time_unix_nano for span in phases)
     assert covered >= 0.95 * (request.end_time_unix_nano - request.start_time_unix_nano)
     assert attributes(request)["gen_ai.request.model"] == "m"
+    assert attributes(request)["gen_ai.operation.name"] == "chat"
     assert attributes(request)["octavo.outcome"] == "ok"
     assert b"Hello" not in collector.raw
 
@@ -39,3 +40,15 @@ async def test_an_absent_collector_costs_no_request() -> None:
         status, _, _ = await door.read(HELLO)
 
     assert status == 200
+
+
+async def test_a_trace_that_the_caller_does_not_sample_is_passed_on_and_not_recorded() -> None:
+    unsampled = CALLER[:-2] + "00"
+    async with otlp_collector() as collector, OpenAIReplica("r").serve() as replica:
+        async with open_door(entry(replica), otlp_endpoint=collector.url) as door:
+            await door.read(HELLO, headers={"traceparent": unsampled})
+            await door.read(HELLO, headers={"traceparent": CALLER.replace("a" * 32, "c" * 32)})
+        await until(lambda: collector.spans)
+
+    assert {span.trace_id.hex() for span in collector.spans} == {"c" * 32}
+    assert replica.received[0].headers["traceparent"].endswith("-00")
