@@ -149,6 +149,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._head = None
         self._complete = False
         self._keep_alive = False
+        self.resume()  # its last reader may have stopped it with the very bytes that ended the answer
         self.requests += 1
 
     async def _wait(self) -> None:
