@@ -45,27 +45,49 @@ class Beam:
 NextTokens = Callable[[Sequence[Beam]], list[TokenLogprobs]]
 
 
-def search(next_tokens: NextTokens, params: BeamSearchParams, eos_token_ids: frozenset[int]) -> list[Beam]:
-    """The best `beam_width` beams, best first.
+class BeamSearch:
+    """The search as a value: ask the model about `beams`, `extend` them by its answers, until it is done."""
 
-    `next_tokens` returns for each beam the model's `2 * beam_width` most likely next tokens: enough to fill every
-    beam even if half of them end.
-    """
-    ends = frozenset() if params.ignore_eos else eos_token_ids
-    beams, finished = [Beam()], list[Beam]()
-    for _ in range(params.max_tokens):
+    def __init__(self, params: BeamSearchParams, eos_token_ids: frozenset[int]) -> None:
+        self.beams = [Beam()]
+        self._params = params
+        self._ends = frozenset() if params.ignore_eos else eos_token_ids
+        self._finished: list[Beam] = []
+        self._num_steps = 0
+
+    @property
+    def is_done(self) -> bool:
+        """No beam can grow any more, or none that can would get among the best."""
+        if not self.beams or self._num_steps >= self._params.max_tokens:
+            return True
+        return self._num_steps > 0 and _is_decided(self.beams, self._finished, self._params)
+
+    def extend(self, entries: Sequence[TokenLogprobs]) -> None:
+        """entries: for each beam the model's `2 * beam_width` most likely next tokens, enough to fill every beam even
+        if half of them end."""
+        width, ends = self._params.beam_width, self._ends
         candidates = [
             Beam((*beam.token_ids, token), beam.cumulative_logprob + logprob)
-            for beam, entry in zip(beams, next_tokens(beams), strict=True)
+            for beam, entry in zip(self.beams, entries, strict=True)
             for token, logprob in entry.top
         ]
         candidates.sort(key=lambda beam: -beam.cumulative_logprob)
-        finished += [beam for beam in candidates[: params.beam_width] if beam.token_ids[-1] in ends]
-        beams = [beam for beam in candidates if beam.token_ids[-1] not in ends][: params.beam_width]
-        if not beams or _is_decided(beams, finished, params):
-            break
-    ranked = sorted([*finished, *beams], key=lambda beam: -beam.score(params.length_penalty))
-    return ranked[: params.beam_width]
+        self._finished += [beam for beam in candidates[:width] if beam.token_ids[-1] in ends]
+        self.beams = [beam for beam in candidates if beam.token_ids[-1] not in ends][:width]
+        self._num_steps += 1
+
+    def best(self) -> list[Beam]:
+        """The best `beam_width` beams, best first."""
+        ranked = sorted([*self._finished, *self.beams], key=lambda beam: -beam.score(self._params.length_penalty))
+        return ranked[: self._params.beam_width]
+
+
+def search(next_tokens: NextTokens, params: BeamSearchParams, eos_token_ids: frozenset[int]) -> list[Beam]:
+    """The best `beam_width` beams, best first; `next_tokens` returns for each beam what `BeamSearch.extend` takes."""
+    state = BeamSearch(params, eos_token_ids)
+    while not state.is_done:
+        state.extend(next_tokens(state.beams))
+    return state.best()
 
 
 def _is_decided(beams: list[Beam], finished: list[Beam], params: BeamSearchParams) -> bool:

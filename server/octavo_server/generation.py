@@ -123,7 +123,7 @@ class Generator:
         )
         try:
             async for output in outputs:
-                _raise_failure(output)
+                raise_failure(output)
                 timing.received()
                 finish = output.finish_reason
                 piece = detokenizer.push(output.token_ids, finish is not None)
@@ -249,7 +249,8 @@ def _count_prompt(request: SequenceRequest, output: SequenceOutput) -> None:
         request.caller.consumed.output_tokens += len(request.resumed_token_ids)
 
 
-def _raise_failure(output: SequenceOutput) -> None:
+def raise_failure(output: SequenceOutput) -> None:
+    """Raise the `ApiError` that a failed output stands for."""
     if output.finish_reason is FinishReason.DEADLINE:
         raise ApiError(504, "The request's deadline passed before it finished.", reason="deadline")
     if output.finish_reason is FinishReason.ERROR:

@@ -12,6 +12,7 @@ from octavo_engine.client import EngineClient
 from octavo_engine.errors import EngineDeadError
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.batches.service import Batches
+from octavo_server.beams import BeamSearcher
 from octavo_server.embedding import Embedder
 from octavo_server.errors import unavailable
 from octavo_server.generation import Generator
@@ -84,6 +85,11 @@ class Replica:
     def generator(self) -> Generator:
         """Runs sequences; raises a retryable 503 while no model is loaded."""
         return _loaded(self._generator)
+
+    @property
+    def beams(self) -> BeamSearcher:
+        """Searches instead of sampling; raises a retryable 503 while no model is loaded."""
+        return BeamSearcher(self.engine, self.served.tokenizer)
 
     @property
     def embedder(self) -> Embedder:

@@ -15,6 +15,7 @@ from octavo_server.errors import bad_request
 from octavo_server.event_stream import EventStream, guarded
 from octavo_server.generation import DeltaStream
 from octavo_server.json_response import JsonResponse
+from octavo_server.openai.beam_options import REFUSED_BESIDE_BEAMS, beam_length_penalty
 from octavo_server.openai.chat_answer import ChatAnswer
 from octavo_server.openai.chat_rendering import ChatRenderer, chat_events
 from octavo_server.openai.constraints import (
@@ -24,7 +25,7 @@ from octavo_server.openai.constraints import (
     tool_choice_constraint,
 )
 from octavo_server.openai.messages import render_chat
-from octavo_server.openai.refused_fields import HINTS, REFUSED_FIELDS
+from octavo_server.openai.refused_fields import HINTS
 from octavo_server.openai.request_types import ChatCompletionRequest
 from octavo_server.openai.resume import can_resume, check_resume, resume_headers, seed_of, tells_tokens
 from octavo_server.openai.sampling import sampling_params
@@ -44,7 +45,7 @@ from octavo_server.replica import Replica
 from octavo_server.served_model import ServedModel
 
 _REFUSED = {
-    **REFUSED_FIELDS,
+    **REFUSED_BESIDE_BEAMS,
     "echo": Refused("only /v1/completions can echo the prompt"),
     "best_of": Refused("use n"),
 }
@@ -108,6 +109,7 @@ async def start_chat(
     served.require_task("generate", "/v1/chat/completions")
     names = _check_options(request, served)
     n = request.n or 1
+    length_penalty = beam_length_penalty(request)
     check_resume(request, n)
     constraint = requested_constraint(request)
     if request.tools and names:
@@ -122,7 +124,10 @@ async def start_chat(
         [prompt], n, identity, request, caller, constraint, adapter=served.adapter_of(model),
         seed=seed_of(identity.id) if can_resume(request, n) else None,
     )  # fmt: skip
-    deltas = await replica.generator.start(sequences)
+    if length_penalty is None:
+        deltas = await replica.generator.start(sequences)
+    else:
+        deltas = await replica.beams.start(sequences, n, length_penalty)
     answers = [
         ChatAnswer(
             _answer_parser(served, request, names, opens_thoughts),

@@ -19,9 +19,10 @@ from octavo_server.event_stream import EventStream, encode_event, guarded
 from octavo_server.generation import Delta, DeltaStream
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
+from octavo_server.openai.beam_options import REFUSED_BESIDE_BEAMS, beam_length_penalty
 from octavo_server.openai.constraints import Constraint, requested_constraint
 from octavo_server.openai.logprobs import completion_logprobs, prompt_logprobs
-from octavo_server.openai.refused_fields import HINTS, REFUSED_FIELDS
+from octavo_server.openai.refused_fields import HINTS
 from octavo_server.openai.request_types import CompletionRequest, StreamOptions
 from octavo_server.openai.response_types import Completion, CompletionChoice, CompletionLogprobs
 from octavo_server.openai.resume import can_resume, check_resume, resume_headers, seed_of, tells_tokens
@@ -55,12 +56,13 @@ def router(replica: Replica) -> APIRouter:
     async def completions(http: Request) -> Response:
         """Continue one or more prompts."""
         served = replica.served
-        parsed = parse(await http.body(), CompletionRequest, REFUSED_FIELDS, HINTS)
+        parsed = parse(await http.body(), CompletionRequest, REFUSED_BESIDE_BEAMS, HINTS)
         replica.metrics.ignored_fields(len(parsed.unknown_fields))
         request = parsed.request
         model = served.check_name(request.model)
         served.require_task("generate", "/v1/completions")
         n, best_of = _check_options(request)
+        length_penalty = beam_length_penalty(request)
         options = check_stream_options(request)
         caller = caller_of(http)
         check_resume(request, _num_prompts(request) * best_of)
@@ -75,7 +77,10 @@ def router(replica: Replica) -> APIRouter:
             prompts, best_of, identity, request, caller, constraint, adapter=served.adapter_of(model),
             continues_prompt=True, seed=seed_of(identity.id) if can_resume(request, num_sequences) else None,
         )  # fmt: skip
-        deltas = await replica.generator.start(sequences)
+        if length_penalty is None:
+            deltas = await replica.generator.start(sequences)
+        else:
+            deltas = await replica.beams.start(sequences, n, length_penalty)
         renderer = _Renderer(served, request, identity, prompts, best_of, tells or bool(request.return_token_ids))
         if request.stream:
             events = guarded(

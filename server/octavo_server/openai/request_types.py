@@ -109,7 +109,14 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     octavo_resume: Resume | None = None
 
 
-class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
+class BeamFields(SamplingFields, frozen=True, kw_only=True):
+    """What routes that can search take beside sampling."""
+
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Meta(ge=-10.0, le=10.0)] | None = None
+
+
+class CompletionRequest(BeamFields, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
@@ -119,7 +126,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=LIMITS.logprobs)] | None = None
 
 
-class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
+class ChatCompletionRequest(BeamFields, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[JsonObject], Meta(min_length=1, max_length=LIMITS.messages)]

@@ -123,3 +123,15 @@ async def test_a_long_prompt_is_truncated_from_the_left_when_asked_for(serve: Se
     )
 
     assert answer.choices[0].text == "ef"
+
+
+async def test_beam_search_gives_the_best_beams_whole(serve: Serve) -> None:
+    server = await serve(FakeEngine(reply=lambda prompt: "Upon a time"[len(prompt) - len("Once") :]))
+
+    answer = await server.openai.completions.create(
+        model="fake-model", prompt="Once", n=2, max_tokens=20, extra_body={"use_beam_search": True}
+    )
+
+    assert answer.choices[0].text == "Upon a time"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[1].text != answer.choices[0].text

@@ -77,7 +77,7 @@ SAMPLING: dict[str, tuple[Any, dict[str, Any]]] = {
     "priority": (3, {}),
     "request_id": ("my-request", {}),
     "octavo_resume": ({"id": "x", "created": 1, "token_ids": [72]}, {"stream": True}),
-    "use_beam_search": (True, {}),
+    "use_beam_search": (True, {"n": 2}),
     "length_penalty": (0.5, {}),
     "early_stopping": (True, {}),
     "logprob_token_ids": ([1], {}),
