@@ -216,9 +216,13 @@ class Accounts:
             return
         asking = asyncio.ensure_future(self.collector.consumed(replica, begun.id, exchange.started_at))
 
+        resumed = exchange.progress is not None and exchange.progress.resumes > 0
+
         def on_told(told: asyncio.Future[Consumed | None]) -> None:
             self._asking.discard(asking)
             answer = None if told.cancelled() else told.result()
+            if answer is not None and resumed and answer.output_tokens < consumed.output_tokens:
+                answer = None  # it ended before it went on with what the first replica had told
             if answer is not None:
                 self._correct_limits(charge, consumed, answer)
             self._write(record, answer or consumed, estimated=answer is None)

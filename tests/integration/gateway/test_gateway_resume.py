@@ -132,6 +132,30 @@ async def test_the_openai_client_sees_one_stream_with_its_usage_and_token_ids() 
     assert usage.completion_tokens == 100
 
 
+async def test_who_leaves_while_the_answer_moves_pays_for_what_was_told(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    async with (
+        fleet(1) as replicas,
+        fleet(1, step_s=30.0) as slow,
+        open_door(model(replicas), ledger=ledger, connect_timeout=10) as door,
+    ):
+        asking = asyncio.ensure_future(door.read(CHAT))
+        await until(lambda: any(exchange.bytes_sent > 3_000 for exchange in door.server.app._exchanges), 60)
+        (exchange,) = door.server.app._exchanges
+        door.serve(model([*replicas, *slow]))
+        await asyncio.to_thread(replicas[0].kill)
+        await until(lambda: exchange.endpoint == "r1", 60)
+        asking.cancel()
+        await until(lambda: door.server.app.in_flight == 0 and door.server.app.accounts.num_unsettled == 0, 60)
+        told = exchange.progress.num_tokens if exchange.progress is not None else 0
+    ledger.close()
+
+    (row,) = read_usage(tmp_path / "usage.sqlite", ("outcome",))
+    assert row.group == ("cancelled",)
+    assert row.output_tokens == told > 5
+    assert row.estimated == 1
+
+
 async def test_answers_survive_one_killing_after_another() -> None:
     async with fleet(3) as replicas, open_door(model(replicas), connect_timeout=10) as door:
         asking = [asyncio.ensure_future(door.read(CHAT)) for _ in range(9)]
