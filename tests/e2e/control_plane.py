@@ -155,7 +155,7 @@ def _api_server_flags(root: Path, etcd_port: int, address: str, port: int) -> li
         f"--cert-dir={root}/certs",
         f"--token-auth-file={root}/tokens.csv",
         "--endpoint-reconciler-type=none",
-        "--service-cluster-ip-range=10.0.0.0/24",
+        "--service-cluster-ip-range=10.0.0.0/16",
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={root}/sa.pub",
         f"--service-account-signing-key-file={root}/sa.key",

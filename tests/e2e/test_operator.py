@@ -14,6 +14,7 @@ from e2e import control_plane
 from e2e.cluster import (
     EVENT,
     PDB,
+    POD,
     SERVICE,
     SMOLLM2,
     WAIT_S,
@@ -398,3 +399,42 @@ async def test_the_task_cannot_be_changed(client: KubeClient, namespace: str) ->
     await client.create(INFERENCE_SERVICE, manifest(namespace))
     with pytest.raises(ApiError, match="task cannot be changed"):
         await client.patch(INFERENCE_SERVICE, namespace, "smollm2", {"spec": {"model": {"task": "Embed"}}})
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_a_full_cluster_is_named_and_an_update_in_place_completes(
+    client: KubeClient, namespace: str, operator: Operator, node: FakeNode, plane: ControlPlane, replicas: int
+) -> None:
+    """Every GPU is taken: the default rollout needs one more and says so while the old replicas serve on."""
+    if not plane.has_controllers or not plane.has_scheduler:
+        pytest.skip("KUBEBUILDER_ASSETS lacks kube-controller-manager or kube-scheduler")
+    each = {"limits": {"cpu": "1", "nvidia.com/gpu": str(2 // replicas)}}  # the node has two
+    wish = manifest(namespace, resources=each, replicas=replicas, autoscaling=None)
+    await client.create(INFERENCE_SERVICE, wish)
+    await reaches(client, namespace, "Ready", "True", "MinimumReplicasAvailable")
+    service = await client.get(INFERENCE_SERVICE, namespace, "smollm2")
+    resolved = next(c for c in service["status"]["conditions"] if c["type"] == "RuntimeResolved")
+    assert "maxSurge: 0" in resolved["message"]
+    change: dict[str, Any] = {"engine": {**SMOLLM2["spec"]["engine"], "maxNumSeqs": 7}}
+    await client.patch(INFERENCE_SERVICE, namespace, "smollm2", {"spec": change})
+    await reaches(client, namespace, "PodsScheduled", "False", "InsufficientGPU")
+    assert (await condition(client, namespace, "Ready"))["status"] == "True"
+    in_place = {"spec": {"rollout": {"maxSurge": 0, "maxUnavailable": 1}}}
+    await client.patch(INFERENCE_SERVICE, namespace, "smollm2", in_place)
+    await reaches(client, namespace, "Progressing", "False", "Complete")
+
+    async def renewed() -> bool:
+        pods = (await client.list_objects(POD, namespace))["items"]
+        words = [
+            pod["spec"]["containers"][0]["command"] for pod in pods if not pod["metadata"].get("deletionTimestamp")
+        ]
+        return len(words) == replicas and all("7" in command for command in words)
+
+    await until(renewed, "every replica is of the new spec")
+    await reaches(client, namespace, "Ready", "True", "MinimumReplicasAvailable")
+    await client.delete(INFERENCE_SERVICE, namespace, "smollm2")  # the GPUs are wanted again
+
+    async def freed() -> bool:
+        return not (await client.list_objects(POD, namespace))["items"]
+
+    await until(freed, "the replicas are gone")
