@@ -59,7 +59,7 @@ def _octavo(target: float, hardware: Hardware) -> Law:
 
 
 FAMILIES = (
-    Family("Octavo, KV", (0.60, 0.75, 0.50, 0.40, 0.30), _octavo),
+    Family("Octavo, KV", (0.65, 0.75, 0.50, 0.40, 0.30), _octavo),
     Family("AIBrix APA, KV", (0.5, 0.6, 0.35, 0.25), lambda t, _: laws.AIBrixLaw(t)),
     Family("WVA v1, spare KV", (0.1, 0.3, 0.4), lambda t, _: laws.VariantAutoscalerLaw(spare_kv=t)),
     Family("WVA v2, use", (0.85, 0.5), lambda t, _: laws.TokenCapacityLaw(up=t, down=t * 0.70 / 0.85)),

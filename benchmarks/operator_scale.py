@@ -27,6 +27,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -182,13 +183,10 @@ async def _converge(operator: Process, count: int) -> Row:
 async def _scraping(plane: control_plane.ControlPlane, client: KubeClient, count: int) -> Row:
     """Ready replicas of several services, each asked for its metrics every 5 s."""
     services = [f"p{n:03}" for n in range(count // REPLICAS_EACH)]
-    with replica_process() as url:
-        address = url.removeprefix("http://")
+    async with _page_server() as (address, page_bytes):
         scaling = {"minReplicas": REPLICAS_EACH, "maxReplicas": REPLICAS_EACH}
         await _each(client.create(INFERENCE_SERVICE, _service(name, autoscaling=scaling)) for name in services)
         await _each(_ready_pod(client, name, n, address) for name in services for n in range(REPLICAS_EACH))
-        async with aiohttp.ClientSession() as http, http.get(f"{url}/metrics") as answer:
-            page_bytes = len(await answer.read())
         async with _operator(plane, "--no-leader-election") as operator:
             await _converge(operator, len(services))
             await asyncio.sleep(10)
@@ -209,6 +207,27 @@ async def _scraping(plane: control_plane.ControlPlane, client: KubeClient, count
     pods = (await client.list_objects(POD, HOME))["items"]
     await _each(client.delete(POD, HOME, pod["metadata"]["name"]) for pod in pods)
     return row
+
+
+@contextlib.asynccontextmanager
+async def _page_server() -> AsyncIterator[tuple[str, int]]:
+    """The metrics page of Octavo's server, taken once and then served as it is; (address, bytes)."""
+    with replica_process() as url:
+        async with aiohttp.ClientSession() as http, http.get(f"{url}/metrics") as answer:
+            page = await answer.read()
+    app = web.Application()
+    app.router.add_get("/metrics", lambda request: _reply(page))
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"127.0.0.1:{runner.addresses[0][1]}", len(page)
+    finally:
+        await runner.cleanup()
+
+
+async def _reply(page: bytes) -> web.Response:
+    return web.Response(body=page, content_type="text/plain")
 
 
 async def _takeovers(plane: control_plane.ControlPlane, client: KubeClient, count: int) -> Row:

@@ -164,7 +164,7 @@ class Behavior(Part):
 
 
 DEFAULT_METRICS = (
-    Metric(type=MetricType.KV_CACHE_UTILIZATION, target="0.60"),
+    Metric(type=MetricType.KV_CACHE_UTILIZATION, target="0.65"),
     Metric(type=MetricType.QUEUE_DEPTH, target="4"),
 )
 

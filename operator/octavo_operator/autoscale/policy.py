@@ -63,14 +63,14 @@ class ScalingPolicy:
     min_replicas: int = 1
     max_replicas: int = 1
     owner: Owner = Owner.OCTAVO
-    kv_target: float | None = 0.60  # the knee: above it waits grow, below it cost does (benchmarks/autoscaler.py)
+    kv_target: float | None = 0.65  # the knee: above it waits grow, below it cost does (benchmarks/autoscaler.py)
     queue_target: float | None = 4.0  # waiting requests per ready replica
     concurrency_target: float | None = None  # running requests per replica
     ttft_target_s: float | None = None
     idle_s: float | None = None  # None keeps the last replica
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     drain_horizon_s: float = 60.0  # a backlog is to be gone after this time
-    down_ratio: float = 0.87  # scale down against a lower target than up, so that the two do not alternate
+    down_ratio: float = 0.75  # scale down against a lower target than up, so that the two do not alternate
     up: Pace = SCALE_UP
     down: Pace = SCALE_DOWN
     schedules: tuple[ScheduleBounds, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from octavo_operator.render.model_cache import CACHE_LABEL
 
 Object = dict[str, Any]
 Key = tuple[str, str]  # namespace, name
+SHARED_LENGTH = 64  # longer texts seldom occur twice
 INDEXED = (SERVICE_LABEL, CACHE_LABEL, COMPONENT)
 
 
@@ -23,6 +25,7 @@ class Store:
 
     def put(self, kind: Kind, obj: Object) -> None:
         key = key_of(obj)
+        obj = lean(obj)
         old = self._objects.setdefault(kind, {}).get(key)
         if old is not None:
             self._unindex(kind, old)
@@ -65,6 +68,21 @@ class Store:
             keys.discard(key)
             if not keys:
                 del self._index[entry]
+
+
+def lean(obj: Object) -> Object:
+    """A copy without what nobody reads, whose words are shared: thousands of objects consist of the same few words."""
+    copy: Object = _shared(obj)
+    copy["metadata"].pop("managedFields", None)
+    return copy
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {sys.intern(name): _shared(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_shared(part) for part in value]
+    return sys.intern(value) if type(value) is str and len(value) <= SHARED_LENGTH else value
 
 
 def key_of(obj: Object) -> Key:

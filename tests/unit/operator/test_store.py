@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from octavo_operator.controller.kinds import DEPLOYMENT, POD
@@ -42,3 +43,13 @@ def test_what_is_removed_or_absent_from_a_list_is_forgotten() -> None:
     assert [o["metadata"]["name"] for o in gone] == ["b"]
     assert names(store) == ["c"]
     assert names(store, namespace="elsewhere") == ["x"]
+
+
+def test_stored_objects_share_their_words_and_carry_no_managed_fields() -> None:
+    store = Store()
+    for name in ("a", "b"):
+        metadata = {"name": name, "managedFields": [1], "labels": {"tier": "x"}}
+        store.put(POD, json.loads(json.dumps({"metadata": metadata, "count": [1, True]})))
+    first, second = store.all(POD)
+    assert first == {"metadata": {"name": "a", "labels": {"tier": "x"}}, "count": [1, True]}
+    assert next(iter(first["metadata"]["labels"])) is next(iter(second["metadata"]["labels"]))
