@@ -13,6 +13,7 @@ import pytest
 from e2e import control_plane
 from e2e.cluster import (
     EVENT,
+    NAMESPACE,
     PDB,
     POD,
     SERVICE,
@@ -438,3 +439,35 @@ async def test_a_full_cluster_is_named_and_an_update_in_place_completes(
         return not (await client.list_objects(POD, namespace))["items"]
 
     await until(freed, "the replicas are gone")
+
+
+async def test_a_large_resource_is_reconciled_and_kopf_leaves_no_trace(
+    client: KubeClient, namespace: str, operator: Operator, plane: ControlPlane
+) -> None:
+    """kopf would copy what it saw into an annotation of at most 256 KiB, and onto pods, whose runtimes take less."""
+    if not plane.has_controllers:
+        pytest.skip("KUBEBUILDER_ASSETS lacks kube-controller-manager: no pods are made")
+    large = manifest(namespace)
+    large["metadata"]["annotations"] = {"team.example/notes": "x" * 200 * 1024}
+    await client.create(INFERENCE_SERVICE, large)
+    await reaches(client, namespace, "Ready", "True", "MinimumReplicasAvailable")
+    await client.patch(INFERENCE_SERVICE, namespace, "smollm2", {"spec": {"engine": {"maxNumSeqs": 9}}})
+    await reaches(client, namespace, "Progressing", "False", "Complete")
+    pods = (await client.list_objects(POD, namespace))["items"]
+    service = await client.get(INFERENCE_SERVICE, namespace, "smollm2")
+    for obj in (*pods, service):
+        traces = [*(obj["metadata"].get("annotations") or {}), *(obj["metadata"].get("finalizers") or [])]
+        assert not [trace for trace in traces if "kopf" in trace]
+
+
+async def test_a_namespace_can_be_deleted_when_no_operator_is_there(
+    client: KubeClient, namespace: str, node: FakeNode, plane: ControlPlane
+) -> None:
+    if not plane.has_controllers:
+        pytest.skip("KUBEBUILDER_ASSETS lacks kube-controller-manager: nothing is collected")
+    operator = run_operator(namespace)
+    await client.create(INFERENCE_SERVICE, manifest(namespace))
+    await reaches(client, namespace, "Ready", "True")
+    operator.stop()
+    await client.delete(NAMESPACE, None, namespace)
+    await until(lambda: is_gone(client, NAMESPACE, "", namespace), "the namespace is gone", 60)
