@@ -47,7 +47,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
     method: Annotated[
         MethodChoice, typer.Option(help="How to round. smoothquant makes W8A8, the others weights only.")
-    ] = MethodChoice.GPTQ,
+    ] = MethodChoice.AWQ_GPTQ,
     bits: Annotated[int | None, typer.Option(help="4 or 8; smoothquant takes 8.")] = None,
     group_size: Annotated[
         int | None,

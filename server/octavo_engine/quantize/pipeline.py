@@ -45,7 +45,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     output: Path
-    method: Method = Method.GPTQ
+    method: Method = Method.AWQ_GPTQ
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
