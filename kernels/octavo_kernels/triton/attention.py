@@ -301,7 +301,7 @@ def _splits(problem: Problem, part: Part, config: LaunchConfig) -> int:
     visible = min(part.max_seq_len, problem.sliding_window or part.max_seq_len) - part.min_key
     tiles = triton.cdiv(max(1, visible), config.block_n)
     programs = _query_blocks(problem, part, config) * problem.num_kv_heads
-    slots = RESIDENT_WARPS // config.num_warps * multiprocessors(problem.query.device)
+    slots = max(2, RESIDENT_WARPS // config.num_warps) * multiprocessors(problem.query.device)
     return best_splits(programs, tiles, slots, MAX_SPLITS)
 
 
