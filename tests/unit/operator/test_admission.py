@@ -39,7 +39,10 @@ def test_a_sound_service_is_taken_and_what_is_unwise_is_a_warning() -> None:
 
 
 REFUSED = {
-    "a field the runtime has not": ({"engine": {"kvOffload": {"cpu": "1Gi"}}}, "spec.engine.kvOffload.cpu"),
+    "a field the runtime has not": (
+        {"runtime": {"name": "tgi"}, "engine": {"blockSize": 16}, "resources": {"limits": {"nvidia.com/gpu": 1}}},
+        "spec.engine.blockSize",
+    ),
     "no such runtime": ({"runtime": {"name": "nobody"}}, "spec.runtime.name"),
     "a rule broken": ({"autoscaling": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas must not exceed"),
     "an unknown field": ({"modle": {}}, "spec.modle"),
@@ -69,8 +72,8 @@ def test_what_cannot_run_is_refused_with_its_path(spec: dict[str, Any], told: st
 
 def test_all_errors_are_told_at_once() -> None:
     model = {"storageUri": "hf://o/m", "task": "Transcribe"}
-    verdict = judged(service(runtime={"name": "octavo"}, engine={"kvOffload": {"cpu": "1Gi"}}, model=model))
-    assert "spec.engine.kvOffload.cpu" in verdict.message
+    verdict = judged(service(runtime={"name": "tgi"}, engine={"blockSize": 16}, model=model))
+    assert "spec.engine.blockSize" in verdict.message
     assert "spec.model.task" in verdict.message
 
 

@@ -140,6 +140,17 @@ def test_adapters_are_switched_on_where_the_runtime_serves_them() -> None:
     assert "spec.model.adapters" in [e.path for e in caught.value.errors]
 
 
+def test_octavos_engine_takes_a_draft_model_host_memory_and_scoring() -> None:
+    speculative = {"draftStorageUri": "hf://o/small", "numTokens": 3}
+    subject = service(
+        model={"storageUri": "hf://o/m", "speculative": speculative}, engine={"kvOffload": {"cpu": "1Gi"}}
+    )
+    argv = " ".join(workload(subject).argv)
+    assert "--speculative-model hf://o/small --num-speculative-tokens 3" in argv
+    assert "--kv-host-memory-bytes 1073741824" in argv
+    assert "--task classify" in " ".join(workload(service(model={"storageUri": "hf://o/m", "task": "Score"})).argv)
+
+
 def test_in_local_mode_adapters_are_loaded_as_the_engine_starts() -> None:
     adapters = {"items": [{"name": "sql", "storageUri": "file:///adapters/sql"}]}
     subject = service(model={"storageUri": "hf://o/m", "adapters": adapters})
