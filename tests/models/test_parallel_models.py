@@ -9,8 +9,17 @@ import pytest
 import transformers as hf
 
 from models.test_decoder_architectures import CASES
-from models.tiny_checkpoints import SIZES, load, paged_logits, random_prompts, relative_error, write_checkpoint
+from models.tiny_checkpoints import (
+    SIZES,
+    load,
+    paged_logits,
+    random_prompts,
+    relative_error,
+    write_checkpoint,
+    write_tokenizer,
+)
 from octavo_engine.errors import ConfigError
+from octavo_engine.runner.interface import SequenceSlice
 
 PROMPTS = random_prompts((1, 7, 23, 40))
 TENSOR, PIPELINE, EXPERTS = (
@@ -72,6 +81,19 @@ def test_four_ranks_share_two_key_heads(vocab_size: int, tmp_path: Path) -> None
         assert relative_error(ours, expected) < 1e-5
 
 
+def test_a_chunk_of_a_prompt_asks_for_no_logits(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
+    prompt = PROMPTS[3]
+    expected = load(tmp_path).forward([SequenceSlice(prompt, 0, range(10))])
+
+    runner = load(tmp_path, **FOUR)
+    chunk = runner.forward([SequenceSlice(prompt[:30], 0, range(10), 0)])
+    found = runner.forward([SequenceSlice(prompt[30:], 30, range(10))])
+
+    assert chunk.shape == (0, SIZES["vocab_size"])
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_each_rank_holds_only_its_part(tmp_path: Path) -> None:
     sizes = {**SIZES, "vocab_size": 128}
     write_checkpoint(tmp_path, hf.LlamaForCausalLM, hf.LlamaConfig(**sizes))
@@ -82,7 +104,7 @@ def test_each_rank_holds_only_its_part(tmp_path: Path) -> None:
     assert load(tmp_path, tensor_parallel_size=2).info.weight_bytes - norms == whole / 2
 
 
-@pytest.mark.parametrize("method", ["int8", "int4"])
+@pytest.mark.parametrize("method", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_quantized_weights_are_divided_at_their_blocks(method: str, tmp_path: Path) -> None:
     sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
     write_checkpoint(tmp_path, hf.LlamaForCausalLM, hf.LlamaConfig(**sizes))
@@ -99,6 +121,17 @@ def test_embeddings_of_ranks_equal_those_of_one(tmp_path: Path) -> None:
     alone = load(tmp_path).embed(PROMPTS)
 
     together = load(tmp_path, **FOUR).embed(PROMPTS)
+
+    assert relative_error(together, alone) < 1e-5
+
+
+@pytest.mark.slow
+def test_ranks_judge_by_yes_and_no_as_one_does(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, hf.Qwen3ForCausalLM, hf.Qwen3Config(**SIZES))
+    write_tokenizer(tmp_path, words=("yes", "no"))
+    alone = load(tmp_path, task="classify").embed(PROMPTS)
+
+    together = load(tmp_path, task="classify", **FOUR).embed(PROMPTS)
 
     assert relative_error(together, alone) < 1e-5
 

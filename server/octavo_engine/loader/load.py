@@ -27,7 +27,7 @@ from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.decoder import Decoder
 from octavo_engine.models.interface import Model
 from octavo_engine.models.registry import find_architecture
-from octavo_engine.parallel.host import RankHost
+from octavo_engine.parallel.host import RankHost, backend_for, topology_of
 from octavo_engine.parallel.rank import SINGLE
 from octavo_engine.parallel.topology import check_topology
 from octavo_engine.runner.interface import ModelRunner
@@ -58,9 +58,20 @@ def load_runner(config: EngineConfig, on_progress: OnProgress, kv_bytes_beside: 
     if config.num_ranks == 1:
         torch.set_num_threads(config.num_threads or usable_cpus())
         return load_rank(config, path, phases, None, kv_bytes_beside)
+    _check_ranks(config, path)
     from octavo_engine.parallel.leader import lead
 
     return lead(config, path, phases)
+
+
+def _check_ranks(config: EngineConfig, path: Path) -> None:
+    """Raise `ConfigError` where the model cannot be divided as asked, before any rank is started."""
+    raw = open_checkpoint(path).config
+    architecture, model_class = find_architecture(raw)
+    if not issubclass(model_class, Decoder):
+        raise ConfigError(f"tensor_parallel_size: {architecture} runs on one device; use data_parallel_size")
+    check_topology(model_class.configure(raw, architecture), topology_of(config))
+    backend_for(config, choose_device(config.device))
 
 
 def load_rank(
@@ -95,9 +106,6 @@ def read_model(config: EngineConfig, path: Path, phases: Phases, host: RankHost 
     model_config = model_class.configure(checkpoint.config, architecture)
     max_model_len = max_model_len_of(config, model_config)
     rank = SINGLE if host is None else host.rank
-    if not issubclass(model_class, Decoder) and rank is not SINGLE:
-        raise ConfigError(f"tensor_parallel_size: {architecture} runs on one device; use data_parallel_size")
-    check_topology(model_config, rank.topology)
     weights = WeightLoader(
         checkpoint, dtype, device, lambda done: phases.report(done, checkpoint.path.name), quantize_to, rank
     )
@@ -150,7 +158,13 @@ def _pool(task: str, path: Path, model: Model) -> Pool:
     if any(len(word) != 1 for word in words):
         raise ConfigError(f"task: {path.name} has no tokens for yes and no, so it cannot classify; use task=generate")
     last = Pooling(PoolingMethod.LAST, normalize=False)
-    return Classifier(last, (model.logits,), YesOrNo(words[0][0], words[1][0]))
+    judge = YesOrNo(words[0][0], words[1][0]) if model.rank.tensor_rank == 0 else _first_column
+    return Classifier(last, (model.logits,), judge)
+
+
+def _first_column(logits: torch.Tensor) -> torch.Tensor:
+    """Of ranks that share a head only the first sees all of it; nobody reads what the others say."""
+    return logits[:, :1]
 
 
 def on_the_fly(config: EngineConfig, checkpoint: Checkpoint) -> OnTheFly | None:

@@ -17,9 +17,10 @@ from octavo_engine.loader.quantization import OnTheFly
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import find_architecture
+from octavo_engine.parallel.host import topology_of
 from octavo_engine.parallel.rank import Rank
 from octavo_engine.parallel.sections import Rows, Section, as_rows, held_size, stored_size, whole
-from octavo_engine.parallel.topology import Topology, check_topology
+from octavo_engine.parallel.topology import check_topology
 from octavo_engine.runner.machine import choose_dtype, choose_kv_dtype
 from octavo_kernels.quantized_weights import IntWeight
 from octavo_kernels.weights import QuantizedWeight, Weight
@@ -143,7 +144,7 @@ def measure(path: Path, config: EngineConfig, device: torch.device, *, elsewhere
     checkpoint = open_checkpoint(path)
     architecture, model_class = find_architecture(checkpoint.config)
     model_config = model_class.configure(checkpoint.config, architecture)
-    topology = Topology(config.tensor_parallel_size, config.pipeline_parallel_size, config.enable_expert_parallel)
+    topology = topology_of(config)
     check_topology(model_config, topology)
     quantize_to = on_the_fly(config, checkpoint)
     quantized = checkpoint.is_quantized or quantize_to is not None

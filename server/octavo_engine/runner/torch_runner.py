@@ -127,7 +127,7 @@ class TorchModelRunner:
         if self.model.has_token_types and any(second_starts):
             batch = with_token_types(batch, token_types(prompts, second_starts).to(self._device))
         hidden = self.model.forward(token_ids, batch, [None] * self.model.cache_layout.num_layers)
-        return self._pool(hidden, batch.query_start_loc)
+        return self._pool(hidden, batch.query_start_loc) if self.model.rank.is_last_stage else self._nothing()
 
     def _nothing(self) -> torch.Tensor:
         return torch.empty((0, self._info.vocab_size), device=self._device)
