@@ -182,6 +182,9 @@ class Simulation:
         self.strategy = strategy
         self.chwbl = Chwbl(self.endpoints)
         self.learn = learn
+        if learn:
+            for endpoint in self.endpoints:  # as replicas tell it in their metrics
+                self.index.expect(endpoint.id, CACHE_BLOCKS)
         self.restart = restart
         self.events: list[tuple[float, int, str, object]] = []
         self.counter = 0

@@ -32,7 +32,7 @@ from octavo_gateway.progress import Progress
 from octavo_gateway.proxy import Forward, Proxy, wants_json
 from octavo_gateway.registry import Registry, Strategy
 from octavo_gateway.reports import ReportPoller
-from octavo_gateway.routing import PrefixIndex, Router, RouteRequest
+from octavo_gateway.routing import BLOCK_TOKENS, PrefixIndex, Router, RouteRequest
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.signals import GatewaySignals
 from octavo_gateway.tenancy import Identity, TenantDirectory
@@ -183,6 +183,7 @@ class Gateway:
             clock=self._clock,
             on_report=self.dispatcher.loads_changed,
             on_restart=self.index.forget,
+            on_cache_size=lambda id_, tokens: self.index.expect(id_, int(tokens / BLOCK_TOKENS)),
         )
         await self.whole.start()
         self._background = [asyncio.create_task(poller.run())]

@@ -17,7 +17,8 @@ PREFILL_TOKENS = 250.0
 class LoadReport:
     """One reading of a replica's metrics.
 
-    `capacity` is its max_num_seqs where the runtime tells it, `generated_tokens` its count since it started.
+    `capacity` is its max_num_seqs where the runtime tells it, `generated_tokens` its count since it started,
+    `kv_cache_tokens` how many tokens its cache holds.
     """
 
     waiting: float
@@ -26,6 +27,7 @@ class LoadReport:
     at: float
     capacity: float | None = None
     generated_tokens: float | None = None
+    kv_cache_tokens: float | None = None
 
 
 class EndpointLoad:

@@ -50,6 +50,8 @@ GENERATED_TOKENS = (
     "ray_vllm_generation_tokens_total",
 )
 
+_CACHE_INFO = re.compile(rb"^vllm:cache_config_info\{([^\n]*)\}", re.MULTILINE)
+_LABEL = re.compile(rb'(\w+)="([^"]*)"')
 _NAMES = (*WAITING, *RUNNING, *KV_CACHE_UTILIZATION, *CAPACITY, *GENERATED_TOKENS)
 _SAMPLE = re.compile(
     rb"^(" + b"|".join(re.escape(name).encode() for name in _NAMES) + rb")(?:\{[^\n]*\})?[ \t]+([0-9.eE+-]+)",
@@ -79,7 +81,18 @@ def parse_report(page: bytes, now: float) -> LoadReport | None:
         at=now,
         capacity=sum(capacity) if capacity else None,
         generated_tokens=sum(generated) if generated else None,
+        kv_cache_tokens=_kv_cache_tokens(page),
     )
+
+
+def _kv_cache_tokens(page: bytes) -> float | None:
+    """Blocks times block size, which vLLM and octavo tell in the labels of one series."""
+    info = _CACHE_INFO.search(page)
+    if info is None:
+        return None
+    labels = dict(_LABEL.findall(info[1]))
+    blocks, size = labels.get(b"num_gpu_blocks", b""), labels.get(b"block_size", b"")
+    return float(blocks) * float(size) if blocks.isdigit() and size.isdigit() else None
 
 
 def _first(samples: Mapping[str, list[float]], names: tuple[str, ...]) -> list[float] | None:
@@ -99,6 +112,7 @@ class ReportPoller:
         clock: Callable[[], float],
         on_report: Callable[[], None],
         on_restart: Callable[[str], None],
+        on_cache_size: Callable[[str, float], None],
     ) -> None:
         self._registry = registry
         self._loads = loads
@@ -107,6 +121,7 @@ class ReportPoller:
         self._clock = clock
         self._on_report = on_report
         self._on_restart = on_restart
+        self._on_cache_size = on_cache_size
         self._ready: set[str] = set()
         self._newly_ready = asyncio.Event()
         registry.subscribe(self._on_change)
@@ -148,6 +163,8 @@ class ReportPoller:
             if load.restarted(report):
                 log.info("replica %s was restarted: nothing is cached there", endpoint.id)
                 self._on_restart(endpoint.id)
+            if report.kv_cache_tokens is not None:
+                self._on_cache_size(endpoint.id, report.kv_cache_tokens)
             load.update(report, in_flight)
         elif load.report is not None or load.expects_reports:
             log.warning("replica %s: its metrics page tells no load; routing by this gateway's own count", endpoint.id)

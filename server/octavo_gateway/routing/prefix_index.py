@@ -10,6 +10,8 @@ import xxhash
 BLOCK_BYTES = 256
 """Bytes of prompt text per hashed block: about 64 tokens, four KV blocks of 16."""
 
+BLOCK_TOKENS = BLOCK_BYTES // 4
+
 MAX_BLOCKS = 256
 """Longest prefix that is told apart; beyond 64 KiB of shared text the first blocks decide."""
 
@@ -93,6 +95,13 @@ class PrefixIndex:
         elif endpoint_id in self._learned:
             self._learned[endpoint_id] += max(1, share // 500)
 
+    def expect(self, endpoint_id: str, blocks: int) -> None:
+        """Begin with the belief that this endpoint's engine keeps about so many blocks, as it says of itself.
+
+        What is observed later counts more: a second cache tier keeps more, other tenants of the cache leave less.
+        """
+        self._learned.setdefault(endpoint_id, max(MIN_LEARNED_BLOCKS, blocks))
+
     def forget(self, endpoint_id: str, blocks: Iterable[int] | None = None) -> None:
         """Drop some blocks of an endpoint, or all of them when it is gone or has reset its cache."""
         if blocks is None:
@@ -106,7 +115,7 @@ class PrefixIndex:
 
     def retain(self, endpoint_ids: set[str]) -> None:
         """Drop every endpoint that is not in the set."""
-        for gone in [i for i in self._blocks if i not in endpoint_ids]:
+        for gone in (self._blocks.keys() | self._learned.keys()) - endpoint_ids:
             self.forget(gone)
 
     def _limit(self, endpoint_id: str) -> int:

@@ -43,3 +43,17 @@ def test_series_of_several_ranks_are_summed_and_utilizations_averaged() -> None:
 @pytest.mark.parametrize("page", [b"", b"up 1\n", b"vllm:num_requests_waiting{ NaN", b"\xff\xfe", b"<html></html>"])
 def test_a_page_of_something_else_is_no_report(page: bytes) -> None:
     assert parse_report(page, 0.0) is None
+
+
+def test_the_size_of_the_cache_is_read_from_the_labels_it_is_told_in() -> None:
+    page = (
+        b"vllm:num_requests_running 1\n"
+        b'vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="0",num_gpu_blocks="7385"} 1.0\n'
+    )
+    report = parse_report(page, 0.0)
+    unknown = parse_report(page.replace(b"7385", b"None"), 0.0)
+
+    assert report is not None
+    assert report.kv_cache_tokens == 16 * 7_385
+    assert unknown is not None
+    assert unknown.kv_cache_tokens is None

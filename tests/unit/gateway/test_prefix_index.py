@@ -72,6 +72,24 @@ def test_the_index_learns_how_much_an_engine_really_keeps() -> None:
     assert false_beliefs(learn=True) < 0.3
 
 
+def test_an_engine_is_believed_to_keep_what_it_says_until_it_is_seen_to_keep_more() -> None:
+    index = PrefixIndex(max_blocks=10_000)
+    index.expect("r", 100)
+    index.expect("r", 5_000)  # told again with every report; what was learned stays
+    for start in range(0, 1_000, 10):
+        index.record("r", tuple(range(start, start + 10)))
+    told = len(index)
+    for _ in range(200):
+        index.observe("r", 10, 10, 1.0)
+    for start in range(0, 1_000, 10):
+        index.record("r", tuple(range(start, start + 10)))
+    learned = len(index)
+    index.retain(set())
+
+    assert (told, learned) == (100, 300)
+    assert index._learned == {}
+
+
 def test_a_belief_that_held_lets_the_share_grow_back() -> None:
     index = PrefixIndex(max_blocks=10_000)
     for start in range(0, 1_000, 10):
