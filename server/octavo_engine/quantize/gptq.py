@@ -1,7 +1,6 @@
 """GPTQ: round one input after the other and let the rest of the row make up for the error.
 
-Source: Frantar et al., arXiv 2210.17323, with inputs in order of importance, groups fixed beforehand and the result
-refined.
+Source: Frantar et al., arXiv 2210.17323, with inputs in order of importance and groups fixed beforehand.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from octavo_engine.errors import ModelLoadError
-from octavo_engine.quantize.refine import refine
 from octavo_engine.quantize.scheme import Grid, Scheme, fit_grid
 from octavo_engine.quantize.statistics import InputStatistics
 
@@ -23,16 +21,16 @@ def gptq(weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> t
     gram = statistics.gram.clone()
     unused = gram.diagonal() == 0
     gram.diagonal()[unused] = 1
-    target = weight.clone()
-    target[:, unused] = 0
-    grid = fit_grid(target, scheme, statistics.mean_square)
+    left = weight.clone()
+    left[:, unused] = 0
+    grid = fit_grid(left, scheme, statistics.mean_square)
     order = gram.diagonal().argsort(descending=True)
-    gram, inverse = _damped(gram, order, _damping(statistics))
+    inverse = _inverse_factor(gram[order][:, order], _damping(statistics))
     columns = weight.shape[1]
     group_of = torch.arange(columns, device=weight.device) // (columns // grid.scales.shape[1])
     scales = grid.scales[:, group_of[order]]
     zeros = grid.zeros[:, group_of[order]] if grid.zeros is not None else torch.zeros((), device=weight.device)
-    left = target[:, order]
+    left = left[:, order]
     codes = torch.empty_like(left)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
@@ -46,7 +44,7 @@ def gptq(weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> t
             codes[:, column] = code
             errors[:, column - start] = error
         left[:, end:].addmm_(errors, inverse[start:end, end:], alpha=-1)
-    return refine(target, codes[:, order.argsort()].contiguous(), grid, gram)
+    return codes[:, order.argsort()].contiguous(), grid
 
 
 def _damping(statistics: InputStatistics) -> float:
@@ -57,14 +55,15 @@ def _damping(statistics: InputStatistics) -> float:
     return max(DAMPING, statistics.gram.shape[0] / max(statistics.count, 1))
 
 
-def _damped(gram: torch.Tensor, order: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A damped Gram matrix, and the upper Cholesky factor of its inverse with the inputs in `order`."""
+def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of a damped Gram matrix."""
     while damping <= MAX_DAMPING:
         damped = gram + torch.eye(gram.shape[0], device=gram.device) * (damping * gram.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
-                return damped, inverse
+                inverse: torch.Tensor = upper
+                return inverse
         damping *= 10
     raise ModelLoadError("gptq: the calibration text gives no usable statistics; give more or other text")

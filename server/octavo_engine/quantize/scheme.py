@@ -94,11 +94,6 @@ class Grid:
         """The grid of some rows."""
         return Grid(self.scales[rows], None if self.zeros is None else self.zeros[rows], self.low, self.high)
 
-    @staticmethod
-    def of_inputs(values: torch.Tensor, columns: int) -> torch.Tensor:
-        """One value for each input. values: [out, groups] -> [out, columns]."""
-        return values.repeat_interleave(columns // values.shape[1], 1)
-
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Nearest codes. weight: [out, in] -> [out, in] float32 whole numbers."""
         rows, columns = weight.shape
@@ -160,10 +155,10 @@ def _fit_chunk(
     best_scales, best_zeros, best_error = extreme, torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     for shrink in steps:
         if scheme.symmetric:
-            scales = stored(extreme * (shrink / (half - 0.5 if scheme.bits == 4 else half - 1)))
+            scales = _stored(extreme * (shrink / (half - 0.5 if scheme.bits == 4 else half - 1)))
             zeros = torch.zeros_like(scales)
         else:
-            scales = stored((largest - smallest) * (shrink / (2 * half - 1)))
+            scales = _stored((largest - smallest) * (shrink / (2 * half - 1)))
             zeros = (-smallest * shrink / scales).round_().clamp_(low, high)
         error = (groups / scales).round_().add_(zeros).clamp_(low, high).sub_(zeros).mul_(scales).sub_(groups).square_()
         if counts is not None:
@@ -175,8 +170,7 @@ def _fit_chunk(
     return best_scales, best_zeros
 
 
-def stored(scales: torch.Tensor) -> torch.Tensor:
-    """Scales as checkpoints hold them."""
+def _stored(scales: torch.Tensor) -> torch.Tensor:
     return scales.clamp_min(1e-9).bfloat16().float()
 
 

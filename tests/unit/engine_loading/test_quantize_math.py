@@ -12,9 +12,8 @@ from octavo_engine.quantize.compressed_tensors import encode, pack
 from octavo_engine.quantize.folding import Fold
 from octavo_engine.quantize.gptq import gptq
 from octavo_engine.quantize.observed import Projection
-from octavo_engine.quantize.refine import refine
 from octavo_engine.quantize.scaling import awq_scale, smoothquant_scale
-from octavo_engine.quantize.scheme import Grid, Method, Scheme, as_int_weight, choose_scheme, fit_grid
+from octavo_engine.quantize.scheme import Method, Scheme, as_int_weight, choose_scheme, fit_grid
 from octavo_engine.quantize.statistics import InputStatistics
 
 SCHEMES = [Scheme(4, 32, True), Scheme(4, 32, False), Scheme(4, 0, True), Scheme(8, 0, True), Scheme(8, 32, True)]
@@ -137,44 +136,11 @@ def test_gptq_leaves_less_error_in_the_outputs_than_rounding(scheme: Scheme) -> 
     assert error < 0.8 * (x @ (rounded - weight).t()).square().sum()
 
 
-def test_gptq_with_independent_inputs_is_plain_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo_engine.quantize.gptq.refine", lambda _weight, codes, grid, _gram: (codes, grid))
+def test_gptq_with_independent_inputs_is_plain_rounding() -> None:
     weight = _weight()
     statistics = _statistics(torch.eye(128).repeat(8, 1))
     codes, grid = gptq(weight, statistics, SCHEMES[0])
     assert torch.equal(codes, grid.codes(weight))
-
-
-@settings(max_examples=15, deadline=None)
-@given(scheme=st.sampled_from(SCHEMES), seed=st.integers(0, 99), columns=st.sampled_from([64, 128, 160]))
-def test_refining_lowers_the_error_and_ends_in_a_valley(scheme: Scheme, seed: int, columns: int) -> None:
-    weight, x = _weight(columns=columns, seed=seed), _inputs(columns=columns)
-    gram = x.t() @ x + torch.eye(columns)
-
-    def error(codes: torch.Tensor, grid: Grid) -> float:
-        difference = (weight - grid.values(codes)).double()
-        return float(((difference @ gram.double()) * difference).sum())
-
-    grid = fit_grid(weight, scheme)
-    codes = grid.codes(weight)
-    better, scaled = refine(weight, codes, grid, gram)
-
-    assert error(better, scaled) < error(codes, grid)
-    assert scaled.low <= better.min() <= better.max() <= scaled.high
-    assert torch.equal(as_int_weight(better, scaled, scheme).dequantize(), scaled.values(better))
-    again, scaled_again = refine(weight, better, scaled, gram)
-    assert error(again, scaled_again) <= error(better, scaled)
-
-
-def test_refining_leaves_a_tenth_less_than_gptq_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = _weight(), _inputs()
-    statistics = _statistics(x)
-    codes, grid = gptq(weight, statistics, SCHEMES[1])
-    monkeypatch.setattr("octavo_engine.quantize.gptq.refine", lambda _weight, codes, grid, _gram: (codes, grid))
-    plain, plain_grid = gptq(weight, statistics, SCHEMES[1])
-
-    refined = (x @ (grid.values(codes) - weight).t()).square().sum()
-    assert refined < 0.95 * (x @ (plain_grid.values(plain) - weight).t()).square().sum()
 
 
 def test_gptq_bears_inputs_that_never_occur() -> None:
