@@ -12,10 +12,8 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.embedding import EmbeddingQueue
 from octavo_engine.errors import InvalidRequestError, OctavoError, QueueFullError, RequestFailedError
 from octavo_engine.isolation import run_isolated
-from octavo_engine.kv.block_manager import BlockManager
-from octavo_engine.kv.block_pool import BlockPool
-from octavo_engine.kv.events import MEDIUM_HOST, KVEventBatch, KVEventLog
-from octavo_engine.kv.host_tier import HostTier
+from octavo_engine.kv.events import KVEventBatch, KVEventLog
+from octavo_engine.kv.tiers import block_manager
 from octavo_engine.lora.manager import AdapterManager
 from octavo_engine.lora.slots import LoadedAdapter
 from octavo_engine.messages import (
@@ -44,8 +42,7 @@ from octavo_engine.scheduler.preemption import CopyTime
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
 from octavo_engine.scheduler.sequence import SequenceState
-from octavo_engine.speculation.draft_model import DraftModel, check_vocabulary
-from octavo_engine.speculation.proposer import PromptLookup
+from octavo_engine.speculation.choose import choose_speculator
 from octavo_engine.speculation.speculator import Speculator
 from octavo_engine.structured.grammar_queue import GrammarQueue
 from octavo_engine.tokenizer.interface import Tokenizer
@@ -89,25 +86,16 @@ class EngineCore:
         self.model = msgspec.structs.replace(info, max_model_len=self._max_model_len)
         block_size = info.kv_block_size or config.block_size
         self._kv_events = KVEventLog(block_size) if config.kv_events_endpoint else None
-        self.pool = BlockPool(
-            info.kv_blocks_total,
-            block_size,
-            enable_caching=config.enable_prefix_caching,
-            tenant_quota=config.prefix_cache_tenant_share,
-            events=self._kv_events,
-        )
+        blocks = block_manager(config, info, block_size, self._kv_events)
+        self.pool = blocks.pool
         self.adapters = AdapterManager(runner, config) if config.enable_lora else None
         self.scheduler = Scheduler(
             limits_for(config, info.device),
-            BlockManager(self.pool, self._host_tier(info.kv_host_blocks, block_size)),
+            blocks,
             None if self.adapters is None else self.adapters.slots,
             CopyTime(info.kv_bytes_per_token * block_size),
         )
-        if config.num_speculative_tokens:
-            proposer = PromptLookup() if draft is None else self._draft_model(draft)
-            self.scheduler.speculator = Speculator(
-                config.num_speculative_tokens, self.scheduler.step_time, self._max_model_len, proposer
-            )
+        self.scheduler.speculator = choose_speculator(config, self.model, self.scheduler, draft, clock)
         self._embeddings = EmbeddingQueue(runner, self.scheduler.limits.max_num_batched_tokens)
         self._sampler = Sampler()
         self._eos = frozenset(info.eos_token_ids)
@@ -214,23 +202,6 @@ class EngineCore:
     def heartbeat(self) -> None:
         """While there is no work: is all the model needs still there? Raises `EngineDeadError`."""
         self._runner.heartbeat()
-
-    def _draft_model(self, draft: ModelRunner) -> DraftModel:
-        check_vocabulary(draft.info, self.model)
-        return DraftModel(draft, self.scheduler.limits.max_num_batched_tokens, self._clock)
-
-    def _host_tier(self, num_blocks: int, block_size: int) -> HostTier | None:
-        if not num_blocks:
-            return None
-        pool = BlockPool(
-            num_blocks,
-            block_size,
-            enable_caching=self._config.enable_prefix_caching,
-            tenant_quota=self._config.prefix_cache_tenant_share,
-            events=self._kv_events,
-            medium=MEDIUM_HOST,
-        )
-        return HostTier(pool)
 
     def _move_blocks(self) -> None:
         """Carry out the copies that scheduling decided on, before anything overwrites their sources."""

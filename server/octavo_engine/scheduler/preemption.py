@@ -49,8 +49,8 @@ class Preemption:
     def set_aside(self, seq: Sequence) -> bool:
         """Keep what a sequence has computed in host memory, where that is the cheaper way and there is room; its
         blocks are free then."""
-        if self._mode is PreemptionMode.RECOMPUTE:
-            return False
+        if self._mode is PreemptionMode.RECOMPUTE or seq.wants_prompt_logprobs:
+            return False  # log-probabilities of a prompt are reported from its start, in one go
         if self._mode is PreemptionMode.AUTO and self._swap_s(seq) >= self._recompute_s(seq.num_computed):
             return False
         swapped = self._blocks.set_aside(seq.table, seq.tokens, seq.num_computed)

@@ -285,7 +285,7 @@ class Scheduler:
     def _try_start(self, seq: Sequence, reserve: int, now: float) -> Admission:
         blocks = self.blocks
         match = PrefixMatch([])
-        if not seq.wants_prompt_logprobs or seq.table.set_aside:
+        if not seq.wants_prompt_logprobs:
             match = blocks.match_prefix(seq.table, seq.tokens)
         if match.slots:
             match = self.preemption.worth_fetching(match)

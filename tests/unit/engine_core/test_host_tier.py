@@ -241,3 +241,13 @@ def test_host_memory_that_cannot_be_had_is_refused(given: int, complaint: str) -
 def test_swapping_needs_host_memory() -> None:
     with pytest.raises(ConfigError, match="preemption_mode: swap needs"):
         EngineConfig(model="m", preemption_mode="swap").validate()
+
+
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_from_its_start_again() -> None:
+    manager = tiers(8, 8)
+    preemption = Preemption(manager, known(1e-3), PreemptionMode.SWAP, CopyTime(0))
+    seq = sequence(manager, "a", 16, 8)
+    seq.wants_prompt_logprobs = True
+    assert not preemption.set_aside(seq)
+    seq.wants_prompt_logprobs = False
+    assert preemption.set_aside(seq)
