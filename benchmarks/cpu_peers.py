@@ -1,8 +1,10 @@
 """Octavo beside other engines on this machine's CPU: same file, same prompts, same threads, interleaved repetitions.
 
 Every engine lives in its own process and under its own interpreter, loaded for its turn in each repetition and idle
-otherwise. Correctness first: an engine whose greedy tokens differ too early from Octavo's float32 path (which the
-tests compare with transformers) is named and left out of the ratios.
+otherwise. On a machine that others use too, `--threads 1 --clock cpu` compares the processor time of one thread, which
+their load does not lengthen (caches and memory are still shared). Correctness first: an engine whose greedy tokens
+differ too early from Octavo's float32 path (which the tests compare with transformers) is named and left out of the
+ratios.
 
 Run: python benchmarks/cpu_peers.py --model model.gguf --llama-cpp-python /venv/bin/python --openvino /venv/bin/python
 """
@@ -37,6 +39,8 @@ class Engine:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    model: Path | None = None  # its own form of the model, where it does not read the GGUF file
+    clock: str = "wall"
     process: subprocess.Popen[str] | None = None
     about: str = ""
     ready_s: float = 0.0
@@ -54,7 +58,7 @@ class Engine:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), **self.environment},
         )
-        loaded, _ = self.ask(op="load", model=str(model), threads=threads)
+        loaded, _ = self.ask(op="load", model=str(self.model or model), threads=threads)
         self.ready_s = time.perf_counter() - started
         self.about = f"{loaded['version']}, {loaded['format']}"
 
@@ -74,7 +78,7 @@ class Engine:
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return answer["value"], answer["seconds"]
+        return answer["value"], answer[self.clock]
 
     def generate(self, prompts: list[list[int]], new_tokens: list[int]) -> tuple[list[list[int]], float]:
         tokens, seconds = self.ask(op="generate", prompts=prompts, new_tokens=new_tokens)
@@ -230,12 +234,18 @@ def _arguments() -> argparse.Namespace:
         ("--transformers", "transformers, accelerate, gguf and torch"),
     ):
         parser.add_argument(flag, metavar="PYTHON", help=f"interpreter that has {what}")
+    parser.add_argument(
+        "--openvino-model", type=Path, action="append", default=[], help="folder with OpenVINO's own form of the model"
+    )
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of one thread")
     parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results/cpu_peers.md")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = _arguments()
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        raise SystemExit("--clock cpu: needs --threads 1, for threads that wait take processor time too")
     model = arguments.model
     if model is None:
         from octavo_engine.storage import resolve
@@ -247,16 +257,20 @@ def main() -> None:
         ("OpenVINO GenAI", arguments.openvino, "openvino_cb.py"),
         ("transformers", arguments.transformers, "transformers_torch.py"),
     ):
-        if interpreter:
-            engines.append(Engine(name, [interpreter, str(PEERS / script)]))
-        else:
+        if not interpreter:
             say(f"SKIPPED {name}: no interpreter given (see --help)")
+            continue
+        own_forms = arguments.openvino_model if script == "openvino_cb.py" else []
+        engines += [Engine(name, [interpreter, str(PEERS / script)], model=form) for form in own_forms or [None]]
+    for engine in engines:
+        engine.clock = arguments.clock
     working, bandwidth = compare(engines, model.resolve(), arguments.threads, arguments.repetitions)
     if not working or working[0].name != "Octavo":
         raise SystemExit("Octavo itself did not run; see the message above")
     head = (
         f"{model.name}, {arguments.threads} threads of {_cpu_model()}, {platform.system()} {platform.machine()}, "
-        f"{datetime.now(UTC):%Y-%m-%d}; medians of {arguments.repetitions} interleaved repetitions (range)."
+        f"{datetime.now(UTC):%Y-%m-%d}; medians of {arguments.repetitions} interleaved repetitions (range)"
+        f"{', by processor time' if arguments.clock == 'cpu' else ''}."
     )
     text = f"{head}\n\n{table(working, bandwidth, model)}\n"
     print(text)

@@ -1,7 +1,8 @@
-"""OpenVINO GenAI with its continuous batching pipeline, which reads GGUF files itself."""
+"""OpenVINO GenAI with its continuous batching pipeline, which reads GGUF files or a folder of its own form."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from protocol import Peer, Tokens, serve
@@ -19,7 +20,10 @@ class OpenVINO(Peer):
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
             model, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads}
         )
-        return {"version": openvino_genai.__version__, "format": "the file's"}
+        return {
+            "version": openvino_genai.__version__,
+            "format": Path(model).name if Path(model).is_dir() else "the file's",
+        }
 
     def generate(self, prompts: list[Tokens], new_tokens: list[int]) -> list[Tokens]:
         import numpy as np

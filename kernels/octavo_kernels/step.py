@@ -1,7 +1,8 @@
 """A whole decoder step as one native call: the plan a model describes itself with, and who may compile it.
 
-A model whose decoder is the usual stack (norm, attention, norm, gated MLP; residual around both) returns a
-`DecoderPlan`: plain structs of weights and numbers. A backend that can run such a plan registers a compiler:
+A model whose decoder is the usual stack (norm, attention, norm, gated MLP; residual around both, perhaps a norm of what
+joins it) returns a `DecoderPlan`: plain structs of weights and numbers. A backend that can run such a plan registers a
+compiler:
 
     @register_step_compiler("cpu")
     def compile_step(plan: DecoderPlan) -> CompiledStep: ...   # raises UnsupportedPlanError(reason)
@@ -39,7 +40,9 @@ class DecoderLayerPlan:
     """One layer. Weights are [out, in]; a fused projection is a tuple of parts whose outputs are concatenated
     (one part where all share a storage format, else several, as in mixed GGUF files).
 
-    qkv: query, key and value projections, in that order; gate_up: gate then up.
+    qkv: query, key and value projections, in that order; gate_up: gate then up. cos_sin: [max_positions, rotary_dim]
+    float32 as in `ops.rope_and_store_kv`, None turns nothing. attention_out_norm, mlp_out_norm: of a block's output
+    before it joins the residual stream. soft_cap (0: none), sinks ([num_heads]): as in `ops.paged_attention`.
     """
 
     input_norm: torch.Tensor
@@ -49,19 +52,25 @@ class DecoderLayerPlan:
     k_norm: torch.Tensor | None
     output: Weight
     output_bias: torch.Tensor | None
+    attention_out_norm: torch.Tensor | None
     post_attention_norm: torch.Tensor
     gate_up: tuple[Weight, ...]
+    gate_up_bias: torch.Tensor | None
     down: Weight
+    down_bias: torch.Tensor | None
+    mlp_out_norm: torch.Tensor | None
+    cos_sin: torch.Tensor | None
     sliding_window: int
-    use_rope: bool
+    soft_cap: float
+    sinks: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderPlan:
     """A whole decoder: `x = embedding[ids] * embedding_scale`, layers, final norm, `logits = x @ lm_head.T`.
 
-    cos_sin: [max_positions, rotary_dim] float32 as in `ops.rope_and_store_kv`.
-    dtype: of activations between ops.
+    max_positions: beyond the last position that may be asked for. dtype: of activations between ops.
+    final_soft_cap: `cap * tanh(logits / cap)`, 0 for none.
     """
 
     dtype: torch.dtype
@@ -74,12 +83,13 @@ class DecoderPlan:
     rms_norm_eps: float
     attention_scale: float
     activation: Activation
-    cos_sin: torch.Tensor
+    max_positions: int
     embedding: Weight
     embedding_scale: float
     layers: tuple[DecoderLayerPlan, ...]
     final_norm: torch.Tensor
     lm_head: Weight
+    final_soft_cap: float
 
 
 class UnsupportedPlanError(Exception):

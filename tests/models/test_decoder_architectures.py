@@ -134,6 +134,29 @@ def test_native_cpu_kernels_give_the_same_logits(name: str, tmp_path: Path) -> N
         assert relative_error(ours, theirs) < 1e-4
 
 
+OP_BY_OP = {name for name in CASES if any(mark in name for mark in ("moe", "mixtral", "gpt-oss", "olmo2", "deepseek"))}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_native_steps_give_the_same_logits_for_every_family_of_the_usual_stack(name: str, tmp_path: Path) -> None:
+    status = load_backend("cpu")
+    if not status.available:
+        pytest.skip(f"no native kernels here: {status.detail}")
+    model_type, make_config = CASES[name]
+    config = make_config()
+    config.intermediate_size = 96  # native steps want a multiple of 32
+    model = write_checkpoint(tmp_path, model_type, config)
+    prompts = random_prompts(LENGTHS)
+
+    with use_backends("cpu"):
+        runner = load(tmp_path)
+        found = paged_logits(runner, prompts)
+
+    assert ("whole step" in runner.info.backend) == (name not in OP_BY_OP)
+    for ours, theirs in zip(found, reference_logits(model, prompts), strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_logits_are_as_near_float32_as_those_of_transformers(name: str, tmp_path: Path) -> None:
     model_type, config = CASES[name]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo_kernels.registry import BackendUnavailableError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ENV_LIBRARY = "OCTAVO_CPU_LIBRARY"  # another build of the library, such as one with sanitizers
 LIBRARY_PATH = Path(os.environ.get(ENV_LIBRARY) or Path(__file__).with_name("_octavo_cpu.so"))
 
@@ -118,8 +118,12 @@ class Layer(Structure):
         ("attention", Attention),
         ("input_norm", c_void_p),
         ("post_attention_norm", c_void_p),
+        ("attention_out_norm", c_void_p),
+        ("mlp_out_norm", c_void_p),
         ("qkv_bias", c_void_p),
         ("output_bias", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down_bias", c_void_p),
         ("qkv", Matrix * MAX_PARTS),
         ("output", Matrix),
         ("gate_up", Matrix * MAX_PARTS),
@@ -144,7 +148,7 @@ class Model(Structure):
         ("embedding_scale", c_float),
         ("eps", c_float),
         ("gelu", c_int32),
-        ("reserved", c_int32),
+        ("final_soft_cap", c_float),
     )
 
 

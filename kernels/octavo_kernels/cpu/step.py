@@ -85,7 +85,7 @@ class _PlanBuilder:
     def __init__(self, plan: DecoderPlan) -> None:
         self._plan = plan
         self._kept: list[torch.Tensor | PackedWeight] = []
-        self._cos_sin = self._floats(plan.cos_sin)
+        self._tables: dict[int, int | None] = {}
         self._refuse_unsupported()
         self._layers = (Layer * len(plan.layers))(*(self._layer(layer) for layer in plan.layers))
         self.model = Model(
@@ -100,6 +100,7 @@ class _PlanBuilder:
             plan.embedding_scale,
             plan.rms_norm_eps,
             int(plan.activation is Activation.GELU),
+            plan.final_soft_cap,
         )
 
     def _refuse_unsupported(self) -> None:
@@ -111,6 +112,8 @@ class _PlanBuilder:
         if plan.num_heads // plan.num_kv_heads > 64:
             raise UnsupportedPlanError(f"{plan.num_heads // plan.num_kv_heads} query heads share a KV head, above 64")
         for layer in plan.layers:
+            if layer.cos_sin is not None and layer.cos_sin.shape[0] < plan.max_positions:
+                raise UnsupportedPlanError(f"a rotary table ends before position {plan.max_positions}")
             if len(layer.qkv) > MAX_PARTS or len(layer.gate_up) not in (1, 2):
                 raise UnsupportedPlanError("projections are split in more parts than q, k, v or gate, up")
 
@@ -120,22 +123,28 @@ class _PlanBuilder:
             num_heads=plan.num_heads,
             num_kv_heads=plan.num_kv_heads,
             head_dim=plan.head_dim,
-            rotary_dim=plan.cos_sin.shape[1] if layer.use_rope else 0,
+            rotary_dim=0 if layer.cos_sin is None else layer.cos_sin.shape[1],
             sliding_window=layer.sliding_window,
             bf16_products=int(plan.dtype == torch.bfloat16),
-            max_positions=plan.cos_sin.shape[0],
+            max_positions=plan.max_positions,
             scale=plan.attention_scale,
+            soft_cap=layer.soft_cap,
             eps=plan.rms_norm_eps,
-            cos_sin=self._cos_sin,
+            cos_sin=self._table(layer.cos_sin),
             q_norm=self._floats(layer.q_norm),
             k_norm=self._floats(layer.k_norm),
+            sinks=self._floats(layer.sinks),
         )
         return Layer(
             attention=attention,
             input_norm=self._floats(layer.input_norm),
             post_attention_norm=self._floats(layer.post_attention_norm),
+            attention_out_norm=self._floats(layer.attention_out_norm),
+            mlp_out_norm=self._floats(layer.mlp_out_norm),
             qkv_bias=self._floats(layer.qkv_bias),
             output_bias=self._floats(layer.output_bias),
+            gate_up_bias=self._floats(layer.gate_up_bias),
+            down_bias=self._floats(layer.down_bias),
             qkv=self._parts(layer.qkv),
             output=self._matrix(layer.output),
             gate_up=self._parts(layer.gate_up),
@@ -154,6 +163,14 @@ class _PlanBuilder:
             raise UnsupportedPlanError(f"weights stored as {form} have no native layout")
         self._kept.append(packed)
         return packed.multiplied_with(self._plan.dtype)
+
+    def _table(self, cos_sin: torch.Tensor | None) -> int | None:
+        """Layers share their tables: one is converted once."""
+        if cos_sin is None:
+            return None
+        if cos_sin.data_ptr() not in self._tables:
+            self._tables[cos_sin.data_ptr()] = self._floats(cos_sin)
+        return self._tables[cos_sin.data_ptr()]
 
     def _floats(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:

@@ -108,6 +108,12 @@ class Decoder(Model):
             raise InvalidRequestError(f"{self.config.architecture} has no head and cannot generate text", "model")
         return self.lm_head(hidden)
 
+    def layer_plan(self, layer: Layer) -> DecoderLayerPlan | None:
+        """None where the layer is not of the usual kind."""
+        if not isinstance(layer, DecoderLayer):
+            return None
+        return block_plan(layer.input_norm, layer.attention, layer.post_attention_norm, layer.mlp)
+
     @property
     def cache_layout(self) -> CacheLayout:
         config = self.config
@@ -115,17 +121,13 @@ class Decoder(Model):
         return CacheLayout(len(self.layers), kv_heads.length, config.head_dim, config.head_dim)
 
     def plan(self) -> DecoderPlan | None:
-        held = self.rank.layers(self.config.num_layers)
-        layers = tuple(
-            _layer_plan(layer, self.config.layers[index]) for index, layer in zip(held, self.layers, strict=True)
-        )
-        plain = [layer for layer in layers if layer is not None]
+        plans = [self.layer_plan(layer) for layer in self.layers]
+        layers = tuple(plan for plan in plans if plan is not None)
         config = self.config
-        if self.lm_head is None or len(plain) != len(layers) or config.final_soft_cap or len(self._ropes) > 1:
+        if self.lm_head is None or len(layers) != len(plans):
             return None
         if self.embedding is None or self.rank.topology.world_size > 1:
             return None
-        cos_sin = next(iter(self._ropes.values()), self.final_norm.weight.new_zeros((0, 0), dtype=torch.float32))
         return DecoderPlan(
             dtype=self.embedding.dtype,
             hidden_size=config.hidden_size,
@@ -137,12 +139,13 @@ class Decoder(Model):
             rms_norm_eps=config.norm_eps,
             attention_scale=config.attention_scale,
             activation=config.activation,
-            cos_sin=cos_sin,
+            max_positions=self._max_positions,
             embedding=self.embedding.weight,
             embedding_scale=self.embedding.scale,
-            layers=tuple(plain),
+            layers=layers,
             final_norm=self.final_norm.weight,
             lm_head=self.lm_head.weight,
+            final_soft_cap=config.final_soft_cap,
         )
 
     def _read_ends(self, weights: WeightLoader) -> tuple[Embedding | None, LMHead | None]:
@@ -246,25 +249,29 @@ class Decoder(Model):
         return self._ropes[rope]
 
 
-def _layer_plan(layer: Layer, config: LayerConfig) -> DecoderLayerPlan | None:
-    if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, GatedMLP):
-        return None
-    attention, mlp = layer.attention, layer.mlp
-    if not isinstance(attention, Attention) or not isinstance(attention.qkv, Linear):
-        return None
-    if attention.soft_cap or attention.sinks is not None or mlp.gate_up.bias is not None or mlp.down.bias is not None:
+def block_plan(
+    input_norm: RMSNorm, attention: Attention | LatentAttention, post_attention_norm: RMSNorm, mlp: MLP
+) -> DecoderLayerPlan | None:
+    """A layer of two blocks, each behind a norm; None where a block is of a kind that plans cannot say."""
+    if not isinstance(mlp, GatedMLP) or not isinstance(attention, Attention) or not isinstance(attention.qkv, Linear):
         return None
     return DecoderLayerPlan(
-        input_norm=layer.input_norm.weight,
+        input_norm=input_norm.weight,
         qkv=attention.qkv.parts,
         qkv_bias=attention.qkv.bias,
         q_norm=attention.q_norm,
         k_norm=attention.k_norm,
         output=attention.output.weight,
         output_bias=attention.output.bias,
-        post_attention_norm=layer.post_attention_norm.weight,
+        attention_out_norm=None,
+        post_attention_norm=post_attention_norm.weight,
         gate_up=mlp.gate_up.parts,
+        gate_up_bias=mlp.gate_up.bias,
         down=mlp.down.weight,
-        sliding_window=config.sliding_window,
-        use_rope=config.rope is not None,
+        down_bias=mlp.down.bias,
+        mlp_out_norm=None,
+        cos_sin=attention.cos_sin,
+        sliding_window=attention.sliding_window,
+        soft_cap=attention.soft_cap,
+        sinks=attention.sinks,
     )

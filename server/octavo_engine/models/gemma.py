@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,11 +10,11 @@ from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, ModelConfig, decoder_config, num_layers, sliding_layers
-from octavo_engine.models.decoder import MLP, Decoder, Residual
+from octavo_engine.models.decoder import MLP, Decoder, Layer, Residual, block_plan
 from octavo_engine.models.raw_config import RawConfig
 from octavo_engine.models.rope_config import RopeConfig, rope_config
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
-from octavo_kernels.step import Activation
+from octavo_kernels.step import Activation, DecoderLayerPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,15 @@ class Gemma2ForCausalLM(Decoder):
             self.make_mlp(weights, f"{prefix}.mlp", layer),
             self.make_norm(weights, f"{prefix}.post_feedforward_layernorm"),
         )
+
+    def layer_plan(self, layer: Layer) -> DecoderLayerPlan | None:
+        if not isinstance(layer, GemmaLayer):
+            return None
+        plan = block_plan(layer.input_norm, layer.attention, layer.pre_feedforward_norm, layer.mlp)
+        if plan is None:
+            return None
+        out_norms = (layer.post_attention_norm.weight, layer.post_feedforward_norm.weight)
+        return replace(plan, attention_out_norm=out_norms[0], mlp_out_norm=out_norms[1])
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):

@@ -167,7 +167,10 @@ class TorchModelRunner:
         plan = self.model.plan()
         compiled = compile_step(plan) if plan is not None else None
         self._step = compiled[1] if compiled else None
-        self._step_backend = f"{compiled[0]} (whole step)" if compiled else ""
+        self._step_backend = ""
+        if compiled is not None:
+            detail = registry.load_backend(compiled[0]).detail
+            self._step_backend = f"{compiled[0]} (whole step; {detail})"
         if compiled is not None and self._device.type == "cpu" and self._adapted is None:
             # Little is left to torch, and its threads spin after each parallel op, on cores that the step wants next.
             torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from octavo_kernels import cpu, registry
+from octavo_kernels.cpu import bindings
 from octavo_kernels.cpu.threads import requested_threads, usable_cpus
 
 _REPORT = """
@@ -48,8 +49,34 @@ print(registry.load_backend("cpu").available, registry.load_backend("cpu").detai
     assert "C++ compiler" in status
 
 
-def test_the_environment_forces_a_lower_instruction_set(native: None) -> None:
-    assert _run(_REPORT, OCTAVO_CPU_ISA="portable", OCTAVO_CPU_THREADS="1") == "portable, 1 thread"
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_the_environment_forces_a_lower_instruction_set(native: None, name: str) -> None:
+    if name not in cpu.available_instruction_sets():
+        pytest.skip(f"this processor or build has no {name}")
+    assert _run(_REPORT, OCTAVO_CPU_ISA=name, OCTAVO_CPU_THREADS="1") == f"{name}, 1 thread"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
+def test_memory_for_weights_asks_for_huge_pages(native: None) -> None:
+    memory = bindings.native.oct_alloc(8 << 20)
+    try:
+        assert memory % 64 == 0
+        assert " hg" in _mapping_flags(memory)
+    finally:
+        bindings.native.oct_free(memory)
+
+
+def _mapping_flags(address: int) -> str:
+    """What the kernel notes of the mapping that holds an address (`VmFlags`, see proc(5))."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return line
+    raise AssertionError(f"no mapping holds {address:#x}")
 
 
 def test_an_instruction_set_beyond_the_machine_is_only_a_limit(native: None) -> None:

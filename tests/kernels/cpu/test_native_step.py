@@ -29,8 +29,10 @@ def _cos_sin(rotary_dim: int, positions: int = 600) -> torch.Tensor:
 def _plan(form: GGMLType | torch.dtype, *, dtype: torch.dtype, particular: bool, parts: bool) -> DecoderPlan:
     """A random decoder.
 
-    particular: biases, head norms, a window, partial rotation, GELU. parts: projections are not fused.
+    particular: biases, head norms, norms of what blocks give, a window, rotation of some layers only and in part, GELU,
+    soft caps, sinks. parts: projections are not fused.
     """
+    table = _cos_sin(16 if particular else HEAD_DIM)
 
     def weight(rows: int, columns: int) -> Weight:
         if isinstance(form, GGMLType):
@@ -49,11 +51,17 @@ def _plan(form: GGMLType | torch.dtype, *, dtype: torch.dtype, particular: bool,
             k_norm=torch.rand(HEAD_DIM) + 0.5 if particular else None,
             output=random_gguf(GGMLType.Q8_0, HIDDEN, sizes[0], 0.002) if parts else _output(form),
             output_bias=torch.randn(HIDDEN) if particular else None,
+            attention_out_norm=torch.rand(HIDDEN) + 0.5 if particular else None,
             post_attention_norm=torch.rand(HIDDEN) + 0.5,
             gate_up=gate_up,
+            gate_up_bias=torch.randn(2 * INNER) if particular else None,
             down=weight(HIDDEN, INNER),
+            down_bias=torch.randn(HIDDEN) if particular else None,
+            mlp_out_norm=torch.rand(HIDDEN) + 0.5 if particular else None,
+            cos_sin=table if not particular or window > 0 else None,
             sliding_window=window,
-            use_rope=not particular or window > 0,
+            soft_cap=3.0 if particular and window > 0 else 0.0,
+            sinks=torch.randn(HEADS) if particular and window == 0 else None,
         )
 
     return DecoderPlan(
@@ -67,12 +75,13 @@ def _plan(form: GGMLType | torch.dtype, *, dtype: torch.dtype, particular: bool,
         rms_norm_eps=1e-5,
         attention_scale=HEAD_DIM**-0.5,
         activation=Activation.GELU if particular else Activation.SILU,
-        cos_sin=_cos_sin(16 if particular else HEAD_DIM),
+        max_positions=table.shape[0],
         embedding=weight(VOCAB, HIDDEN),
         embedding_scale=2.0 if particular else 1.0,
         layers=(layer(0), layer(9 if particular else 0)),
         final_norm=torch.rand(HIDDEN) + 0.5,
         lm_head=weight(VOCAB, HIDDEN),
+        final_soft_cap=5.0 if particular else 0.0,
     )
 
 
@@ -97,17 +106,22 @@ def _reference(
         qkv = torch.cat([_product(h, part) for part in layer.qkv], dim=-1)
         qkv = qkv if layer.qkv_bias is None else qkv + layer.qkv_bias
         q, k, v = qkv.unflatten(-1, (-1, HEAD_DIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        table = plan.cos_sin if layer.use_rope else None
-        q, k = kv_cache.rope_and_store_kv(
-            q, k, v, batch.positions, batch.slot_mapping, cache, table, layer.q_norm, layer.k_norm, plan.rms_norm_eps
-        )
-        out = attention.paged_attention(q, cache, batch, plan.attention_scale, layer.sliding_window)
-        x = x + _product(out.flatten(1), layer.output, layer.output_bias)
+        heads = (layer.cos_sin, layer.q_norm, layer.k_norm, plan.rms_norm_eps)
+        q, k = kv_cache.rope_and_store_kv(q, k, v, batch.positions, batch.slot_mapping, cache, *heads)
+        mask = (layer.sliding_window, layer.soft_cap, layer.sinks)
+        out = attention.paged_attention(q, cache, batch, plan.attention_scale, *mask)
+        x = x + _out_norm(_product(out.flatten(1), layer.output, layer.output_bias), layer.attention_out_norm)
         h = norm.rms_norm(x, layer.post_attention_norm, plan.rms_norm_eps)
         gate_up = torch.cat([_product(h, part) for part in layer.gate_up], dim=-1)
+        gate_up = gate_up if layer.gate_up_bias is None else gate_up + layer.gate_up_bias
         gated = activation.gelu_and_mul if plan.activation is Activation.GELU else activation.silu_and_mul
-        x = x + _product(gated(gate_up), layer.down)
-    return _product(norm.rms_norm(x[wanted], plan.final_norm, plan.rms_norm_eps), plan.lm_head)
+        x = x + _out_norm(_product(gated(gate_up), layer.down, layer.down_bias), layer.mlp_out_norm)
+    logits = _product(norm.rms_norm(x[wanted], plan.final_norm, plan.rms_norm_eps), plan.lm_head)
+    return plan.final_soft_cap * torch.tanh(logits / plan.final_soft_cap) if plan.final_soft_cap else logits
+
+
+def _out_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return x if weight is None else norm.rms_norm(x, weight, 1e-5)
 
 
 def _run_both(plan: DecoderPlan, kv_dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,3 +222,5 @@ def test_what_the_step_cannot_run_is_said(isa: str) -> None:
         NativeStep(replace(plan, lm_head=torch.randn(VOCAB, HIDDEN).half()))
     with pytest.raises(UnsupportedPlanError, match="head_dim 24"):
         NativeStep(replace(plan, head_dim=24))
+    with pytest.raises(UnsupportedPlanError, match="ends before position 601"):
+        NativeStep(replace(plan, max_positions=601))

@@ -26,10 +26,6 @@ OCT_INLINE void cache_rows(const oct_attention& a, const oct_batch& batch, int64
   }
 }
 
-// Queries are multiplied by the scale before; here is what the cap does.
-OCT_INLINE VF capped(VF scores, float cap) {
-  return cap > 0 ? f_mul(f_tanh(f_mul(scores, f_set(1.0f / cap))), f_set(cap)) : scores;
-}
 
 // The query of one token for a KV head's group, times the scale.
 OCT_INLINE void scale_query(const oct_attention& a, const float* query, float* scaled) {
@@ -105,7 +101,7 @@ OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const
       for (int j = 0; j < 16; j++) factors[j] = cache.key_scale[rows[j]];
       sums = f_mul(sums, f_load(factors));
     }
-    f_store(scores + g * scores_stride, capped(sums, a.soft_cap));
+    f_store(scores + g * scores_stride, f_capped(sums, a.soft_cap));
   }
 }
 
@@ -173,7 +169,7 @@ OCT_INLINE void score16_pairs(const oct_attention& a, const oct_kv_cache& cache,
       for (int j = 0; j < 16; j++)
         acc[j] = _mm512_dpbf16_ps(acc[j], q, (__m512bh)_mm512_loadu_si512(keys + rows[j] * dim + c));
     }
-    f_store(scores + g * scores_stride, capped(f_sum16(acc), a.soft_cap));
+    f_store(scores + g * scores_stride, f_capped(f_sum16(acc), a.soft_cap));
   }
 }
 

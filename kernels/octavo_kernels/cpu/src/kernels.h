@@ -38,6 +38,7 @@ struct Output {
   bool accumulate;    // add to what is there
   int64_t first_token;
   int64_t first_row;
+  float soft_cap = 0;  // cap * tanh(value / cap) unless 0; without bias and accumulate
 };
 
 // Queries of one sequence that attend together: tokens first .. first + count - 1 of the batch, one KV head's group.

@@ -1,6 +1,7 @@
 // Products of a packed matrix with a tile of activations, for every storage format.
 #pragma once
 #include "kernels.h"
+#include "vector_math.h"
 
 namespace OCT_ISA {
 
@@ -109,6 +110,7 @@ OCT_INLINE VI dot4_of(VI acc, VB u, const int8_t* a) {
 
 OCT_INLINE void store_rows(const Output& out, int64_t row, int64_t rows, int64_t token, VF value) {
   float* p = out.data + (token - out.first_token) * out.stride + (row - out.first_row);
+  value = f_capped(value, out.soft_cap);
   if (rows - row >= kPanel) {
     if (out.bias) value = f_add(value, f_load(out.bias + row));
     if (out.accumulate) value = f_add(value, f_load(p));

@@ -6,7 +6,7 @@
 extern "C" {
 #endif
 
-#define OCT_ABI_VERSION 1
+#define OCT_ABI_VERSION 2
 
 #pragma GCC visibility push(default)
 
@@ -90,8 +90,12 @@ typedef struct oct_layer {
   oct_attention attention;
   const float* input_norm;
   const float* post_attention_norm;
+  const float* attention_out_norm;  // of what attention gives, before it joins the residual stream; or null
+  const float* mlp_out_norm;
   const float* qkv_bias;
   const float* output_bias;
+  const float* gate_up_bias;
+  const float* down_bias;
   oct_matrix qkv[OCT_MAX_PARTS];
   oct_matrix output;
   oct_matrix gate_up[OCT_MAX_PARTS];
@@ -112,7 +116,7 @@ typedef struct oct_model {
   float embedding_scale;
   float eps;
   int32_t gelu;  // 0: silu, 1: gelu (tanh)
-  int32_t reserved;
+  float final_soft_cap;  // cap * tanh(logits / cap), 0: none
 } oct_model;
 
 int oct_abi_version(void);

@@ -147,7 +147,7 @@ static void load_pairs(const oct_attention& a, const oct_kv_cache& cache, const 
 OCT_INLINE void finish_row(const oct_attention& a, int64_t position, int64_t first, int64_t padded, float* row,
                            float* maximum, float* sum, float* acc) {
   if (a.soft_cap > 0)
-    for (int64_t i = 0; i < padded; i += 16) f_store(row + i, capped(f_load(row + i), a.soft_cap));
+    for (int64_t i = 0; i < padded; i += 16) f_store(row + i, f_capped(f_load(row + i), a.soft_cap));
   int64_t seen = position + 1 - first;  // keys of this stretch at or before the query
   for (int64_t i = seen < 0 ? 0 : seen; i < padded; i++) row[i] = -INFINITY;
   if (a.sliding_window) {

@@ -43,6 +43,7 @@ class Step {
       for (int p = 0; p < layer.num_gate_up; p++) layer.gate_up_kinds |= kind_of(layer.gate_up[p]);
       layer.output_kinds = kind_of(layer.output);
       layer.down_kinds = kind_of(layer.down);
+      norms_blocks_ |= layer.attention_out_norm || layer.mlp_out_norm;
       qkv_stride_ = std::max(qkv_stride_, padded(layer.qkv_rows, kPanel));
       attn_stride_ = std::max<int64_t>(attn_stride_, (int64_t)layer.attention.num_heads * layer.attention.head_dim);
       hidden_kinds_ |= layer.qkv_kinds | layer.output_kinds | layer.gate_up_kinds | layer.down_kinds;
@@ -83,7 +84,8 @@ class Step {
   float* logits_ = nullptr;
   std::vector<Tile> tiles_, logit_tiles_;
   AttentionPlan plan_;
-  Buffer<float> x_, qkv_, attn_, last_, partials_;
+  bool norms_blocks_ = false;  // some layer norms what joins the residual stream
+  Buffer<float> x_, block_, qkv_, attn_, last_, partials_;
   ActivationBuffer shared_, down_;
   std::vector<Private> private_;
   std::chrono::steady_clock::time_point mark_;
@@ -97,6 +99,7 @@ class Step {
     plan_.build(batch_, a.num_heads, a.num_kv_heads, (int)threads);
     int64_t group = a.num_heads / a.num_kv_heads;
     x_.ensure(tokens * model_.hidden_size);
+    if (norms_blocks_) block_.ensure(tokens * model_.hidden_size);
     qkv_.ensure(tokens * qkv_stride_);
     attn_.ensure(tokens * attn_stride_);
     last_.ensure(num_wanted_ * model_.hidden_size);
@@ -187,9 +190,23 @@ class Step {
     const Activations& o = prepare(member, attn_.get(), attn_stride_, attn_stride_, nullptr, tiles_, batch_.num_tokens,
                                    layer.output_kinds);
     count(member, kPrepare);
-    product(member, layer.output, o, tiles_, {x_.get(), model_.hidden_size, layer.output_bias, true, 0, 0});
-    member.barrier();
+    join(member, layer.output, o, layer.output_bias, layer.attention_out_norm);
     count(member, kOutput);
+  }
+
+  // A block's last product, added to the residual stream, normed first where the layer has a norm for it.
+  void join(Member& member, const oct_matrix& w, const Activations& x, const float* bias, const float* norm) {
+    int64_t hidden = model_.hidden_size;
+    product(member, w, x, tiles_, {norm ? block_.get() : x_.get(), hidden, bias, !norm, 0, 0});
+    member.barrier();
+    if (!norm) return;
+    member.each(batch_.num_tokens, [&](int64_t t) {
+      float* from = block_.get() + t * hidden;
+      float* to = x_.get() + t * hidden;
+      table_.rms_norm(from, norm, hidden, model_.eps, from);
+      for (int64_t i = 0; i < hidden; i++) to[i] += from[i];
+    });
+    member.barrier();
   }
 
   void attend(Member& member, const oct_attention& a, const oct_kv_cache& cache) {
@@ -250,12 +267,14 @@ class Step {
     const oct_matrix& gate = layer.gate_up[0];
     const oct_matrix& up = layer.gate_up[layer.num_gate_up - 1];
     int64_t up_panel = layer.num_gate_up == 1 ? model_.intermediate_size / kPanel : 0;
+    const float* up_bias = layer.gate_up_bias;  // of the first row of `up`
+    if (up_bias && up_panel == 0) up_bias += model_.intermediate_size;
     each_panel(member, model_.intermediate_size / kBlock, tiles_, [&](int64_t block, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; i++) {
         const Tile& tile = tiles_[i];
         alignas(64) float gates[kMaxGatedTokens * kBlock], ups[kMaxGatedTokens * kBlock];
-        Output to_gate{gates, kBlock, nullptr, false, tile.start, block * kBlock};
-        Output to_up{ups, kBlock, nullptr, false, tile.start, block * kBlock + up_panel * kPanel};
+        Output to_gate{gates, kBlock, layer.gate_up_bias, false, tile.start, block * kBlock};
+        Output to_up{ups, kBlock, up_bias, false, tile.start, block * kBlock + up_panel * kPanel};
         table_.linear(gate, 2 * block, 2 * block + 2, x, tiles_.data(), i, i + 1, to_gate);
         table_.linear(up, up_panel + 2 * block, up_panel + 2 * block + 2, x, tiles_.data(), i, i + 1, to_up);
         table_.gate(gates, ups, model_.gelu, tile, block * kBlock, layer.down_kinds, h);
@@ -263,8 +282,7 @@ class Step {
     });
     member.barrier();
     count(member, kGateUp);
-    product(member, layer.down, h, tiles_, {x_.get(), model_.hidden_size, nullptr, true, 0, 0});
-    member.barrier();
+    join(member, layer.down, h, layer.down_bias, layer.mlp_out_norm);
     count(member, kDown);
   }
 
@@ -276,7 +294,7 @@ class Step {
     member.barrier();
     const Activations& x = prepare(member, last_.get(), hidden, hidden, model_.final_norm, logit_tiles_, num_wanted_,
                                    kind_of(model_.lm_head));
-    product(member, model_.lm_head, x, logit_tiles_, {logits_, model_.vocab_size, nullptr, false, 0, 0});
+    product(member, model_.lm_head, x, logit_tiles_, {logits_, model_.vocab_size, nullptr, false, 0, 0, model_.final_soft_cap});
     count(member, kLogits);
   }
 };

@@ -23,6 +23,9 @@ OCT_INLINE VF f_tanh(VF x) {  // 1 - 2 / (exp(2x) + 1)
   VF e = f_exp(f_add(x, x));
   return f_sub(f_set(1.0f), f_div(f_set(2.0f), f_add(e, f_set(1.0f))));
 }
+OCT_INLINE VF f_capped(VF x, float cap) {  // 0: no cap
+  return cap > 0 ? f_mul(f_tanh(f_mul(x, f_set(1.0f / cap))), f_set(cap)) : x;
+}
 OCT_INLINE VF f_silu(VF x) { return f_div(x, f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
 OCT_INLINE VF f_gelu(VF x) {  // tanh approximation
   VF inner = f_mul(f_mul(x, f_set(0.7978845608028654f)), f_fma(f_mul(x, x), f_set(0.044715f), f_set(1.0f)));
