@@ -214,6 +214,17 @@ def test_the_command_refuses_with_exit_code_one(checkpoint: Any) -> None:
     assert said["fixes"][-1]["setting"].startswith("--tensor-parallel-size")
 
 
+def test_a_context_the_checkpoint_merely_allows_is_cut_as_the_engine_cuts_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, hf.LlamaForCausalLM, hf.LlamaConfig(**{**WIDE, "max_position_embeddings": 4_096}))
+    config = EngineConfig(model="m", max_num_seqs=4, dtype="float32", kv_cache_memory_bytes=600 * 768)
+
+    planned = plan_with_fixes("m", config, lambda c: measure(tmp_path, c, CPU, elsewhere=False), "cpu", 4 * GIB)
+
+    assert planned.kv_bytes_per_token == 768
+    assert planned.max_model_len == planned.kv_blocks * 16 == 592
+    assert planned.concurrency_full_length == 1.0
+
+
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="'GTX' is not known; give its memory instead"):
         gpu_memory_bytes("GTX")

@@ -87,6 +87,7 @@ def plan_device(model: str, config: EngineConfig, footprint: Footprint, device: 
         what = f"weights, {blocks} KV blocks and a step's activations"
         raise DoesNotFitError(held + cache + max(activations, reserve), memory_bytes, what, ())
     tokens = blocks * config.block_size
+    longest = min(footprint.max_model_len, tokens) if blocks else footprint.max_model_len  # as the engine cuts it
     return DevicePlan(
         model=model,
         architecture=footprint.architecture,
@@ -95,7 +96,7 @@ def plan_device(model: str, config: EngineConfig, footprint: Footprint, device: 
         memory_bytes=memory_bytes,
         dtype=str(footprint.dtype).removeprefix("torch."),
         quantization=footprint.quantization,
-        max_model_len=footprint.max_model_len,
+        max_model_len=longest,
         context_bytes=context,
         weight_bytes=footprint.weight_bytes,
         embedding_bytes=footprint.embedding_bytes,
@@ -103,8 +104,8 @@ def plan_device(model: str, config: EngineConfig, footprint: Footprint, device: 
         kv_bytes_per_token=footprint.kv_bytes_per_token,
         kv_block_size=config.block_size,
         kv_blocks=blocks,
-        concurrency_full_length=min(config.max_num_seqs, tokens / footprint.max_model_len),
-        concurrency_1k_tokens=min(config.max_num_seqs, tokens // min(_TYPICAL_TOKENS, footprint.max_model_len)),
+        concurrency_full_length=min(config.max_num_seqs, tokens / longest),
+        concurrency_1k_tokens=min(config.max_num_seqs, tokens // min(_TYPICAL_TOKENS, longest)),
     )
 
 
