@@ -13,6 +13,8 @@ import torch
 import transformers as hf
 from typer.testing import CliRunner
 
+from models.test_classification_models import CASES as CLASSIFIERS
+from models.test_decoder_architectures import CASES as DECODERS
 from models.tiny_checkpoints import SIZES, load, write_checkpoint
 from octavo_cli.main import build_app
 from octavo_cli.plan import gpu_memory_bytes
@@ -22,6 +24,7 @@ from octavo_engine.planning.capacity import DoesNotFitError, plan_with_fixes
 from octavo_engine.planning.measuring import measure
 
 GIB = 1 << 30
+ARCHITECTURES = {**DECODERS, **{f"{name}, classifier": case for name, case in CLASSIFIERS.items()}}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WIDE = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "vocab_size": 512}
 
@@ -70,6 +73,19 @@ def test_a_rank_is_planned_as_it_loads(split: dict[str, int], tmp_path: Path) ->
     if "tensor_parallel_size" in split:
         info = load(tmp_path, **split).info
         assert found.weight_bytes == pytest.approx(info.weight_bytes, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_measured_as_it_loads(name: str, tmp_path: Path) -> None:
+    model_type, config = ARCHITECTURES[name]
+    write_checkpoint(tmp_path, model_type, config())
+
+    found = measure(tmp_path, EngineConfig(model="m", dtype="float32"), CPU, elsewhere=False)
+    info = load(tmp_path).info
+
+    assert found.weight_bytes == pytest.approx(info.weight_bytes, rel=0.02)
+    assert found.kv_bytes_per_token == info.kv_bytes_per_token
 
 
 # ------------------------------------------------------------------ models no test machine holds
