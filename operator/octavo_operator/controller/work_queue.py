@@ -48,11 +48,6 @@ class WorkQueue(Generic[K]):
         """Keys that wait or run."""
         return len(self._waiting) + len(self._running)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits or runs."""
-        return not self._waiting and not self._running
-
     async def run(self) -> None:
         """Run the workers until cancelled."""
         async with asyncio.TaskGroup() as group:

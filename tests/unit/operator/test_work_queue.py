@@ -14,7 +14,7 @@ async def drained(queue: WorkQueue[str], *, seconds: float = 2.0) -> None:
     task = asyncio.create_task(queue.run())
     async with asyncio.timeout(seconds):
         await asyncio.sleep(0)
-        while not queue.idle:
+        while queue.length:
             await asyncio.sleep(0.005)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -75,7 +75,7 @@ async def test_a_failure_is_tried_again_later_and_later(monkeypatch: pytest.Monk
     queue.add("a")
     task = asyncio.create_task(queue.run())
     async with asyncio.timeout(2):
-        while failures or not queue.idle:
+        while failures or queue.length:
             await asyncio.sleep(0.005)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
