@@ -255,7 +255,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_real_model_goes_on_as_it_would_have(smollm2_gguf: Path) -> None:
     """Greedy, seeded and penalized, and constrained answers. Recomputing what was told rounds differently than having
     generated it, as after a preemption; so each greedy choice is checked to be one, up to rounding."""
@@ -272,7 +272,7 @@ async def test_a_real_model_goes_on_as_it_would_have(smollm2_gguf: Path) -> None
         both = ModelEntry(name="smollm2", endpoints=endpoints, strategy=Strategy.ROUND_ROBIN)
         async with open_door(replace(both, endpoints=endpoints[:1]), connect_timeout=10) as door:
             asking = [asyncio.ensure_future(door.read(body)) for body in bodies]
-            await until(lambda: sum(e.bytes_sent > 4_000 for e in door.server.app._exchanges) == 3, 60)
+            await until(lambda: sum(e.bytes_sent > 2_500 for e in door.server.app._exchanges) == 3, 240)
             door.serve(both)
             kill_all(first[1])
             texts = [text for _, text, _ in await asyncio.gather(*asking)]
