@@ -9,6 +9,7 @@ from octavo_engine.engine import EngineCore
 from octavo_engine.messages import LoadProgress
 from octavo_engine.roofline import Roofline, measure_limits
 from octavo_engine.runner.interface import ModelRunner
+from octavo_engine.runner.machine import torch_threads, usable_cpus
 
 OnProgress = Callable[[LoadProgress], None]
 LoadRunner = Callable[[EngineConfig, OnProgress], ModelRunner]
@@ -24,7 +25,8 @@ def build_engine(config: EngineConfig, on_progress: OnProgress, load: LoadRunner
         core = EngineCore(load(config, on_progress), config)
     else:
         runner, draft = _load(config, on_progress)
-        roofline = Roofline(runner.info, measure_limits(runner.info))
+        with torch_threads(config.num_threads or usable_cpus()):  # native steps leave torch one thread
+            roofline = Roofline(runner.info, measure_limits(runner.info))
         core = EngineCore(runner, config, roofline=roofline, draft=draft)
     _load_adapters(core, config)
     return core

@@ -73,15 +73,15 @@ def cpu_flags() -> frozenset[str]:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """For small torch ops between native ones: torch's threads and the native ones would wait for the same processors
-    in turn, each of them spinning."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
+def torch_threads(count: int) -> Iterator[None]:
+    """Threads of torch's ops inside the block. One is right for small ops between native ones: torch's threads and the
+    native ones would wait for the same processors in turn, each of them spinning."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(count)
+        torch.set_num_threads(before)
 
 
 def usable_cpus(cgroup: Path = _CGROUP) -> int:

@@ -20,7 +20,7 @@ from octavo_engine.runner.batch_builder import build_packed, build_step, token_t
 from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.host_cache import HostCache
 from octavo_engine.runner.interface import SequenceSlice
-from octavo_engine.runner.machine import one_torch_thread
+from octavo_engine.runner.machine import torch_threads
 from octavo_engine.runner.pair_batch import with_token_types
 from octavo_engine.runner.pooling import Pool
 from octavo_kernels import ops, registry
@@ -103,7 +103,7 @@ class TorchModelRunner:
             model, step = self._adapted.model, self._adapted_step
         if step is not None:
             return step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
-        with one_torch_thread() if model is not self.model and self._step is not None else nullcontext():
+        with torch_threads(1) if model is not self.model and self._step is not None else nullcontext():
             hidden = model.forward(inputs.token_ids, inputs.batch, self._caches)
             if not self.model.rank.is_last_stage:
                 return self._nothing()
