@@ -91,6 +91,13 @@ class Histogram:
         return below_bound
 
 
+def metric_names(metrics: MetricMap) -> tuple[str, ...]:
+    """Every metric that any signal may be read from."""
+    sources = [source for name, found in metrics if name not in ("path", "port") for source in found]
+    names = {n for s in sources for n in (s.gauge, s.rate, s.info, s.histogram, *(s.ratio or ())) if n}
+    return tuple(sorted(names))
+
+
 def parse_page(text: str, time: float, prefixes: tuple[str, ...] = ()) -> Page:
     """A metrics page; lines that are no samples are skipped, and everything after 20,000 samples.
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from octavo_operator.api.serving_runtime import MetricMap
-from octavo_operator.autoscale.metrics import Histogram, Page, parse_page, read_histogram, read_signal, replica_sample
+from octavo_operator.autoscale.metrics import (
+    Histogram,
+    Page,
+    metric_names,
+    parse_page,
+    read_histogram,
+    read_signal,
+    replica_sample,
+)
 from octavo_operator.autoscale.signals import ReplicaSample, Signals, Ttft
 
 TTFT_WINDOW_S = 120.0
@@ -59,6 +67,7 @@ class Observer:
         """`revision` names the pods that are observed, for whoever keeps observers."""
         self.revision = revision
         self._metrics = metrics
+        self._names = metric_names(metrics)  # the rest of a page is not kept: there may be hundreds of replicas
         self._replicas: dict[str, _Replica] = {}
         self._window_start = started_at
         self._ttft: Ttft | None = None
@@ -68,7 +77,7 @@ class Observer:
     def add_page(self, name: str, text: str, now: float) -> ReplicaSample:
         """Take up a replica's metrics page; returns its sample."""
         replica = self._replicas.setdefault(name, _Replica())
-        page = parse_page(text, now)
+        page = parse_page(text, now, self._names)
         first = replica.page is None
         replica.sample = replica_sample(name, page, self._metrics, replica.page)
         replica.tokens_per_s = read_signal(self._metrics.generated_tokens, page, replica.page) or 0.0

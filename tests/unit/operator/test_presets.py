@@ -9,7 +9,7 @@ import pytest
 
 from octavo_operator.api.inference_service import InferenceService
 from octavo_operator.api.validation import parse
-from octavo_operator.autoscale.metrics import parse_page, replica_sample
+from octavo_operator.autoscale.metrics import metric_names, parse_page, replica_sample
 from octavo_operator.desired import plan_service
 from octavo_operator.plan import Facts, Unplannable
 from octavo_operator.plan.fields import PORTABLE_FIELDS
@@ -44,9 +44,11 @@ def service(runtime: str, **spec: Any) -> InferenceService:
     ],
 )
 def test_each_engines_metrics_become_the_signals(name: str, waiting: float, running: float, kv: float) -> None:
-    page = parse_page((PAGES / f"{name}.txt").read_text(), 1.0)
-    sample = replica_sample("r", page, preset(name).spec.metrics)
-    assert (sample.waiting, sample.running, sample.kv_utilization) == (waiting, running, kv)
+    metrics = preset(name).spec.metrics
+    for names in ((), metric_names(metrics)):  # the whole page, and only what is read of it
+        page = parse_page((PAGES / f"{name}.txt").read_text(), 1.0, names)
+        sample = replica_sample("r", page, metrics)
+        assert (sample.waiting, sample.running, sample.kv_utilization) == (waiting, running, kv)
 
 
 def test_torchserves_counters_of_latency_give_mean_numbers() -> None:
