@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -62,7 +63,10 @@ async def engine(smollm2_gguf: Path, collector: Collector) -> AsyncIterator[Mode
             lines.append(line.decode())
 
     following = asyncio.create_task(follow(process.stderr))
-    await until(lambda: any("ready" in line for line in lines), timeout_s=180)
+    async with asyncio.timeout(180), aiohttp.ClientSession() as http:
+        while (await http.get(f"{address[1]}/health/ready")).status != 200:
+            assert process.returncode is None, "".join(lines)
+            await asyncio.sleep(0.2)
     yield ModelEntry("smollm2", (Endpoint("engine", address[1]),))
     process.terminate()
     assert await process.wait() == 0, "".join(lines)
