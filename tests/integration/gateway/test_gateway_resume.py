@@ -257,7 +257,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_a_real_model_goes_on_as_it_would_have(smollm2_gguf: Path) -> None:
-    """Greedy, seeded and penalized, and constrained answers. Recomputing what was told rounds differently than having
+    """A greedy answer, and a seeded one with penalties. Recomputing what was told rounds differently than having
     generated it, as after a preemption; so each greedy choice is checked to be one, up to rounding."""
     question = [{"role": "user", "content": "Write a short story about a fox and a river."}]
     common: dict[str, Any] = {"model": "smollm2", "messages": question, "stream": True, "max_tokens": 60}
@@ -265,14 +265,13 @@ async def test_a_real_model_goes_on_as_it_would_have(smollm2_gguf: Path) -> None
     bodies = [
         common | {"temperature": 0.0},
         common | {"temperature": 0.8, "seed": 8, "frequency_penalty": 0.6, "repetition_penalty": 1.1},
-        common | {"temperature": 0.7, "seed": 9, "structured_outputs": {"regex": "[a-z]{4}-[0-9]{40} end"}},
     ]
     with real_replica(smollm2_gguf) as first, real_replica(smollm2_gguf) as second:
         endpoints = tuple(Endpoint(f"r{n}", url) for n, (url, _) in enumerate((first, second)))
         both = ModelEntry(name="smollm2", endpoints=endpoints, strategy=Strategy.ROUND_ROBIN)
         async with open_door(replace(both, endpoints=endpoints[:1]), connect_timeout=10) as door:
             asking = [asyncio.ensure_future(door.read(body)) for body in bodies]
-            await until(lambda: sum(e.bytes_sent > 2_500 for e in door.server.app._exchanges) == 3, 240)
+            await until(lambda: sum(e.bytes_sent > 2_500 for e in door.server.app._exchanges) == 2, 240)
             door.serve(both)
             kill_all(first[1])
             texts = [text for _, text, _ in await asyncio.gather(*asking)]
@@ -286,13 +285,12 @@ async def test_a_real_model_goes_on_as_it_would_have(smollm2_gguf: Path) -> None
             judged = {"model": "smollm2", "prompt": prompt + tokens[0], "max_tokens": 1, "prompt_logprobs": 1}
             verdict = json.loads((await door.read(judged, path="/v1/completions"))[1])["choices"][0]["prompt_logprobs"]
 
-    assert 'octavo_gateway_retries_total{model="smollm2",reason="resume"} 3.0' in page
+    assert 'octavo_gateway_retries_total{model="smollm2",reason="resume"} 2.0' in page
     assert all(text.endswith("data: [DONE]\n\n") for text in texts)
     for text, told in zip(texts, tokens, strict=True):
         assert len({chunk["id"] for chunk in chunks(text)}) == 1
         assert chunks(text)[-1]["usage"]["completion_tokens"] == len(told)
     assert len(tokens[0]) == len(tokens[1]) == 60
-    assert re.fullmatch(r"[a-z]{4}-[0-9]{40} end", content(texts[2]))
     for token, ranked in zip(tokens[0], verdict[len(prompt) :], strict=True):
         best = max(entry["logprob"] for entry in ranked.values())
         assert ranked[str(token)]["logprob"] > best - 0.5
