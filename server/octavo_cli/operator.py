@@ -37,6 +37,10 @@ def operator(
     scaling_interval: Annotated[float, typer.Option(min=0.5, help="Seconds between scaling decisions.")] = 5.0,
     scrape_concurrency: Annotated[int, typer.Option(min=1, help="Replicas asked for metrics at once.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Services reconciled at once.")] = 8,
+    otlp_endpoint: Annotated[
+        str,
+        typer.Option(envvar="OCTAVO_OTLP_ENDPOINT", help="OTLP/HTTP collector of traces, such as http://otel:4318."),
+    ] = "",
     health_port: Annotated[int, typer.Option(help="Port of /healthz, /readyz and /metrics.")] = 8081,
     webhook_port: Annotated[
         int | None, typer.Option(help="Port of the validating webhook; none is served without it.")
@@ -63,6 +67,7 @@ def operator(
         scaling_interval_s=scaling_interval,
         scrape_concurrency=scrape_concurrency,
         workers=workers,
+        otlp_endpoint=otlp_endpoint,
         health_port=health_port,
         webhook_port=webhook_port,
         webhook_cert_dir=webhook_cert_dir,

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from octavo_operator.api.errors import OctavoOperatorError
+from octavo_operator.controller.tracing import NO_TRACER, api_call
 
 log = logging.getLogger("octavo.operator.client")
 
@@ -81,6 +82,7 @@ class KubeClient:
         self._session = session
         self._authorize = authorize  # headers of the moment: tokens of service accounts rotate
         self._may_write = may_write  # the fence: who lost the lease in its sleep must not write when it wakes
+        self.tracer = NO_TRACER
         self.calls = 0  # for tests and metrics; watches are not counted
         self.writes = 0
 
@@ -177,10 +179,21 @@ class KubeClient:
         body: Object | list[Object] | None = None,
         content_type: str = "application/json",
     ) -> Object:
-        call = f"{method} {path}"
         self.calls += 1
         if method != "GET":
             self.writes += 1
+        with api_call(self.tracer, method, path):
+            return await self._persistently(f"{method} {path}", method, path, params, body, content_type)
+
+    async def _persistently(
+        self,
+        call: str,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        body: Object | list[Object] | None,
+        content_type: str,
+    ) -> Object:
         error = ApiError(call, 0, "not tried")
         for attempt in range(ATTEMPTS):
             if method != "GET" and not self._may_write():

@@ -26,6 +26,7 @@ from octavo_operator.controller.scaling import ScalingLoop
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store, key_of
 from octavo_operator.controller.tenants import TenantLoop
+from octavo_operator.controller.tracing import new_tracer
 from octavo_operator.controller.work_queue import WorkQueue
 from octavo_operator.render.labels import MANAGED_BY, MANAGER, PART_OF, SERVICE_LABEL
 from octavo_operator.render.model_cache import CACHE_LABEL
@@ -44,11 +45,12 @@ class EngineRoom:
         self.client = client
         self.store = Store()
         events = EventRecorder(client)
-        self.reconciler = Reconciler(client, self.store, events, settings)
+        tracer = client.tracer = new_tracer(settings.otlp_endpoint)
+        self.reconciler = Reconciler(client, self.store, events, settings, tracer=tracer)
         self.caches = ModelCacheReconciler(client, self.store, events, settings)
         self.services: WorkQueue[Key] = WorkQueue(self.reconciler.reconcile, settings.workers)
         self.cache_queue: WorkQueue[Key] = WorkQueue(self.caches.reconcile, 1)
-        self.scaling = ScalingLoop(client, self.reconciler, self.store, settings, self.services.add)
+        self.scaling = ScalingLoop(client, self.reconciler, self.store, settings, self.services.add, tracer=tracer)
         self.tenants = TenantLoop(client, self.store, settings)
         self.adapters = AdapterLoop(client, self.reconciler, self.store, settings, self.services.add)
         scopes: tuple[str | None, ...] = settings.namespaces or (None,)

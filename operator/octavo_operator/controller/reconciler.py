@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+from opentelemetry.trace import Tracer
+
 from octavo_operator.api.errors import FieldError, ManifestErrors
 from octavo_operator.api.inference_service import InferenceService, InferenceServiceSpec
 from octavo_operator.api.kubernetes import ObjectMeta
@@ -35,6 +37,7 @@ from octavo_operator.controller.readable import model_claims, readable
 from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
+from octavo_operator.controller.tracing import NO_TRACER
 from octavo_operator.desired import Runtime, with_presets
 from octavo_operator.diff import reconcile, stamped
 from octavo_operator.groups import group_views, groups_deployment, groups_to_recreate, newest_hashes
@@ -66,8 +69,10 @@ class Reconciler:
         events: EventRecorder,
         settings: OperatorSettings,
         now: Callable[[], float] = time.time,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._client = client
+        self._tracer = tracer
         self._store = store
         self._events = events
         self._settings = settings
@@ -78,6 +83,14 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> float | None:
         """One look at a service. Returns after how many seconds to look again; raises `ApiError` to be retried."""
+        names = {"k8s.namespace.name": key[0], "octavo.inference_service": key[1]}
+        with self._tracer.start_as_current_span("reconcile InferenceService", attributes=names) as span:
+            before = self._client.writes
+            again = await self._reconcile(key)
+            span.set_attribute("octavo.writes", self._client.writes - before)
+            return again
+
+    async def _reconcile(self, key: Key) -> float | None:
         namespace, name = key
         raw = self._store.get(INFERENCE_SERVICE, namespace, name)
         if raw is None or raw["metadata"].get("deletionTimestamp"):

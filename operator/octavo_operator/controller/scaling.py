@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import aiohttp
+from opentelemetry.trace import Tracer
 
 from octavo_operator.autoscale.decide import Decision, decide
 from octavo_operator.autoscale.history import History
@@ -25,6 +26,7 @@ from octavo_operator.controller.replicas import GATEWAY_PORT, can_be_reached, re
 from octavo_operator.controller.service_state import ServiceState
 from octavo_operator.controller.settings import OperatorSettings
 from octavo_operator.controller.store import Key, Store
+from octavo_operator.controller.tracing import NO_TRACER
 from octavo_operator.judgement import Scaling
 from octavo_operator.observation import DeploymentView, Observation
 from octavo_operator.plan.values import Workload
@@ -51,8 +53,10 @@ class ScalingLoop:
         settings: OperatorSettings,
         on_decision: Callable[[Key], None],
         now: Callable[[], float] = time.time,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._client = client
+        self._tracer = tracer
         self._reconciler = reconciler
         self._store = store
         self._settings = settings
@@ -140,8 +144,9 @@ class ScalingLoop:
         if decision.replicas != signals.current:
             log.info("%s/%s: %s", *key, decision.message)
             state.scaled(Scaling(now, signals.current, decision.replicas, decision.message))
-        if decision.replicas < signals.current:
-            await self._price_pods(key, signals.samples)
+            with self._tracer.start_as_current_span("scale InferenceService", attributes=_scale_facts(key, decision)):
+                if decision.replicas < signals.current:
+                    await self._price_pods(key, signals.samples)
         news = _is_news(state.decision, decision) or decision.replicas != signals.current
         state.decision, state.replicas = decision, decision.replicas
         return news
@@ -208,6 +213,16 @@ class Gateways:
     @property
     def pages(self) -> list[Page]:
         return list(self.by_pod.values())
+
+
+def _scale_facts(key: Key, decision: Decision) -> dict[str, str | int]:
+    """What a trace says of a decision."""
+    return {
+        "k8s.namespace.name": key[0],
+        "octavo.inference_service": key[1],
+        "octavo.replicas": decision.replicas,
+        "octavo.reason": decision.message,
+    }
 
 
 def _wanted(state: ServiceState, deployment: DeploymentView | None) -> int:

@@ -28,6 +28,7 @@ class OperatorSettings:
     gateway_url: str = ""
     hub_endpoint: str = ""  # asked for the shape of hf:// models; empty: nothing is asked
     engine_image: str | None = None
+    otlp_endpoint: str = ""  # collector of traces, such as http://otel:4318; empty: none are made
     health_port: int = 8081  # 0 takes a free one
     watch_stale_s: float = 110.0
     webhook_port: int | None = None  # None: no webhook is served; 0 takes a free port

@@ -111,7 +111,8 @@ def operator_page() -> str:
     store.put(INFERENCE_SERVICE, {"metadata": metadata, "status": {"conditions": [degraded]}})
     room: Any = SimpleNamespace(
         silence_s=lambda: 1.0,
-        client=SimpleNamespace(writes=7),
+        client=SimpleNamespace(calls=9, writes=7),
+        services=SimpleNamespace(handled=5, failed=1, length=2),
         scaling=SimpleNamespace(last_round_s=0.1),
         reconciler=SimpleNamespace(states={("team", "m"): state}),
         store=store,

@@ -31,7 +31,7 @@ EVERYTHING = (
     "gateway.tenants.enabled=true,gateway.ingress.enabled=true,monitoring.serviceMonitor.enabled=true,"
     "monitoring.prometheusRule.enabled=true,monitoring.dashboards.enabled=true,gateway.workers=2,"
     "gateway.ledger.secretName=ledger,gateway.redis.secretName=redis,gateway.admin.secretName=admin,"
-    "gateway.prices.small.input=0.1,gateway.prices.small.output=0.4"
+    "gateway.prices.small.input=1,gateway.prices.small.output=4"  # --set makes text of 0.1; a values file does not
 )
 needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed: the chart is not rendered")
 
