@@ -110,7 +110,7 @@ async def test_a_conversation_keeps_its_turns_and_survives_ctrl_c() -> None:
     async with running_server(slow) as server:
         terminal, own = pty.openpty()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "octavo_cli.main", "chat", "--url", server.url, "--max-tokens", "8",
+            sys.executable, "-m", "octavo_cli.main", "chat", "--url", server.url, "--max-tokens", "100",
             stdin=own, stdout=own, stderr=own, start_new_session=True,
         )  # fmt: skip
         os.close(own)
@@ -123,16 +123,21 @@ async def test_a_conversation_keeps_its_turns_and_survives_ctrl_c() -> None:
                     screen += (await asyncio.to_thread(os.read, terminal, 4_096)).decode()
             screen = screen.split(text, 1)[1]
 
-        await until("> ")
-        os.write(terminal, b"first\n")
-        await until("[1] xxx")
-        await until("> ")
-        os.write(terminal, b"second\n")
-        await until("[2] ")
-        process.send_signal(signal.SIGINT)
-        await until("> ")
-        process.send_signal(signal.SIGINT)
-        await until("Ctrl-D leaves")
-        os.write(terminal, b"/exit\n")
-        assert await asyncio.wait_for(process.wait(), 10) == 0
-        os.close(terminal)
+        try:
+            await until("> ")
+            os.write(terminal, b"first\n")
+            await until("[1] xxx")
+            await until("> ")
+            os.write(terminal, b"second\n")
+            await until("[2] ")
+            process.send_signal(signal.SIGINT)
+            await until("> ")
+            process.send_signal(signal.SIGINT)
+            await until("Ctrl-D leaves")
+            os.write(terminal, b"/exit\n")
+            assert await asyncio.wait_for(process.wait(), 10) == 0
+        finally:  # a reader that still waits for the screen would keep the loop from ending
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            os.close(terminal)
