@@ -6,12 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 
 
 def write_adapter(base: torch.nn.Module, path: Path, seed: int, **config: Any) -> torch.nn.Module:
     """Save a random adapter of `base` under `path`; returns the model with its weights merged, float32."""
+    import peft  # here: it imports Triton, which must not happen before the kernels' tests chose its interpreter
+
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **config}
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
