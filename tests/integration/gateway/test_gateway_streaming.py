@@ -9,6 +9,8 @@ import socket
 from fakes.gateway_door import HELLO, Door, entry, open_door, until
 from fakes.openai_replica import OpenAIReplica
 
+TOKENS = 150_000  # about 25 MB: more than the kernel's buffers of both connections hold
+
 
 def _request(fields: dict[str, object]) -> bytes:
     body = json.dumps(HELLO | fields).encode()
@@ -36,7 +38,7 @@ async def _unchanged(read: object) -> int:
 
 async def test_a_client_that_does_not_read_holds_its_replica_back_and_misses_nothing() -> None:
     loop = asyncio.get_running_loop()
-    replica = OpenAIReplica("r", tokens=40_000)
+    replica = OpenAIReplica("r", tokens=TOKENS)
     async with replica.serve(), open_door(entry(replica)) as door:
         client = await _connect(door, 65_536)
         await loop.sock_sendall(client, _request({"stream": True}))
@@ -53,7 +55,7 @@ async def test_a_client_that_does_not_read_holds_its_replica_back_and_misses_not
 
     assert running == 1
     assert waiting < 0.7 * exchange.bytes_sent  # the rest stayed in the replica, not in this gateway's memory
-    places = [received.find(b"r-%d " % i) for i in range(0, 40_000, 997)]
+    places = [received.find(b"r-%d " % i) for i in range(0, TOKENS, 997)]
     assert -1 not in places
     assert places == sorted(places)
 

@@ -62,7 +62,7 @@ def test_the_server_and_model_describe_themselves(client: Any) -> None:
     assert client.get_model_config(MODEL).config.model_transaction_policy.decoupled
     assert client.get_model_repository_index().models[0].state == "READY"
     client.load_model(MODEL)
-    with pytest.raises(InferenceServerException, match="replica"):
+    with pytest.raises(InferenceServerException, match="scale down"):
         client.unload_model(MODEL)
     assert list(client.get_trace_settings(MODEL).settings["trace_level"].value) == ["OFF"]
     assert client.update_log_settings({"log_info": True}).settings["log_info"].bool_param

@@ -108,7 +108,7 @@ def test_repository_statistics_trace_and_logging(client: Any) -> None:
     assert statistics["inference_stats"]["success"]["count"] == before + 1
     assert client.get_model_repository_index() == [{"name": MODEL, "version": "1", "state": "READY", "reason": ""}]
     client.load_model(MODEL)
-    with pytest.raises(InferenceServerException, match="replica"):
+    with pytest.raises(InferenceServerException, match="scale down"):
         client.unload_model(MODEL)
     assert client.get_trace_settings(MODEL)["trace_level"] == ["OFF"]
     assert client.update_log_settings({"log_verbose_level": 1})["log_verbose_level"] == 1
