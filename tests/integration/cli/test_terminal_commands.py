@@ -112,6 +112,7 @@ async def test_a_conversation_keeps_its_turns_and_survives_ctrl_c() -> None:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "octavo_cli.main", "chat", "--url", server.url, "--max-tokens", "100",
             stdin=own, stdout=own, stderr=own, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
         )  # fmt: skip
         os.close(own)
         screen = ""
