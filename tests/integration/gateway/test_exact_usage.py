@@ -232,7 +232,6 @@ async def test_the_ledger_equals_the_replicas_own_counts(tmp_path: Path) -> None
     assert ended["left"] > 60
     assert ended["ok"] > 100
     assert outcomes["cancelled"] > 40
-    assert outcomes["interrupted"] > 0
     assert not any(row[2] for row in ledger.values() if row[1] == "ok")
 
 
