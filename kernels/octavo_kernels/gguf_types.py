@@ -20,6 +20,8 @@ class GGMLType(enum.IntEnum):
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ4_NL = 20
+    IQ4_XS = 23
     BF16 = 30
     MXFP4 = 39
 
@@ -52,5 +54,7 @@ _LAYOUT: dict[GGMLType, tuple[int, int]] = {
     GGMLType.Q4_K: (256, 144),
     GGMLType.Q5_K: (256, 176),
     GGMLType.Q6_K: (256, 210),
+    GGMLType.IQ4_NL: (32, 18),
+    GGMLType.IQ4_XS: (256, 136),
     GGMLType.MXFP4: (32, 17),
 }

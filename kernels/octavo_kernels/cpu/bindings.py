@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo_kernels.registry import BackendUnavailableError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ENV_LIBRARY = "OCTAVO_CPU_LIBRARY"  # another build of the library, such as one with sanitizers
 LIBRARY_PATH = Path(os.environ.get(ENV_LIBRARY) or Path(__file__).with_name("_octavo_cpu.so"))
 
@@ -24,6 +24,9 @@ class Codes(IntEnum):
     U4 = 3
     U5 = 4
     U6 = 5
+    U2 = 6
+    NL4 = 7
+    FP4 = 8
 
 
 class Scales(IntEnum):
@@ -34,6 +37,8 @@ class Scales(IntEnum):
     DM = 2
     K_DM = 3
     K_D16 = 4
+    K_DM16 = 5
+    E8 = 6
 
 
 class Activations(IntEnum):

@@ -30,10 +30,14 @@ _GGUF_FORMS: dict[GGMLType, _Form] = {
     GGMLType.Q5_0: _Form(Codes.U5, Scales.D, 16),
     GGMLType.Q5_1: _Form(Codes.U5, Scales.DM, 0),
     GGMLType.Q8_0: _Form(Codes.U8, Scales.D, 128),
+    GGMLType.Q2_K: _Form(Codes.U2, Scales.K_DM16, 0),
     GGMLType.Q3_K: _Form(Codes.U4, Scales.K_D16, 4),
     GGMLType.Q4_K: _Form(Codes.U4, Scales.K_DM, 0),
     GGMLType.Q5_K: _Form(Codes.U5, Scales.K_DM, 0),
     GGMLType.Q6_K: _Form(Codes.U6, Scales.K_D16, 32),
+    GGMLType.IQ4_NL: _Form(Codes.NL4, Scales.D, 128),
+    GGMLType.IQ4_XS: _Form(Codes.NL4, Scales.K_D16, 128),
+    GGMLType.MXFP4: _Form(Codes.FP4, Scales.E8, 12),
 }
 
 

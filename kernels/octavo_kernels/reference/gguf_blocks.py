@@ -10,6 +10,8 @@ from octavo_kernels.gguf_types import GGMLType
 
 Blocks = torch.Tensor  # [num_blocks, bytes] uint8
 
+# What a code of the IQ4 types stands for: levels that fit the bell shape of weights (llama.cpp).
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -73,7 +75,7 @@ def _q2_k(blocks: Blocks) -> torch.Tensor:
     return (scale.unsqueeze(-1) * codes.view(-1, 16, 16).float() - minimum.unsqueeze(-1)).flatten(1)
 
 
-def _q3_k_scales(packed: torch.Tensor) -> torch.Tensor:
+def q3_k_scales(packed: torch.Tensor) -> torch.Tensor:
     """Sixteen signed 6-bit scales from 12 bytes: low nibbles in bytes 0-7, high pairs in bytes 8-11."""
     low = torch.cat((packed[:, :8] & 0x0F, packed[:, :8] >> 4), dim=1)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device).view(1, 4, 1)
@@ -86,7 +88,7 @@ def _q3_k(blocks: Blocks) -> torch.Tensor:
     planes = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(1, 8, 1)
     high = ((blocks[:, :32].unsqueeze(1) >> planes) & 1).flatten(1)
     codes = low.to(torch.int8) - ((high ^ 1) << 2).to(torch.int8)  # a clear high bit subtracts four
-    scale = _half(blocks, 108) * _q3_k_scales(blocks[:, 96:108]).float()
+    scale = _half(blocks, 108) * q3_k_scales(blocks[:, 96:108]).float()
     return (scale.unsqueeze(-1) * codes.view(-1, 16, 16).float()).flatten(1)
 
 
@@ -131,6 +133,28 @@ def _q6_k(blocks: Blocks) -> torch.Tensor:
     return (scale.unsqueeze(-1) * codes.view(-1, 16, 16).float()).flatten(1)
 
 
+def _iq4_values(nibbles: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=nibbles.device)[nibbles.long()]
+
+
+def _iq4_nl(blocks: Blocks) -> torch.Tensor:
+    return _half(blocks, 0) * _iq4_values(_nibbles(blocks[:, 2:]))
+
+
+def iq4_xs_scales(blocks: Blocks) -> torch.Tensor:
+    """Eight signed scales of each block: low nibbles in bytes 4-7, high pairs in bytes 2-3. [n, 8] float32."""
+    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)
+    halves = torch.tensor([0, 4], dtype=torch.uint8, device=blocks.device)
+    high = ((blocks[:, 2:4].unsqueeze(-1) >> pairs) & 3).flatten(1)
+    low = ((blocks[:, 4:8].unsqueeze(-1) >> halves) & 15).flatten(1)
+    return _half(blocks, 0) * ((low | (high << 4)).to(torch.int8) - 32).float()
+
+
+def _iq4_xs(blocks: Blocks) -> torch.Tensor:
+    codes = _nibbles(blocks[:, 8:].reshape(-1, 8, 16))
+    return (iq4_xs_scales(blocks).unsqueeze(-1) * _iq4_values(codes)).flatten(1)
+
+
 def _mxfp4(blocks: Blocks) -> torch.Tensor:
     """4-bit floats (E2M1) with a shared power-of-two scale (OCP microscaling formats)."""
     values = torch.tensor(_MXFP4_VALUES, dtype=torch.float32, device=blocks.device)
@@ -151,5 +175,7 @@ _DEQUANTIZERS: dict[GGMLType, Callable[[Blocks], torch.Tensor]] = {
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ4_NL: _iq4_nl,
+    GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,
 }

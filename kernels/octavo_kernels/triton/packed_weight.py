@@ -4,8 +4,8 @@ A weight is code * scale, or (code * scale - minimum) * row scale where there ar
 4 + 2 bits (Q6_K) or 8 bits; the parts lie in separate, dense arrays. What a group of codes needs beside them is one
 word of 32 bits, `factors[k / group, n]`, so that a product fetches it like the codes, ahead of time: a float32 scale,
 exact for every format, or scale and minimum as two float16 numbers. The latter is exact for Q4_1 and Q5_1; two-level
-scales (Q4_K, Q5_K) and scales of other types are multiplied out and rounded once, relative to the power of two above
-the row's largest (`row_scale`): by 0.05 % at most.
+scales (Q2_K, Q4_K, Q5_K) and scales of other types are multiplied out and rounded once, relative to the power of two
+above the row's largest (`row_scale`): by 0.05 % at most.
 
 In the 4-bit forms byte b of a row holds two codes `half` inputs apart: with c = b // half and j = b % half, the low
 nibble belongs to input 2 * half * c + j and the high one to the input `half` further. That is GGML's own order
@@ -27,6 +27,7 @@ import torch
 
 from octavo_kernels.gguf_types import GGMLType
 from octavo_kernels.quantized_weights import IntWeight
+from octavo_kernels.reference.gguf_blocks import IQ4_VALUES, iq4_xs_scales, q3_k_scales
 from octavo_kernels.weights import GGUFWeight, QuantizedWeight
 
 MAX_SEGMENT = 64
@@ -265,10 +266,58 @@ def _q5_k(blocks: Blocks, columns: int) -> PackedWeight:
     return _packed(_rows(codes), scales, columns, 8, 32, 0, "Q5_K", minima=minima)
 
 
+def _two_bits(packed: torch.Tensor) -> torch.Tensor:
+    """Four 2-bit planes for each 32 of 64 bytes: [out, blocks, 64] -> [out, blocks, 256] uint8."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device).view(4, 1)
+    return ((packed.unflatten(-1, (2, 1, 32)) >> shifts) & 3).flatten(2)
+
+
+def _sixteens(codes: torch.Tensor) -> torch.Tensor:
+    """Codes below 16 as nibbles 16 apart: [out, blocks, columns] -> [out, bytes]."""
+    pairs = codes.flatten(1).unflatten(1, (-1, 2, 16))
+    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
+
+
+def _q2_k(blocks: Blocks, columns: int) -> PackedWeight:
+    """Two bits are kept in four."""
+    both, d, dmin = blocks[..., :16], _halves(blocks, 80).float(), _halves(blocks, 82).float()
+    scales, minima = (both & 15).float() * d.unsqueeze(-1), (both >> 4).float() * dmin.unsqueeze(-1)
+    codes = _sixteens(_two_bits(blocks[..., 16:80]))
+    return _packed(codes, _rows(scales), columns, 4, 16, 0, "Q2_K", half=16, minima=_rows(minima))
+
+
+def _q3_k(blocks: Blocks, columns: int) -> PackedWeight:
+    """Three bits are kept in four."""
+    planes = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
+    high = ((blocks[..., :32].unsqueeze(-2) >> planes) & 1).flatten(2) << 2
+    codes = _sixteens(_two_bits(blocks[..., 32:96]) | high)
+    scales = q3_k_scales(blocks[..., 96:108].flatten(0, 1)).view(*blocks.shape[:2], 16).float()
+    return _packed(
+        codes, _rows(scales * _halves(blocks, 108).float().unsqueeze(-1)), columns, 4, 16, 4, "Q3_K", half=16
+    )
+
+
 def _q6_k(blocks: Blocks, columns: int) -> PackedWeight:
     scales = blocks[..., 192:208].contiguous().view(torch.int8).float() * _halves(blocks, 208).float().unsqueeze(-1)
     high = _rows(blocks[..., 128:192])
     return _packed(_rows(blocks[..., :128]), _rows(scales), columns, 6, 16, 32, "Q6_K", half=64, high=high)
+
+
+def _iq4_codes(packed: torch.Tensor) -> torch.Tensor:
+    """What nibbles 16 apart stand for, as bytes: [..., 16] uint8 -> [..., 32] int8."""
+    values = torch.tensor(IQ4_VALUES, dtype=torch.int8, device=packed.device)
+    return values[torch.cat((packed & 15, packed >> 4), dim=-1).long()]
+
+
+def _iq4_nl(blocks: Blocks, columns: int) -> PackedWeight:
+    """Non-linear values do not multiply as nibbles: kept as bytes."""
+    return _packed(_rows(_iq4_codes(blocks[..., 2:])), _halves(blocks, 0), columns, 8, 32, 0, "IQ4_NL")
+
+
+def _iq4_xs(blocks: Blocks, columns: int) -> PackedWeight:
+    codes = _iq4_codes(blocks[..., 8:].unflatten(-1, (8, 16)))
+    scales = iq4_xs_scales(blocks.flatten(0, 1)).view(*blocks.shape[:2], 8)
+    return _packed(_rows(codes), _rows(scales), columns, 8, 32, 0, "IQ4_XS")
 
 
 def _mxfp4(blocks: Blocks, columns: int) -> PackedWeight:
@@ -283,8 +332,12 @@ _PACKERS: dict[GGMLType, Callable[[Blocks, int], PackedWeight]] = {
     GGMLType.Q5_0: _q5_0,
     GGMLType.Q5_1: _q5_1,
     GGMLType.Q8_0: _q8_0,
+    GGMLType.Q2_K: _q2_k,
+    GGMLType.Q3_K: _q3_k,
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ4_NL: _iq4_nl,
+    GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,
 }

@@ -14,10 +14,14 @@ _HALVES = {
     GGMLType.Q5_0: (0,),
     GGMLType.Q5_1: (0, 2),
     GGMLType.Q8_0: (0,),
+    GGMLType.Q2_K: (80, 82),
     GGMLType.Q3_K: (108,),
     GGMLType.Q4_K: (0, 2),
     GGMLType.Q5_K: (0, 2),
     GGMLType.Q6_K: (208,),
+    GGMLType.IQ4_NL: (0,),
+    GGMLType.IQ4_XS: (0,),
+    GGMLType.MXFP4: (),
 }
 QUANTIZED_TYPES = tuple(_HALVES)
 
@@ -29,6 +33,8 @@ def random_gguf(ggml_type: GGMLType, rows: int, columns: int, scale: float = 0.0
     for offset in _HALVES[ggml_type]:
         halves = ((torch.rand(rows, blocks, 1) - 0.5) * 2 * scale).half()
         data[:, :, offset : offset + 2] = halves.view(torch.uint8).reshape(rows, blocks, 2)
+    if ggml_type is GGMLType.MXFP4:
+        data[:, :, 0] = torch.randint(110, 122, (rows, blocks), dtype=torch.uint8)
     return GGUFWeight(data.reshape(rows, -1), ggml_type, columns)
 
 

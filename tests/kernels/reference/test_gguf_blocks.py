@@ -23,6 +23,8 @@ FLOAT16_FIELDS = {  # byte offsets of the half-precision scales in a block
     GGMLType.Q4_K: (0, 2),
     GGMLType.Q5_K: (0, 2),
     GGMLType.Q6_K: (208,),
+    GGMLType.IQ4_NL: (0,),
+    GGMLType.IQ4_XS: (0,),
 }
 
 

@@ -27,14 +27,18 @@ HALVES = {  # byte places of the float16 numbers in a block
     GGMLType.Q5_0: (0,),
     GGMLType.Q5_1: (0, 2),
     GGMLType.Q8_0: (0,),
+    GGMLType.Q2_K: (80, 82),
+    GGMLType.Q3_K: (108,),
     GGMLType.Q4_K: (0, 2),
     GGMLType.Q5_K: (0, 2),
     GGMLType.Q6_K: (208,),
+    GGMLType.IQ4_NL: (0,),
+    GGMLType.IQ4_XS: (0,),
     GGMLType.MXFP4: (),
 }
 
 
-TWO_LEVELS = (GGMLType.Q4_K, GGMLType.Q5_K)
+TWO_LEVELS = (GGMLType.Q2_K, GGMLType.Q4_K, GGMLType.Q5_K)
 
 
 def random_gguf(ggml_type, rows, columns, device):
@@ -73,7 +77,7 @@ def test_gguf_blocks_pack_and_multiply(device, ggml_type):
 
 
 def test_gguf_types_without_a_packed_form_stay_as_they_are(device):
-    weight = GGUFWeight(torch.randint(0, 255, (4, 84), dtype=torch.uint8, device=device), GGMLType.Q2_K, 256)
+    weight = GGUFWeight(torch.randn(4, 64, device=device).half().view(torch.uint8), GGMLType.F16, 64)
     assert ops.pack_weight(weight) is weight
 
 

@@ -109,7 +109,10 @@ inline int64_t block_code_bytes(int code_kind) {
     case OCT_F32: return 2048;
     case OCT_BF16: return 1024;
     case OCT_U8: return 512;
-    case OCT_U4: return 256;
+    case OCT_U2: return 128;
+    case OCT_U4:
+    case OCT_NL4:
+    case OCT_FP4: return 256;
     case OCT_U5: return 320;
     default: return 384;
   }
@@ -121,12 +124,14 @@ inline int64_t group_scale_bytes(int scale_kind) {
     case OCT_DM: return 64;
     case OCT_K_DM: return 64 + 8 * 32;
     case OCT_K_D16: return 32 + 16 * 16;
+    case OCT_K_DM16: return 64 + 16 * 32;
+    case OCT_E8: return 16;
     default: return 0;
   }
 }
 inline int64_t panel_code_bytes(const oct_matrix& w) { return w.columns / kBlock * block_code_bytes(w.code_kind); }
 inline int64_t panel_scale_bytes(const oct_matrix& w) {
   int64_t blocks = w.columns / kBlock;
-  bool wide = w.scale_kind == OCT_K_DM || w.scale_kind == OCT_K_D16;
+  bool wide = w.scale_kind == OCT_K_DM || w.scale_kind == OCT_K_D16 || w.scale_kind == OCT_K_DM16;
   return (wide ? blocks / kSuperBlock : blocks) * group_scale_bytes(w.scale_kind);
 }

@@ -68,6 +68,52 @@ struct Codes<OCT_U6> {
   }
 };
 
+template <>
+struct Codes<OCT_U2> {
+  static constexpr int kBytes = 128;
+  static constexpr bool kSmall = true;
+  const uint8_t* p;
+  OCT_INLINE Codes at(const uint8_t* p) { return {p}; }
+  template <int G>
+  inline __attribute__((always_inline)) VB group() const {
+    return b_and(shift_to<-2 * (G >> 1)>(b_load(p + 64 * (G & 1))), 0x03);
+  }
+};
+
+// What a nibble stands for, above the kind's zero: GGML's non-linear values and E2M1 numbers in halves.
+constexpr uint8_t kNonLinear[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+constexpr uint8_t kTwiceE2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+template <>
+struct Codes<OCT_NL4> {
+  static constexpr int kBytes = 256;
+  static constexpr bool kSmall = false;
+  static constexpr const uint8_t* kValues = kNonLinear;
+  const uint8_t* p;
+  OCT_INLINE Codes at(const uint8_t* p) { return {p}; }
+  template <int G>
+  inline __attribute__((always_inline)) VB group() const {
+    return b_lookup(kValues, Codes<OCT_U4>{p}.template group<G>());
+  }
+};
+
+template <>
+struct Codes<OCT_FP4> {
+  static constexpr int kBytes = 256;
+  static constexpr bool kSmall = true;
+  static constexpr const uint8_t* kValues = kTwiceE2M1;
+  const uint8_t* p;
+  OCT_INLINE Codes at(const uint8_t* p) { return {p}; }
+  template <int G>
+  inline __attribute__((always_inline)) VB group() const {
+    return b_lookup(kValues, Codes<OCT_U4>{p}.template group<G>());
+  }
+};
+
+// Kinds with a scale for each half of a block.
+template <int ScaleKind>
+constexpr bool kHalvesOf = ScaleKind == OCT_K_D16 || ScaleKind == OCT_K_DM16;
+
 // Scales of one block as float vectors: w = scale * code + offset for the first (low) and last (high) 16 columns.
 struct BlockScales {
   VF scale, offset, scale_high, offset_high;
@@ -88,6 +134,20 @@ OCT_INLINE BlockScales scales_at(const uint8_t* panel, int64_t block, float zero
     const uint8_t* p = group + 64 + 32 * (block & 7);
     s.scale = f_mul(f_load_f16((const uint16_t*)group), f_load_u8(p));
     s.offset = f_mul(f_mul(f_load_f16((const uint16_t*)(group + 32)), f_set(-1.0f)), f_load_u8(p + 16));
+  } else if constexpr (Kind == OCT_K_DM16) {
+    const uint8_t* group = panel + (block >> 3) * (64 + 16 * 32);
+    const uint8_t* p = group + 64 + 64 * (block & 7);
+    VF d = f_load_f16((const uint16_t*)group);
+    VF minus = f_mul(f_load_f16((const uint16_t*)(group + 32)), f_set(-1.0f));
+    s.scale = f_mul(d, f_load_u8(p));
+    s.offset = f_mul(minus, f_load_u8(p + 16));
+    s.scale_high = f_mul(d, f_load_u8(p + 32));
+    s.offset_high = f_mul(minus, f_load_u8(p + 48));
+  } else if constexpr (Kind == OCT_E8) {
+    // Below 2^-126 the least normal number: no weight that small counts.
+    VF exponent = f_max(f_sub(f_load_u8(panel + 16 * block), f_set(128.0f)), f_set(-126.0f));
+    s.scale = f_scale2(f_set(1.0f), exponent);
+    s.offset = f_mul(s.scale, f_set(-zero));
   } else {
     const uint8_t* group = panel + (block >> 3) * (32 + 16 * 16);
     const int8_t* p = (const int8_t*)(group + 32 + 32 * (block & 7));
@@ -132,7 +192,7 @@ template <int CodeKind, int ScaleKind, int M>
 OCT_INLINE void panel_int8(const oct_matrix& w, const uint8_t* codes, const uint8_t* scales, const Activations& x,
                            int64_t start, VF* result) {
   using C = Codes<CodeKind>;
-  constexpr bool kHalves = ScaleKind == OCT_K_D16;
+  constexpr bool kHalves = kHalvesOf<ScaleKind>;
   constexpr int kChains = kHalves || M <= 2 ? 2 : 1;
   int64_t blocks = w.columns / kBlock;
   const int8_t* a = x.int8 + start * x.columns;
@@ -216,7 +276,7 @@ OCT_INLINE void panel_f32(const oct_matrix& w, const uint8_t* codes, const uint8
       using C = Codes<CodeKind>;
       C code = C::at(codes + b * C::kBytes);
       BlockScales s = scales_at<ScaleKind>(scales, b, zero);
-      constexpr bool kHalves = ScaleKind == OCT_K_D16;
+      constexpr bool kHalves = kHalvesOf<ScaleKind>;
 #define OCT_GROUP(G)                                                             \
   {                                                                              \
     VB u = code.template group<G>();                                             \
@@ -319,6 +379,10 @@ static LinearFunction linear_for(const oct_matrix& w) {
     case OCT_U4 * 8 + OCT_K_D16: return quantized_linear<OCT_U4, OCT_K_D16>(act);
     case OCT_U6 * 8 + OCT_K_D16: return quantized_linear<OCT_U6, OCT_K_D16>(act);
     case OCT_U8 * 8 + OCT_DM: return quantized_linear<OCT_U8, OCT_DM>(act);
+    case OCT_U2 * 8 + OCT_K_DM16: return quantized_linear<OCT_U2, OCT_K_DM16>(act);
+    case OCT_NL4 * 8 + OCT_D: return quantized_linear<OCT_NL4, OCT_D>(act);
+    case OCT_NL4 * 8 + OCT_K_D16: return quantized_linear<OCT_NL4, OCT_K_D16>(act);
+    case OCT_FP4 * 8 + OCT_E8: return quantized_linear<OCT_FP4, OCT_E8>(act);
     default: return quantized_linear<OCT_U8, OCT_D>(act);
   }
 }

@@ -6,7 +6,7 @@
 extern "C" {
 #endif
 
-#define OCT_ABI_VERSION 2
+#define OCT_ABI_VERSION 3
 
 #pragma GCC visibility push(default)
 
@@ -19,6 +19,9 @@ enum oct_codes {
   OCT_U4 = 3,    // group g in the low nibbles and g + 4 in the high nibbles of vector g: 256 bytes
   OCT_U5 = 4,    // as U4, then one vector whose bit g is bit 4 of group g: 320 bytes
   OCT_U6 = 5,    // as U4, then two vectors: bits 2 * (g % 4) .. of vector g / 4 are bits 4 and 5 of group g: 384 bytes
+  OCT_U2 = 6,    // bits 2 * (g / 2) .. of vector g % 2 are group g: 128 bytes
+  OCT_NL4 = 7,   // as U4, each nibble standing for one of GGML's 16 non-linear values plus 128: 256 bytes
+  OCT_FP4 = 8,   // as U4, each nibble an E2M1 number, counted in halves, plus 12: 256 bytes
 };
 // How codes become weights. All vectors have one entry for each of the 16 rows.
 enum oct_scales {
@@ -27,6 +30,8 @@ enum oct_scales {
   OCT_DM = 2,      // each block: f16 d[16], m[16]; w = d * code + m
   OCT_K_DM = 3,    // each 8 blocks: f16 d[16], dmin[16], then for each block u8 s[16], n[16]; w = d * s * code - dmin * n
   OCT_K_D16 = 4,   // each 8 blocks: f16 d[16], then for each 16 columns i8 s[16]; w = d * s * (code - zero)
+  OCT_K_DM16 = 5,  // each 8 blocks: f16 d[16], dmin[16], then for each 16 columns u8 s[16], n[16]; w as in K_DM
+  OCT_E8 = 6,      // each block: u8 e[16]; w = 2^(e - 128) * (code - zero)
 };
 
 typedef struct oct_matrix {

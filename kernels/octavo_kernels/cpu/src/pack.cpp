@@ -6,7 +6,8 @@
 
 namespace {
 
-enum Ggml { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+enum Ggml { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
+            IQ4_NL = 20, IQ4_XS = 23, MXFP4 = 39 };
 
 // One row's block of 32 columns, taken apart.
 struct Parts {
@@ -30,6 +31,10 @@ void put_codes(uint8_t* block, int kind, int lane, const uint8_t* codes) {
         block[64 * g + at] = code;
         continue;
       }
+      if (kind == OCT_U2) {
+        block[64 * (g & 1) + at] |= (uint8_t)(code << (2 * (g >> 1)));
+        continue;
+      }
       block[64 * (g & 3) + at] |= (uint8_t)((code & 15) << (g < 4 ? 0 : 4));
       if (kind == OCT_U5) block[256 + at] |= (uint8_t)((code >> 4) << g);
       if (kind == OCT_U6) block[256 + 64 * (g >> 2) + at] |= (uint8_t)((code >> 4) << (2 * (g & 3)));
@@ -43,7 +48,8 @@ void put_half(uint8_t* vector, int lane, const uint8_t* half) { memcpy(vector + 
 void pack_simple_block(int type, const uint8_t* in, int kind, int lane, uint8_t* codes_out, uint8_t* scales_out) {
   uint8_t codes[32];
   switch (type) {
-    case Q4_0: nibbles(in + 2, codes); break;
+    case Q4_0:
+    case IQ4_NL: nibbles(in + 2, codes); break;
     case Q4_1: nibbles(in + 4, codes); break;
     case Q5_0: nibbles(in + 6, codes), fifth_bits(in + 2, codes); break;
     case Q5_1: nibbles(in + 8, codes), fifth_bits(in + 4, codes); break;
@@ -116,6 +122,42 @@ void pack_q3_k(const uint8_t* in, int kind, int lane, uint8_t* codes_out, uint8_
   }
 }
 
+// Q2_K: 16 bytes of 4-bit scales and minima, 64 of codes, d, dmin.
+void pack_q2_k(const uint8_t* in, int kind, int lane, uint8_t* codes_out, uint8_t* scales_out) {
+  put_half(scales_out, lane, in + 80);
+  put_half(scales_out + 32, lane, in + 82);
+  for (int b = 0; b < 8; b++) {
+    const uint8_t* packed = in + 16 + 32 * (b / 4);
+    uint8_t codes[32];
+    for (int i = 0; i < 32; i++) codes[i] = (packed[i] >> (2 * (b % 4))) & 3;
+    put_codes(codes_out + b * block_code_bytes(kind), kind, lane, codes);
+    for (int h = 0; h < 2; h++) {
+      scales_out[64 + 64 * b + 32 * h + lane] = in[2 * b + h] & 15;
+      scales_out[64 + 64 * b + 32 * h + 16 + lane] = in[2 * b + h] >> 4;
+    }
+  }
+}
+
+// IQ4_XS: d, 16 bits of high pairs and 4 bytes of low nibbles of eight 6-bit scales, nibbles of codes.
+void pack_iq4_xs(const uint8_t* in, int kind, int lane, uint8_t* codes_out, uint8_t* scales_out) {
+  put_half(scales_out, lane, in);
+  for (int b = 0; b < 8; b++) {
+    int low = (in[4 + b / 2] >> (4 * (b & 1))) & 15, high = (in[2 + b / 4] >> (2 * (b % 4))) & 3;
+    uint8_t codes[32];
+    nibbles(in + 8 + 16 * b, codes);
+    put_codes(codes_out + b * block_code_bytes(kind), kind, lane, codes);
+    for (int h = 0; h < 2; h++) scales_out[32 + 32 * b + 16 * h + lane] = (uint8_t)(int8_t)((low | high << 4) - 32);
+  }
+}
+
+// MXFP4: the scale's exponent, then nibbles.
+void pack_mxfp4(const uint8_t* in, int kind, int lane, uint8_t* codes_out, uint8_t* scales_out) {
+  uint8_t codes[32];
+  nibbles(in + 1, codes);
+  put_codes(codes_out, kind, lane, codes);
+  scales_out[lane] = in[0];
+}
+
 struct Source {
   int columns;
   int bytes;
@@ -127,7 +169,11 @@ Source source_of(int type) {
     case Q5_0: return {32, 22};
     case Q5_1: return {32, 24};
     case Q8_0: return {32, 34};
+    case IQ4_NL: return {32, 18};
+    case MXFP4: return {32, 17};
+    case Q2_K: return {256, 84};
     case Q3_K: return {256, 110};
+    case IQ4_XS: return {256, 136};
     case Q4_K: return {256, 144};
     case Q5_K: return {256, 176};
     case Q6_K: return {256, 210};
@@ -154,7 +200,10 @@ void pack_panel(int type, const uint8_t* data, const oct_matrix& w, int64_t pane
         case Q4_K:
         case Q5_K: pack_k_affine(type, in, w.code_kind, lane, c, s); break;
         case Q6_K: pack_q6_k(in, w.code_kind, lane, c, s); break;
+        case Q2_K: pack_q2_k(in, w.code_kind, lane, c, s); break;
         case Q3_K: pack_q3_k(in, w.code_kind, lane, c, s); break;
+        case IQ4_XS: pack_iq4_xs(in, w.code_kind, lane, c, s); break;
+        case MXFP4: pack_mxfp4(in, w.code_kind, lane, c, s); break;
         default: pack_simple_block(type, in, w.code_kind, lane, c, s);
       }
     }

@@ -130,6 +130,11 @@ OCT_INLINE VB b_and(VB x, uint8_t mask) {
   return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
 }
 OCT_INLINE VB b_or(VB x, VB y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+// Bytes of `table` (16 of them) by indices below 16.
+OCT_INLINE VB b_lookup(const uint8_t* table, VB index) {
+  __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(values, index.a), _mm256_shuffle_epi8(values, index.b)};
+}
 template <int N>
 OCT_INLINE VB b_shr(VB x) {
   return {_mm256_srli_epi16(x.a, N), _mm256_srli_epi16(x.b, N)};

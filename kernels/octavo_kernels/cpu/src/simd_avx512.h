@@ -85,6 +85,10 @@ OCT_INLINE VF f_from_unsigned(VI a) { return _mm512_cvtepu32_ps(a); }
 OCT_INLINE VB b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 OCT_INLINE VB b_and(VB a, uint8_t mask) { return _mm512_and_si512(a, _mm512_set1_epi8((char)mask)); }
 OCT_INLINE VB b_or(VB a, VB b) { return _mm512_or_si512(a, b); }
+// Bytes of `table` (16 of them) by indices below 16.
+OCT_INLINE VB b_lookup(const uint8_t* table, VB index) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), index);
+}
 // Shifts of 16-bit units: the caller masks away what crosses bytes.
 template <int N>
 OCT_INLINE VB b_shr(VB a) {

@@ -138,6 +138,12 @@ OCT_INLINE VF f_from_unsigned(VI a) { return __builtin_convertvector((VU)a, VF);
 OCT_INLINE VB b_load(const uint8_t* p) { return load_as<VB>(p); }
 OCT_INLINE VB b_and(VB a, uint8_t mask) { return a & mask; }
 OCT_INLINE VB b_or(VB a, VB b) { return a | b; }
+// Bytes of `table` (16 of them) by indices below 16.
+OCT_INLINE VB b_lookup(const uint8_t* table, VB index) {
+  VB r;
+  for (int i = 0; i < 64; i++) r[i] = table[index[i]];
+  return r;
+}
 template <int N>
 OCT_INLINE VB b_shr(VB a) {
   return a >> (uint8_t)N;
