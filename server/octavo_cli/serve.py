@@ -116,6 +116,10 @@ def serve(
         str | None, _option("--kv-events-replay-endpoint", help="ZeroMQ address to replay them from.", panel=_MEMORY)
     ] = None,
     kv_events_topic: Annotated[str | None, _option("--kv-events-topic", help="Their topic.", panel=_MEMORY)] = None,
+    kv_events_token_ids: Annotated[
+        bool | None,
+        _option("--kv-events-token-ids/--no-kv-events-token-ids", help="Tell the blocks' tokens, too.", panel=_MEMORY),
+    ] = None,
     prefix_cache_tenant_share: Annotated[
         float | None,
         _option("--prefix-cache-tenant-share", help="Most of the cache one tenant keeps.", panel=_MEMORY),

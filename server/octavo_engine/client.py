@@ -42,10 +42,12 @@ class EngineClient(Protocol):
         deadline_s: float | None = None,
         adapter: str = "",
         output_token_ids: Sequence[int] = (),
+        prefix_labels: Sequence[tuple[int, int]] = (),
     ) -> AsyncIterator[SequenceOutput]:
         """Yield outputs until one carries a finish reason. Closing the iterator early aborts the sequence.
 
         With `output_token_ids`, generated elsewhere before, the sequence goes on after them; only new tokens are told.
+        `prefix_labels`: see `AddRequest`.
 
         Raises `QueueFullError` at once when the waiting queue is full, `InvalidRequestError` for a prompt that
         cannot fit, `EngineDrainingError` while draining and `EngineDeadError` if the engine dies meanwhile.

@@ -38,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_events_endpoint: str = ""  # ZeroMQ address to publish KV events on, such as tcp://*:5557; they hold token ids
     kv_events_replay_endpoint: str = ""
     kv_events_topic: str = ""
+    kv_events_token_ids: bool = True  # False: events name blocks by their hashes alone
     enable_lora: bool = False
     max_loras: int = 4  # adapters that one batch can mix
     max_lora_rank: int = 64
@@ -110,6 +111,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("speculative_model: needs num_speculative_tokens, such as 4")
         if self.speculative_model and self.num_ranks > 1:
             raise ConfigError("speculative_model: needs a model that is whole on one device; prompt lookup does not")
+        if self.kv_events_replay_endpoint and not self.kv_events_endpoint:
+            raise ConfigError("kv_events_replay_endpoint: needs kv_events_endpoint")
         if self.preemption_mode == "swap" and not self.kv_host_memory_bytes:
             raise ConfigError("preemption_mode: swap needs kv_host_memory_bytes")
         choices = {

@@ -67,7 +67,9 @@ class EngineCore:
         self._max_model_len = effective_max_model_len(info)
         self.model = msgspec.structs.replace(info, max_model_len=self._max_model_len)
         block_size = info.kv_block_size or config.block_size
-        self._kv_events = KVEventLog(block_size) if config.kv_events_endpoint else None
+        self._kv_events: KVEventLog | None = None
+        if config.kv_events_endpoint:
+            self._kv_events = KVEventLog(block_size, tells_tokens=config.kv_events_token_ids)
         blocks = block_manager(config, info, block_size, self._kv_events)
         self.pool = blocks.pool
         self.adapters = AdapterManager(runner, config) if config.enable_lora else None
@@ -162,6 +164,10 @@ class EngineCore:
     def take_kv_events(self) -> KVEventBatch | None:
         """What became of cached blocks since the last call; None if nothing did, or if nobody wants to know."""
         return None if self._kv_events is None else self._kv_events.take()
+
+    def kv_snapshot(self) -> KVEventBatch:
+        """The labelled prefixes that are cached, once all events are taken."""
+        return KVEventBatch(ts=time.time(), events=[]) if self._kv_events is None else self._kv_events.snapshot()
 
     def stats(self) -> EngineStats:
         return engine_stats(

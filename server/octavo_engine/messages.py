@@ -30,7 +30,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """One sequence to run. `priority`: lower runs earlier. `deadline_s`: seconds from arrival, or None.
 
     `output_token_ids` were generated elsewhere before: the sequence goes on after them, exactly as if it had never
-    stopped, and reports only what is new.
+    stopped, and reports only what is new. `prefix_labels` are a router's names for the first so many tokens of the
+    prompt, ascending; KV events tell which of them are cached.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     priority: int = 0
     deadline_s: float | None = None
     adapter: str = ""  # name of a loaded adapter; empty: the base model
+    prefix_labels: list[tuple[int, int]] = []  # (number of tokens, label)
     arrival_time: float = 0.0  # time.time() at the API edge
 
 

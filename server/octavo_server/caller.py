@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from octavo_server.errors import ApiError, bad_request
 from octavo_server.limits import LIMITS
+from octavo_server.prompt_prefix import NO_PREFIX, PREFIX_HEADER, PromptPrefix, prefix_from
 from octavo_server.telemetry import context_from
 from octavo_server.usage_log import Consumption
 
@@ -35,6 +36,7 @@ class Caller:
     deadline_s: float | None = None
     arrived_at: float = 0.0
     trace_context: Context | None = None
+    prefix: PromptPrefix = NO_PREFIX
     may_resume: bool = False  # whoever forwards this answer goes on elsewhere if this replica dies
     consumed: Consumption = field(default_factory=Consumption, compare=False)
 
@@ -70,6 +72,7 @@ def caller_from(
         deadline_s=None if deadline_ms is None else deadline_ms / 1_000,
         arrived_at=time.monotonic() if arrived_at is None else arrived_at,
         trace_context=trace_context or context_from(headers),
+        prefix=prefix_from(headers.get(PREFIX_HEADER)),
         may_resume=headers.get(RESUMABLE_HEADER) == "1",
         consumed=consumed or Consumption(),
     )

@@ -94,7 +94,8 @@ class Generator:
         Returns every delta in order of arrival. Closing the returned stream aborts what still runs.
         Raises `ApiError`.
         """
-        streams = [self._stream(request) for request in requests]
+        only_one = sum(not request.shares_prompt for request in requests) == 1
+        streams = [self._stream(request, is_labelled=only_one and not request.shares_prompt) for request in requests]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
         try:
             first = await anext(merged)
@@ -103,7 +104,7 @@ class Generator:
             raise
         return DeltaStream(first, merged)
 
-    async def _stream(self, request: SequenceRequest) -> AsyncGenerator[Delta, None]:
+    async def _stream(self, request: SequenceRequest, *, is_labelled: bool) -> AsyncGenerator[Delta, None]:
         detokenizer = IncrementalDetokenizer(
             self._tokenizer, request.sampling, continues_prompt=request.continues_prompt
         )
@@ -120,6 +121,7 @@ class Generator:
             deadline_s=request.caller.deadline_s,
             adapter=request.adapter,
             output_token_ids=request.resumed_token_ids,
+            prefix_labels=request.caller.prefix.labels(len(request.prompt_token_ids)) if is_labelled else (),
         )
         try:
             async for output in outputs:

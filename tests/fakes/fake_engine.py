@@ -37,6 +37,7 @@ class Received:
     priority: int
     deadline_s: float | None
     adapter: str = ""
+    prefix_labels: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -113,13 +114,14 @@ class FakeEngine:
         deadline_s: float | None = None,
         adapter: str = "",
         output_token_ids: Sequence[int] = (),
+        prefix_labels: Sequence[tuple[int, int]] = (),
     ) -> AsyncIterator[SequenceOutput]:
         assert request_id not in self.received, "request ids must be unique"
         check_resumed(prompt_token_ids, output_token_ids, sampling, self.model)
         if len(self.running) >= self.max_queued:
             raise QueueFullError("the queue is full (1000 requests wait)", 3.2)
         self.received[request_id] = Received(
-            prompt_token_ids, sampling, tenant, cache_salt, priority, deadline_s, adapter
+            prompt_token_ids, sampling, tenant, cache_salt, priority, deadline_s, adapter, prefix_labels
         )
         self.running[request_id] = len(prompt_token_ids) // BLOCK_SIZE + 1
         reason = FinishReason.ABORT

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo_engine.kv.block_pool import BlockPool
+from octavo_engine.kv.events import MEDIUM_HOST
 from octavo_engine.kv.hashing import extend_keys
 from octavo_engine.kv.host_tier import HostTier
 
@@ -17,7 +18,8 @@ class BlockTable:
 
     `keys` are the content keys of its full blocks as far as they were needed; `num_published` of them are computed
     and findable by others, those up to `num_promised` will be. `capacity` is the number of positions the blocks can
-    hold. `set_aside` are the host slots of a preempted sequence's first `num_set_aside` positions.
+    hold. `set_aside` are the host slots of a preempted sequence's first `num_set_aside` positions. `labels` are the
+    caller's, each with the number of positions it covers, ascending; the first `num_labelled` of them are handed on.
     """
 
     root: bytes
@@ -30,6 +32,8 @@ class BlockTable:
     capacity: int = 0
     set_aside: list[int] = field(default_factory=list)
     num_set_aside: int = 0
+    labels: Sequence[tuple[int, int]] = ()
+    num_labelled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class BlockManager:
         if self.host is not None:
             fetched = 0 if table.set_aside else len(match.slots)
             self.host.came_back(table.keys[match.num_tokens // self._block_size :], fetched)
+        self._hand_on_labels(table, len(match.blocks))
         self.forget_set_aside(table)
 
     def set_aside(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> bool:
@@ -166,6 +171,7 @@ class BlockManager:
                 list(tokens[first * self._block_size : num_full * self._block_size]),
                 table.adapter,
             )
+        self._hand_on_labels(table, num_full)
 
     def free(self, table: BlockTable) -> None:
         """Give every block back; the table's keys stay, for a later `match_prefix` of the same sequence."""
@@ -174,7 +180,19 @@ class BlockManager:
         table.blocks = []
         table.num_published = 0
         table.num_promised = 0
+        table.num_labelled = 0
         table.capacity = 0
+
+    def _hand_on_labels(self, table: BlockTable, num_cached: int) -> None:
+        """The first `num_cached` blocks can be found now: so can what the caller's labels stand for."""
+        for num_tokens, label in table.labels[table.num_labelled :]:
+            num_blocks = max(1, num_tokens // self._block_size)
+            if num_blocks > num_cached:
+                return
+            key = table.keys[num_blocks - 1]
+            in_host = self.host is not None and bool(self.host.pool.match([key]))
+            self.pool.label(key, label, (MEDIUM_HOST,) if in_host else ())
+            table.num_labelled += 1
 
     def _keep_promise(self, table: BlockTable, num_blocks: int) -> None:
         """Blocks up to `num_blocks` are published now, or will not be by this sequence."""

@@ -122,6 +122,11 @@ class BlockPool:
         if self._events is not None:
             self._events.stored(keys, parent, tokens, adapter, self._medium)
 
+    def label(self, key: bytes, label: int, other_media: Sequence[str] = ()) -> None:
+        """Tell the event log of a caller's label of a cached block; `other_media` are tiers that have it too."""
+        if self._events is not None and key in self._block_by_key:
+            self._events.labelled(key, label, (self._medium, *other_media))
+
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable because their content cannot be trusted."""
         for block in blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -10,6 +11,7 @@ import zmq
 from octavo_engine.errors import ConfigError
 from octavo_engine.kv.events import KVEventBatch
 
+SNAPSHOT_REQUEST = b"snapshot"
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 REPLAY_BATCHES = 10_000
 HIGH_WATER_MARK = 100_000
@@ -19,7 +21,8 @@ class KVEventPublisher:
     """Publishes `[topic, sequence number, batch]` frames as vLLM does: 8 bytes big-endian, then msgpack.
 
     A subscriber that sees a gap sends the first number it misses to the replay socket and gets every batch still
-    remembered, then an end marker. Slow subscribers lose batches rather than hold up the engine.
+    remembered, then an end marker. Slow subscribers lose batches rather than hold up the engine. `SNAPSHOT_REQUEST` in
+    place of a number gets all labelled prefixes that are cached, under the number of the first batch that is not in it.
     """
 
     def __init__(self, endpoint: str, replay_endpoint: str = "", topic: str = "") -> None:
@@ -38,8 +41,8 @@ class KVEventPublisher:
         self._sent.append((number, payload))
         self._publisher.send_multipart([self._topic, number.to_bytes(8, "big"), payload])
 
-    def serve_replays(self) -> None:
-        """Answer waiting replay requests; returns at once when there are none."""
+    def serve_replays(self, snapshot: Callable[[], KVEventBatch]) -> None:
+        """Answer waiting requests; returns at once when there are none. Call it when all that happened is published."""
         if self._replay is None:
             return
         while True:
@@ -47,7 +50,10 @@ class KVEventPublisher:
                 frames = self._replay.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) == 3 and len(frames[2]) == 8:
+            if len(frames) == 3 and frames[2] == SNAPSHOT_REQUEST:
+                payload = self._encoder.encode(snapshot())
+                self._replay.send_multipart([frames[0], b"", self._next_number.to_bytes(8, "big"), payload])
+            elif len(frames) == 3 and len(frames[2]) == 8:
                 self._answer(self._replay, frames[0], int.from_bytes(frames[2], "big"))
 
     def close(self) -> None:

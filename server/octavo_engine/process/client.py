@@ -157,6 +157,7 @@ class EngineProcessClient:
         deadline_s: float | None = None,
         adapter: str = "",
         output_token_ids: Sequence[int] = (),
+        prefix_labels: Sequence[tuple[int, int]] = (),
     ) -> AsyncGenerator[SequenceOutput, None]:
         self._check_open()
         check_prompt(prompt_token_ids, self.model, room=1)
@@ -173,6 +174,7 @@ class EngineProcessClient:
             priority=priority,
             deadline_s=deadline_s,
             adapter=adapter,
+            prefix_labels=list(prefix_labels),
             arrival_time=time.time(),
         )
         stream = self._open_stream(request)

@@ -91,6 +91,7 @@ class DataParallelClient:
         deadline_s: float | None = None,
         adapter: str = "",
         output_token_ids: Sequence[int] = (),
+        prefix_labels: Sequence[tuple[int, int]] = (),
     ) -> AsyncIterator[SequenceOutput]:
         index = choose_engine(self._loads, prompt_token_ids, cache_salt + adapter)
         stream = self._engines[index].generate(
@@ -103,6 +104,7 @@ class DataParallelClient:
             deadline_s=deadline_s,
             adapter=adapter,
             output_token_ids=output_token_ids,
+            prefix_labels=prefix_labels,
         )
         self._loads[index] += 1
         try:

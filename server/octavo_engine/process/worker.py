@@ -109,7 +109,7 @@ class Worker:
                 events = core.take_kv_events()
                 if events is not None:
                     publisher.publish(events)
-                publisher.serve_replays()
+                publisher.serve_replays(core.kv_snapshot)
             if not core.has_work and not commands.poll(HEARTBEAT_MS):
                 core.heartbeat()
                 self.send(StepOutput(outputs=[], stats=core.stats()))

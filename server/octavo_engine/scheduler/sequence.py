@@ -77,7 +77,8 @@ class Sequence:
         self.adapter = adapter
         self.adapter_slot: int | None = None
         content = () if adapter is None else (adapter.adapter.name, adapter.adapter.digest)
-        self.table = BlockTable(root_key(request.cache_salt, content), request.tenant, request.adapter)
+        root = root_key(request.cache_salt, content)
+        self.table = BlockTable(root, request.tenant, request.adapter, labels=request.prefix_labels)
         self.sampler = SamplerState(
             request.sampling, seed, self.tokens, self.num_prompt_tokens, end_token_ids, constraint
         )

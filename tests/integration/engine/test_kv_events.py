@@ -14,7 +14,7 @@ import zmq.asyncio
 from fake_runner import load_fake
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
-from octavo_engine.kv.event_publisher import END_OF_REPLAY, KVEventPublisher
+from octavo_engine.kv.event_publisher import END_OF_REPLAY, SNAPSHOT_REQUEST, KVEventPublisher
 from octavo_engine.kv.events import AllBlocksCleared, KVEventBatch
 from octavo_engine.process import EngineProcessClient
 from octavo_engine.sampling_params import SamplingParams
@@ -42,7 +42,10 @@ async def test_a_subscriber_learns_which_blocks_are_stored_and_can_replay(tmp_pa
         await asyncio.sleep(0.3)  # a subscription takes effect when the publisher has heard of it
         sampling = SamplingParams(max_tokens=8, temperature=0.0)
         prompt = list(range(1, 10))
-        async for _ in client.generate(request_id="a", prompt_token_ids=prompt, sampling=sampling):
+        labels = [(4, 71), (9, 72)]
+        async for _ in client.generate(
+            request_id="a", prompt_token_ids=prompt, sampling=sampling, prefix_labels=labels
+        ):
             pass
         async with asyncio.timeout(10):
             topic, number, payload = await subscriber.recv_multipart()
@@ -51,6 +54,8 @@ async def test_a_subscriber_learns_which_blocks_are_stored_and_can_replay(tmp_pa
         assert stored["type"] == "BlockStored"
         assert (stored["token_ids"], stored["block_size"], stored["parent_block_hash"]) == (prompt[:8], 4, None)
         assert len(stored["block_hashes"]) == 2
+        told = msgspec.msgpack.decode(payload)["prefix"]
+        assert told["stored"] == [71, 72]
 
         async with asyncio.timeout(10):
             await requester.send_multipart([b"", bytes(8)])
@@ -58,6 +63,12 @@ async def test_a_subscriber_learns_which_blocks_are_stored_and_can_replay(tmp_pa
             assert answer[1:] == [bytes(8), payload]
             while answer[1] != END_OF_REPLAY:
                 answer = await requester.recv_multipart()
+            await requester.send_multipart([b"", SNAPSHOT_REQUEST])
+            _, following, snapshot = await requester.recv_multipart()
+        assert int.from_bytes(following, "big") >= 1
+        held = msgspec.msgpack.decode(snapshot)
+        assert held["prefix"] == {"engine": told["engine"], "cleared": True, "stored": [71, 72]}
+        assert held["events"] == []
     finally:
         subscriber.close(linger=0)
         requester.close(linger=0)

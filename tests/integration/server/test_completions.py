@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -135,3 +137,17 @@ async def test_beam_search_gives_the_best_beams_whole(serve: Serve) -> None:
     assert answer.choices[0].text == "Upon a time"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[1].text != answer.choices[0].text
+
+
+async def test_a_routers_names_for_a_prompt_reach_the_engine_with_its_one_prompt(serve: Serve) -> None:
+    server = await serve(FakeEngine(reply=lambda prompt: prompt))
+    named = {"x-octavo-prefix": "40/16;" + base64.b64encode(struct.pack("<2Q", 7, 8)).decode()}
+
+    await server.post("/v1/completions", {"prompt": [BOS, *range(65, 84)], "n": 2}, headers=named)
+    await server.post("/v1/completions", {"prompt": ["ab", "cd"]}, headers=named)
+    status, refusal, _ = await server.post("/v1/completions", {"prompt": "a"}, headers={"x-octavo-prefix": "x"})
+
+    told = [list(received.prefix_labels) for received in server.engine.received.values()]
+    assert told == [[(8, 7), (16, 8)], [], [], []]
+    assert status == 400
+    assert "x-octavo-prefix" in refusal["error"]["message"]
