@@ -81,7 +81,11 @@ def serve(
     ] = None,
     tool_call_parser: Annotated[
         str | None,
-        _option("--tool-call-parser", help="auto, none, hermes, llama3_json, mistral or phi4_mini_json.", panel=_MODEL),
+        _option(
+            "--tool-call-parser",
+            help="auto, none, hermes, llama3_json, mistral, phi4_mini_json, harmony or gemma.",
+            panel=_MODEL,
+        ),
     ] = None,
     reasoning_parser: Annotated[
         str | None, _option("--reasoning-parser", help="auto, none or think.", panel=_MODEL)

@@ -19,7 +19,7 @@ from octavo_server.generation import Generator
 from octavo_server.generation_config import SamplingDefaults, read_sampling_defaults
 from octavo_server.lifecycle import Lifecycle, Phase
 from octavo_server.metrics import Metrics, Snapshot
-from octavo_server.parsers.choose import thinks, tool_parser_for
+from octavo_server.parsers.choose import speaks_harmony, thinks, tool_parser_for
 from octavo_server.served_model import ServedModel
 from octavo_server.settings import ServeSettings
 from octavo_server.telemetry import Telemetry
@@ -67,6 +67,7 @@ class Replica:
             sampling_defaults=self._sampling_defaults(info.path),
             tool_parser=tool_parser_for(self.settings.tool_call_parser, template),
             thinks=thinks(self.settings.reasoning_parser, template),
+            speaks_harmony=speaks_harmony(self.settings.reasoning_parser, self.settings.tool_call_parser, template),
             adapters=self._adapters,
         )
         latencies = self.metrics.for_model(self._served.name)

@@ -19,7 +19,8 @@ from octavo_server.parsers.choose import ToolParserFactory
 class ServedModel:
     """The loaded model as callers see it. `names[0]` is the one that metrics and responses carry.
 
-    `adapters` gives the names of the adapters that are loaded at the moment; each is a model of its own to callers.
+    `speaks_harmony`: answers come in the channels of gpt-oss. `adapters` gives the names of the adapters that are
+    loaded at the moment; each is a model of its own to callers.
     """
 
     info: ModelInfo
@@ -29,6 +30,7 @@ class ServedModel:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     tool_parser: ToolParserFactory | None = None
     thinks: bool = False
+    speaks_harmony: bool = False
     adapters: Callable[[], Sequence[str]] = tuple
     created: int = field(default_factory=lambda: int(time.time()))
 

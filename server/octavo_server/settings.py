@@ -42,8 +42,8 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     batch_folder: str | None = None  # where /v1/files and /v1/batches keep theirs; None: these routes are off
     chat_template: str | None = None  # path of a Jinja file that replaces the model's own
     generation_config: str = "auto"  # auto: the checkpoint's sampling defaults | none
-    tool_call_parser: str = "auto"  # auto | none | hermes | llama3_json | mistral | phi4_mini_json
-    reasoning_parser: str = "auto"  # auto | none | think
+    tool_call_parser: str = "auto"  # auto | none | hermes | llama3_json | mistral | ... (see TOOL_PARSERS)
+    reasoning_parser: str = "auto"  # auto | none | think | harmony
     log_level: str = "info"
     log_format: str = "text"
     otlp_endpoint: str | None = None

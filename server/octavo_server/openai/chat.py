@@ -6,10 +6,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo_engine.sampling_params import SamplingParams
 from octavo_server.caller import Caller, caller_of
 from octavo_server.errors import bad_request
 from octavo_server.event_stream import EventStream, guarded
@@ -39,6 +41,7 @@ from octavo_server.openai.sequences import (
 )
 from octavo_server.parsers.answer import AnswerParser
 from octavo_server.parsers.choose import prompt_opens_thoughts
+from octavo_server.parsers.harmony import ASSISTANT, CALL_END, HarmonyParser, opened_message
 from octavo_server.parsers.reasoning import ThinkParser
 from octavo_server.parsing import Refused, parse
 from octavo_server.replica import Replica
@@ -117,7 +120,7 @@ async def start_chat(
         if by_choice is not None and constraint is not None:
             raise bad_request(f"{constraint.param}: cannot be combined with tool_choice", constraint.param)
         constraint = constraint or by_choice
-    prompt, opens_thoughts = await replica.text.run(prepare, served, request, constraint)
+    prompt, rendered = await replica.text.run(prepare, served, request, constraint)
     identity = ResponseIdentity.new(prefix, served, model, request)
     usage = UsageCounter([prompt], n, log_fields)
     sequences = sequence_requests(
@@ -130,7 +133,7 @@ async def start_chat(
         deltas = await replica.beams.start(sequences, n, length_penalty)
     answers = [
         ChatAnswer(
-            _answer_parser(served, request, names, opens_thoughts),
+            _answer_parser(served, request, names, rendered),
             shows_reasoning=request.include_reasoning is not False,
         )
         for _ in range(n)
@@ -162,15 +165,18 @@ def _check_options(request: ChatCompletionRequest, served: ServedModel) -> list[
 
 
 def _answer_parser(
-    served: ServedModel, request: ChatCompletionRequest, names: list[str], opens_thoughts: bool
+    served: ServedModel, request: ChatCompletionRequest, names: list[str], rendered: str
 ) -> AnswerParser:
-    reasoning = ThinkParser(starts_thinking=opens_thoughts) if served.thinks else None
+    max_calls = 1 if request.parallel_tool_calls is False else None
+    if served.speaks_harmony:
+        return AnswerParser(HarmonyParser(names, opened_message(rendered)), max_calls=max_calls)
+    reasoning = ThinkParser(starts_thinking=prompt_opens_thoughts(rendered)) if served.thinks else None
     tools = served.tool_parser(names) if names and served.tool_parser is not None else None
-    return AnswerParser(reasoning, tools, max_calls=1 if request.parallel_tool_calls is False else None)
+    return AnswerParser(reasoning, tools, max_calls=max_calls)
 
 
-def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Constraint | None) -> tuple[Prompt, bool]:
-    """Render the template, tokenize, check against the context; also whether the prompt opens the model's thoughts.
+def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Constraint | None) -> tuple[Prompt, str]:
+    """Render the template, tokenize, check against the context; also the rendered text, whose end the answer goes on.
 
     Call off the event loop.
     """
@@ -183,6 +189,8 @@ def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Con
         continue_final_message=bool(request.continue_final_message),
         template_kwargs=_template_kwargs(request),
     )
+    if served.speaks_harmony and constraint is not None and text.endswith(ASSISTANT):
+        text += constraint.harmony_opening
     # Templates write the special tokens themselves.
     ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     asked = request.max_completion_tokens or request.max_tokens
@@ -197,7 +205,16 @@ def prepare(served: ServedModel, request: ChatCompletionRequest, constraint: Con
         prompt_logprobs=request.prompt_logprobs,
         structured=None if constraint is None else constraint.structured,
     )
-    return Prompt(ids, sampling), prompt_opens_thoughts(text)
+    return Prompt(ids, _with_channels(sampling, served) if served.speaks_harmony else sampling), text
+
+
+def _with_channels(sampling: SamplingParams, served: ServedModel) -> SamplingParams:
+    """The parser needs the tags, which are special tokens; a call ends the turn, also where no checkpoint says so."""
+    ending = served.tokenizer.encode(CALL_END, add_special_tokens=False)
+    stops = sampling.stop_token_ids
+    if len(ending) == 1 and ending[0] not in (*served.info.eos_token_ids, *stops):
+        stops = (*stops, *ending)
+    return msgspec.structs.replace(sampling, skip_special_tokens=False, stop_token_ids=stops)
 
 
 def _template_kwargs(request: ChatCompletionRequest) -> dict[str, Any]:

@@ -12,16 +12,31 @@ from octavo_engine.errors import InvalidRequestError
 from octavo_engine.sampling_params import StructuredOutput
 from octavo_server.errors import bad_request
 from octavo_server.openai.request_types import ResponseFormat, SamplingFields, StructuredOutputs
+from octavo_server.parsers.gemma import GemmaParser
+from octavo_server.parsers.harmony import (
+    ANSWER_OPENING,
+    ARGUMENTS_OPENING,
+    CALL_OPENING,
+    CONSTRAIN,
+    MESSAGE,
+    HarmonyParser,
+)
 from octavo_server.parsers.json_list import JsonListParser
 from octavo_server.parsers.tool_calls import CLOSE, OPEN, HermesParser, Llama3JsonParser
+
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the engine enforces, and the request's field that asked for it."""
+    """What the engine enforces, and the request's field that asked for it.
+
+    harmony_opening: what gpt-oss finds in its prompt, so that it can begin with what is enforced.
+    """
 
     structured: StructuredOutput
     param: str
+    harmony_opening: str = ANSWER_OPENING
 
 
 def requested_constraint(fields: SamplingFields) -> Constraint | None:
@@ -63,7 +78,9 @@ def tool_choice_constraint(
         wanted = [tool["function"] for tool in tools if tool["function"]["name"] == name]
         if not wanted:
             raise bad_request(f"tool_choice: no tool is named {name[:64]!r}", "tool_choice")
-    key = "parameters" if parser is Llama3JsonParser else "arguments"
+    if parser is HarmonyParser:
+        return _harmony_call(wanted)
+    key = "parameters" if parser in (Llama3JsonParser, GemmaParser) else "arguments"
     calls: dict[str, Any] = {"anyOf": [_call_schema(function, key) for function in wanted]}
     if parser is JsonListParser:
         calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
@@ -71,6 +88,21 @@ def tool_choice_constraint(
         return Constraint(StructuredOutput(json_schema=_text(calls)), "tool_choice")
     grammar = f"start: {_text(OPEN)} call {_text(CLOSE)}\ncall: %json {_text(calls)}\n"
     return Constraint(StructuredOutput(grammar=grammar), "tool_choice")
+
+
+def _harmony_call(wanted: Sequence[Mapping[str, Any]]) -> Constraint:
+    """One function is named in the prompt; among several the model chooses by a grammar with the tags of the format."""
+    schemas = [_text(function.get("parameters") or _NO_PARAMETERS) for function in wanted]
+    if len(wanted) == 1:
+        opening = f"{CALL_OPENING}{wanted[0]['name']}{ARGUMENTS_OPENING}"
+        return Constraint(StructuredOutput(json_schema=schemas[0]), "tool_choice", opening)
+    names = [function["name"] for function in wanted]
+    calls = [
+        f'call{i}: {_text(name + " ")} {CONSTRAIN} "json" {MESSAGE} arguments{i}\narguments{i}: %json {schema}\n'
+        for i, (name, schema) in enumerate(zip(names, schemas, strict=True))
+    ]
+    start = "start: " + " | ".join(f"call{i}" for i in range(len(wanted))) + "\n"
+    return Constraint(StructuredOutput(grammar=start + "".join(calls)), "tool_choice", CALL_OPENING)
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,7 +133,7 @@ def _named_function(choice: str | Mapping[str, Any] | None) -> str:
 
 
 def _call_schema(function: Mapping[str, Any], arguments_key: str) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    parameters = function.get("parameters") or _NO_PARAMETERS
     return {
         "type": "object",
         "properties": {"name": {"const": function["name"]}, arguments_key: parameters},

@@ -9,6 +9,8 @@ from typing import Any
 from octavo_engine.errors import InvalidRequestError
 from octavo_server.errors import bad_request, from_engine_error
 from octavo_server.limits import LIMITS
+from octavo_server.openai.family_messages import described, for_gemma, for_harmony
+from octavo_server.parsers.gemma import GemmaParser
 from octavo_server.served_model import ServedModel
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -34,6 +36,10 @@ def render_chat(
     speaks_developer = "developer" in (template or "")
     normalized = [_message(m, f"messages[{i}]", speaks_developer) for i, m in enumerate(messages)]
     served.check_characters("".join(str(m.get("content") or "") for m in normalized), "messages")
+    if served.speaks_harmony:
+        normalized, tools = for_harmony(normalized), described(tools or ())
+    elif served.tool_parser is GemmaParser and "tools" not in (template or ""):
+        normalized, tools = for_gemma(normalized, tools or ()), None
     try:
         return served.tokenizer.apply_chat_template(
             normalized,

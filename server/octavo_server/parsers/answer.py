@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from octavo_server.parsers.events import Call, Content, Event, TextParser, merged
-from octavo_server.parsers.reasoning import ThinkParser
+
+
+class ThoughtParser(TextParser, Protocol):
+    """Tells thoughts from the rest. `thinking`: whether what comes next is thoughts."""
+
+    @property
+    def thinking(self) -> bool: ...
 
 
 class AnswerParser:
-    """Splits thoughts off first and looks for tool calls in the rest. Without either it passes text through."""
+    """Splits thoughts off first and looks for tool calls in the rest. Without either it passes text through.
+
+    Formats in which both are one, like harmony, are read by `reasoning` alone.
+    """
 
     def __init__(
-        self, reasoning: ThinkParser | None = None, tools: TextParser | None = None, *, max_calls: int | None = None
+        self, reasoning: ThoughtParser | None = None, tools: TextParser | None = None, *, max_calls: int | None = None
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from octavo_server.parsers.events import TextParser
+from octavo_server.parsers.gemma import GemmaParser
+from octavo_server.parsers.harmony import CHANNEL, START, HarmonyParser
 from octavo_server.parsers.json_list import MISTRAL_OPEN, PHI_OPEN, JsonListParser
 from octavo_server.parsers.reasoning import OPEN as THINK_OPEN
 from octavo_server.parsers.tool_calls import OPEN as TOOL_CALL_OPEN
@@ -17,8 +19,12 @@ TOOL_PARSERS: dict[str, ToolParserFactory] = {
     "llama3_json": Llama3JsonParser,
     "mistral": JsonListParser,
     "phi4_mini_json": JsonListParser,
+    "harmony": HarmonyParser,
+    "gemma": GemmaParser,
 }
-REASONING_PARSERS = ("think",)
+REASONING_PARSERS = ("think", "harmony")
+GEMMA_TURN = "<start_of_turn>"
+NO_SYSTEM = "System role not supported"  # Gemma 2, which was not trained to call functions
 
 
 def tool_parser_for(setting: str, template: str | None) -> ToolParserFactory | None:
@@ -27,8 +33,14 @@ def tool_parser_for(setting: str, template: str | None) -> ToolParserFactory | N
         return None
     if setting != "auto":
         return TOOL_PARSERS[setting]
-    if template is None or "tools" not in template:
+    if template is None:
         return None
+    if GEMMA_TURN in template and NO_SYSTEM not in template:
+        return GemmaParser
+    if "tools" not in template:
+        return None
+    if _is_harmony(template):
+        return HarmonyParser
     if TOOL_CALL_OPEN in template:
         return HermesParser
     if MISTRAL_OPEN in template or PHI_OPEN in template:
@@ -45,6 +57,17 @@ def thinks(setting: str, template: str | None) -> bool:
     return setting == "think"
 
 
+def speaks_harmony(reasoning: str, tools: str, template: str | None) -> bool:
+    """Whether answers come in channels. They are read as such unless both settings say otherwise."""
+    if "harmony" in (reasoning, tools):
+        return True
+    return "auto" in (reasoning, tools) and template is not None and _is_harmony(template)
+
+
 def prompt_opens_thoughts(prompt: str) -> bool:
     """Whether the rendered prompt already ends with the opening tag."""
     return prompt.rstrip().endswith(THINK_OPEN)
+
+
+def _is_harmony(template: str) -> bool:
+    return CHANNEL in template and START in template

@@ -129,14 +129,21 @@ def read_call(text: str, arguments_key: str, names: Collection[str]) -> Call | N
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or value.get("name") not in names:
+    if not isinstance(value, dict):
         return None
     arguments = value.get(arguments_key, value.get("arguments", value.get("parameters", {})))
+    return call_of(value.get("name"), arguments, names)
+
+
+def call_of(name: object, arguments: object, names: Collection[str]) -> Call | None:
+    """The call of a tool with arguments as an object or its JSON text; None when it is none of the tools."""
+    if not isinstance(name, str) or name not in names:
+        return None
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict | None):
         return None
-    return Call(value["name"], json.dumps(arguments or {}, ensure_ascii=False))
+    return Call(name, json.dumps(arguments or {}, ensure_ascii=False))

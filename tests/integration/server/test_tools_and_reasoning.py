@@ -147,3 +147,40 @@ async def test_earlier_calls_and_their_results_reach_the_template(serve: Serve) 
 
     assert status == 200
     assert body["choices"][0]["message"]["content"].endswith("<tool>Rain<assistant>")
+
+
+ANALYSIS = "<|channel|>analysis<|message|>I need the weather.<|end|><|start|>assistant"
+HARMONY_CALL = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Köln"}'
+
+
+async def test_channels_become_thoughts_answers_and_calls(serve: Serve) -> None:
+    final = f"{ANALYSIS}<|channel|>final<|message|>It rains."
+    server = await serve(
+        FakeEngine(reply=lambda prompt: final if "tools" not in prompt else ANALYSIS + HARMONY_CALL),
+        reasoning_parser="harmony",
+        tool_call_parser="harmony",
+    )
+
+    plain = await server.openai.chat.completions.create(model="fake-model", messages=MESSAGES)
+    called = await server.openai.chat.completions.create(model="fake-model", messages=MESSAGES, tools=TOOLS)
+
+    assert plain.choices[0].message.content == "It rains."
+    assert plain.choices[0].message.reasoning_content == "I need the weather."
+    assert plain.usage.completion_tokens_details.reasoning_tokens >= len("I need the weather.")
+    (choice,) = called.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Köln"}
+    assert not any(received.sampling.skip_special_tokens for received in server.engine.received.values())
+
+
+async def test_gemma_is_asked_in_text(serve: Serve) -> None:
+    fenced = "```tool_code\nget_weather(city='Köln')\n```"
+    prompts: list[str] = []
+    server = await serve(FakeEngine(reply=lambda prompt: prompts.append(prompt) or fenced), tool_call_parser="gemma")
+
+    answer = await server.openai.chat.completions.create(model="fake-model", messages=MESSAGES, tools=TOOLS)
+
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Köln"}
+    assert '"name": "get_weather"' in prompts[-1].partition("<user>")[0]
