@@ -198,6 +198,10 @@ def serve(
     otlp_endpoint: Annotated[
         str | None, _option("--otlp-endpoint", help="OTLP/HTTP collector for traces.", panel=_SERVER)
     ] = None,
+    debug_routes: Annotated[
+        bool | None,
+        _option("--debug-routes/--no-debug-routes", help="Answer GET /debug/scheduler.", panel=_SERVER),
+    ] = None,
     config: Annotated[
         str | None, _option("--config", help="YAML file of these settings; flags win.", panel=_SERVER)
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from octavo_engine.messages import EngineStats, LoadProgress, ModelInfo, SequenceOutput
+from octavo_engine.messages import EngineStats, LoadProgress, ModelInfo, SchedulerSnapshot, SequenceOutput
 from octavo_engine.sampling_params import SamplingParams
 
 
@@ -63,6 +63,9 @@ class EngineClient(Protocol):
 
     async def unload_adapter(self, *, request_id: str, name: str) -> None:
         """Take an adapter out; returns once the sequences that used it have ended. Raises `InvalidRequestError`."""
+
+    async def snapshot(self, *, request_id: str) -> list[SchedulerSnapshot]:
+        """What each engine's scheduler holds, once its present step has ended. Raises `EngineDeadError`."""
 
     async def shutdown(self, timeout_s: float) -> None:
         """Stop the engine process; it is killed when it has not ended after `timeout_s`."""

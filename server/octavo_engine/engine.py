@@ -23,6 +23,7 @@ from octavo_engine.messages import (
     FinishReason,
     LoadAdapter,
     ModelInfo,
+    SchedulerSnapshot,
     StepOutput,
     UnloadAdapter,
 )
@@ -38,6 +39,7 @@ from octavo_engine.scheduler.limits import limits_for
 from octavo_engine.scheduler.preemption import CopyTime
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence as Seq
+from octavo_engine.scheduler.snapshot import scheduler_snapshot
 from octavo_engine.speculation.choose import choose_speculator
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
@@ -122,6 +124,10 @@ class EngineCore:
         self.pool.reset_cache()
         if self.scheduler.blocks.host is not None:
             self.scheduler.blocks.host.pool.reset_cache()
+
+    def snapshot(self) -> SchedulerSnapshot:
+        """Which sequences run and wait, and where each stands."""
+        return scheduler_snapshot(self.scheduler, self._clock())
 
     def step(self) -> StepOutput:
         """Compute one batch. Raises `StepFailedError` when the runner itself is broken."""

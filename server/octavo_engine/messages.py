@@ -86,11 +86,19 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, kw_only=True, tag="reset_pre
     """Forget every cached block that no running sequence holds."""
 
 
+class TakeSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="take_snapshot"):
+    """Tell, in an output, which sequences run and wait."""
+
+    request_id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Leave the step loop and exit 0."""
 
 
-Command = AddRequest | AbortRequest | EmbedRequest | LoadAdapter | UnloadAdapter | ResetPrefixCache | Shutdown
+Command = (
+    AddRequest | AbortRequest | EmbedRequest | LoadAdapter | UnloadAdapter | ResetPrefixCache | TakeSnapshot | Shutdown
+)
 
 
 # ---------------------------------------------------------------- engine -> API process
@@ -103,6 +111,44 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     logprob: float
     rank: int
     top: list[tuple[int, float]] = []
+
+
+class SequenceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one sequence stands; counts are of tokens unless they say otherwise. Holds no text and no token ids."""
+
+    request_id: str
+    tenant: str
+    adapter: str
+    state: str  # running | waiting
+    priority: int
+    age_s: float
+    queue_time_s: float  # until it first ran, or until now
+    deadline_in_s: float | None
+    num_prompt: int
+    num_output: int
+    num_computed: int
+    num_cached: int
+    num_blocks: int
+    num_preemptions: int
+    num_overtaken: int  # by how many it was passed when it did not fit
+
+
+class SchedulerSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler between two steps.
+
+    sequences: those that run, then those that wait, by priority and age; `num_left_out` more are not told.
+    step_seconds: what each part of a step costs by the learned model. virtual_tokens: the service each tenant received.
+    """
+
+    time: float
+    num_running: int
+    num_waiting: int
+    kv_blocks_free: int
+    kv_blocks_total: int
+    step_seconds: dict[str, float]
+    virtual_tokens: dict[str, float]
+    sequences: list[SequenceSnapshot]
+    num_left_out: int = 0
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -118,6 +164,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     num_preemptions: int = 0
     queue_time_s: float = 0.0
     embedding: list[float] | None = None
+    snapshot: SchedulerSnapshot | None = None
     error: str | None = None
     error_kind: str | None = None  # name of the class in `errors` that fits `error`
     error_param: str | None = None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import uuid
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
+from octavo_engine.errors import OctavoError
 from octavo_engine.messages import LoadProgress
+from octavo_server.errors import ApiError, from_engine_error
 from octavo_server.json_response import JsonResponse
 from octavo_server.lifecycle import Phase
 from octavo_server.replica import VERSION, Replica
+
+SNAPSHOT_TIMEOUT_S = 10.0
 
 
 def router(replica: Replica) -> APIRouter:
@@ -60,6 +66,20 @@ def router(replica: Replica) -> APIRouter:
     async def load() -> Response:
         """Requests in flight in this process."""
         return JsonResponse({"server_load": replica.lifecycle.num_in_flight})
+
+    if replica.settings.debug_routes:
+
+        @routes.get("/debug/scheduler")
+        async def scheduler() -> Response:
+            """What runs and waits in each engine, and where each sequence stands. No text, no tokens."""
+            try:
+                async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+                    taken = await replica.engine.snapshot(request_id=f"snapshot-{uuid.uuid4().hex}")
+            except OctavoError as error:
+                raise from_engine_error(error) from error
+            except TimeoutError:
+                raise ApiError(504, f"The engine's step has not ended within {SNAPSHOT_TIMEOUT_S:g} s.") from None
+            return JsonResponse({"engines": taken})
 
     return routes
 

@@ -47,6 +47,7 @@ class ServeSettings(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     log_level: str = "info"
     log_format: str = "text"
     otlp_endpoint: str | None = None
+    debug_routes: bool = False  # GET /debug/scheduler, which names tenants and request ids
 
     def validate(self) -> None:
         """Raise `ConfigError` naming the first setting that cannot work."""

@@ -43,9 +43,11 @@ from octavo_engine.messages import (
     ModelInfo,
     Ready,
     ResetPrefixCache,
+    SchedulerSnapshot,
     SequenceOutput,
     Shutdown,
     StepOutput,
+    TakeSnapshot,
     UnloadAdapter,
 )
 from octavo_engine.process.stream import OutputStream
@@ -220,14 +222,20 @@ class EngineProcessClient:
     async def unload_adapter(self, *, request_id: str, name: str) -> None:
         await self._ask(UnloadAdapter(request_id=request_id, name=name))
 
-    async def _ask(self, command: LoadAdapter | UnloadAdapter) -> None:
+    async def snapshot(self, *, request_id: str) -> list[SchedulerSnapshot]:
+        answer = await self._ask(TakeSnapshot(request_id=request_id))
+        return [] if answer.snapshot is None else [answer.snapshot]
+
+    async def _ask(self, command: LoadAdapter | UnloadAdapter | TakeSnapshot) -> SequenceOutput:
         """Send a command and wait for its one answer; a caller that leaves does not undo it."""
         self._check_open()
         stream = self._open_stream(command)
         try:
-            _raise_rejection(await stream.get())
+            output = await stream.get()
         finally:
             self._streams.pop(command.request_id, None)
+        _raise_rejection(output)
+        return output
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
@@ -261,7 +269,9 @@ class EngineProcessClient:
                 f"the waiting queue is full ({config.max_queued_requests} requests); try again in {rate:.0f} s", rate
             )
 
-    def _open_stream(self, request: AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter) -> OutputStream:
+    def _open_stream(
+        self, request: AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter | TakeSnapshot
+    ) -> OutputStream:
         if request.request_id in self._streams:
             raise InvalidRequestError(
                 f"request id {request.request_id!r} is in use by a request still running", "request_id"

@@ -13,7 +13,7 @@ import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
-from octavo_engine.messages import AdapterStats, EngineStats, LoadProgress, ModelInfo, SequenceOutput
+from octavo_engine.messages import AdapterStats, EngineStats, LoadProgress, ModelInfo, SchedulerSnapshot, SequenceOutput
 from octavo_engine.process.client import EngineProcessClient
 from octavo_engine.runner.machine import choose_device, usable_cpus
 from octavo_engine.sampling_params import SamplingParams
@@ -143,6 +143,10 @@ class DataParallelClient:
 
     async def unload_adapter(self, *, request_id: str, name: str) -> None:
         await asyncio.gather(*(engine.unload_adapter(request_id=request_id, name=name) for engine in self._engines))
+
+    async def snapshot(self, *, request_id: str) -> list[SchedulerSnapshot]:
+        taken = await asyncio.gather(*(engine.snapshot(request_id=request_id) for engine in self._engines))
+        return [snapshot for snapshots in taken for snapshot in snapshots]
 
     async def shutdown(self, timeout_s: float) -> None:
         await asyncio.gather(*(engine.shutdown(timeout_s) for engine in self._engines))

@@ -29,6 +29,7 @@ from octavo_engine.messages import (
     SequenceOutput,
     Shutdown,
     StepOutput,
+    TakeSnapshot,
     UnloadAdapter,
 )
 from octavo_engine.process.parent import die_with_parent
@@ -114,7 +115,7 @@ class Worker:
                 core.heartbeat()
                 self.send(StepOutput(outputs=[], stats=core.stats()))
                 continue
-            rejected: list[SequenceOutput] = []
+            answers: list[SequenceOutput] = []
             while True:
                 try:
                     message = commands.recv(zmq.NOBLOCK)
@@ -123,9 +124,9 @@ class Worker:
                 command = self._decoder.decode(message)
                 if isinstance(command, Shutdown):
                     return
-                rejected.extend(_apply(core, command))
-            if rejected:
-                self.send(StepOutput(outputs=rejected, stats=core.stats()))
+                answers.extend(_apply(core, command))
+            if answers:
+                self.send(StepOutput(outputs=answers, stats=core.stats()))
             if core.has_work:
                 self.send(core.step())
 
@@ -137,11 +138,13 @@ def _publisher(config: EngineConfig) -> KVEventPublisher | None:
 
 
 def _apply(core: EngineCore, command: Command) -> list[SequenceOutput]:
-    """Carry out one command; a request that is refused becomes an output that says why."""
+    """Carry out one command; what is answered at once is returned: snapshots, and why a request is refused."""
     if isinstance(command, AbortRequest):
         core.abort(command.request_ids)
     elif isinstance(command, ResetPrefixCache):
         core.reset_prefix_cache()
+    elif isinstance(command, TakeSnapshot):
+        return [SequenceOutput(request_id=command.request_id, token_ids=[], snapshot=core.snapshot())]
     elif isinstance(command, AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter):
         try:
             _submit(core, command)

@@ -46,6 +46,12 @@ class StepTimeModel:
         """What one more prefill token adds, attention aside; 0 before it is known."""
         return max(0.0, self._weights[1]) * _SCALE[1]
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the model has learned: seconds for a step, and more for each token, position read and pair."""
+        names = ("step", "token", "decode_context", "prefill_pair")
+        return {name: max(0.0, w) * s for name, w, s in zip(names, self._weights, _SCALE, strict=True)}
+
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         features = _features(load)

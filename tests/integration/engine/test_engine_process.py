@@ -114,6 +114,23 @@ async def test_closing_a_stream_frees_its_blocks(client: EngineProcessClient) ->
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_snapshot_tells_where_each_sequence_stands(client: EngineProcessClient) -> None:
+    sampling = SamplingParams(max_tokens=240, temperature=0.0)
+    stream = client.generate(request_id="a", prompt_token_ids=[SLOW, 2], sampling=sampling, tenant="t", priority=3)
+    await anext(stream)
+    (taken,) = await client.snapshot(request_id="snapshot")
+    await stream.aclose()
+
+    (seq,) = taken.sequences
+    assert (seq.request_id, seq.tenant, seq.state, seq.priority) == ("a", "t", "running", 3)
+    assert seq.num_prompt == 2
+    assert seq.num_output >= 1
+    assert (taken.num_running, taken.num_waiting, taken.num_left_out) == (1, 0, 0)
+    assert taken.kv_blocks_free == taken.kv_blocks_total - seq.num_blocks
+    assert taken.virtual_tokens["t"] > 0
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_cancelling_the_consumer_frees_its_blocks(client: EngineProcessClient) -> None:
     task = asyncio.create_task(collect(client, "a", [1, 2], max_tokens=250))
     await until(lambda: client.stats.generation_tokens > 0)

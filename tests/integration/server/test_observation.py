@@ -9,7 +9,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes.fake_engine import FakeEngine
-from octavo_engine.errors import ModelLoadError
+from octavo_engine.errors import EngineDeadError, ModelLoadError
+from octavo_engine.messages import SchedulerSnapshot
 
 Serve = Callable[..., Any]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -126,6 +127,26 @@ async def test_small_routes(serve: Serve) -> None:
     assert (status, body["error"]["type"]) == (404, "NotFoundError")
     status, body = await get(server, "/v1/chat/completions")
     assert (status, body["error"]["type"]) == (405, "MethodNotAllowedError")
+
+
+async def test_the_scheduler_is_shown_only_where_debug_routes_are_on(serve: Serve) -> None:
+    class Engine(FakeEngine):
+        async def snapshot(self, *, request_id: str) -> list[SchedulerSnapshot]:
+            if self.dead:
+                raise EngineDeadError(self.dead)
+            return [SchedulerSnapshot(
+                time=1.0, num_running=0, num_waiting=2, kv_blocks_free=3, kv_blocks_total=4, step_seconds={},
+                virtual_tokens={"t": 1.0}, sequences=[], num_left_out=2,
+            )]  # fmt: skip
+
+    assert (await get(await serve(Engine()), "/debug/scheduler"))[0] == 404
+    server = await serve(Engine(), debug_routes=True)
+
+    status, body = await get(server, "/debug/scheduler")
+    assert status == 200
+    assert body["engines"][0]["virtual_tokens"] == {"t": 1.0}
+    server.engine.dead = "killed"
+    assert (await get(server, "/debug/scheduler"))[0] == 503
 
 
 async def test_the_openapi_document_describes_every_body(serve: Serve) -> None:
