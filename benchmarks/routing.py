@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import enum
 import heapq
 import json
 import platform
@@ -68,13 +69,15 @@ class Replica:
                 return count
         return len(blocks)
 
-    def store(self, blocks: Sequence[int]) -> None:
-        """Compute and keep blocks, the least recently used leave."""
+    def store(self, blocks: Sequence[int]) -> list[int]:
+        """Compute and keep blocks; the least recently used leave and are returned."""
         for block in reversed(blocks):
             self.cache[block] = None
             self.cache.move_to_end(block)
+        evicted = []
         while len(self.cache) > CACHE_BLOCKS:
-            self.cache.popitem(last=False)
+            evicted.append(self.cache.popitem(last=False)[0])
+        return evicted
 
 
 # ---- traces
@@ -170,10 +173,20 @@ class Result:
     recovery: float  # hit rate in the minute after a restart, as a share of that in the minute before
 
 
+class Learns(enum.Enum):
+    """How the gateway knows what replicas have cached, besides what it sends them."""
+
+    NOTHING = "nothing"
+    COUNTS = "cached-token counts and cache sizes"
+    EVENTS = "KV events, and a snapshot after a restart"
+
+
 class Simulation:
     """Events in order: arrivals, ends of prefill, ends of requests, load reports."""
 
-    def __init__(self, strategy: Strategy | None, seed: int, learn: bool = True, restart: bool = False) -> None:
+    def __init__(
+        self, strategy: Strategy | None, seed: int, learns: Learns = Learns.COUNTS, restart: bool = False
+    ) -> None:
         self.endpoints = [Endpoint(f"r{i}", f"http://r{i}:8000") for i in range(REPLICAS)]
         self.replicas = {e.id: Replica() for e in self.endpoints}
         self.loads = LoadBook()
@@ -181,10 +194,8 @@ class Simulation:
         self.router = Router(self.index, random.Random(seed))
         self.strategy = strategy
         self.chwbl = Chwbl(self.endpoints)
-        self.learn = learn
-        if learn:
-            for endpoint in self.endpoints:  # as replicas tell it in their metrics
-                self.index.expect(endpoint.id, CACHE_BLOCKS)
+        self.learns = learns
+        self._begin_to_learn()
         self.restart = restart
         self.events: list[tuple[float, int, str, object]] = []
         self.counter = 0
@@ -216,6 +227,7 @@ class Simulation:
                             skews.append(max(load) / (sum(load) / REPLICAS))
             elif kind == "restart":
                 self.index.retain(set())
+                self._begin_to_learn()
             elif kind == "arrive":
                 assert isinstance(data, Request)
                 arrived += 1
@@ -264,15 +276,27 @@ class Simulation:
         self.index.record(endpoint_id, route.prefix)
         replica.served += 1
         found = replica.lookup(request.blocks)
-        if self.learn:
+        evicted = replica.store(request.blocks)
+        if self.learns is Learns.COUNTS:
             self.index.observe(endpoint_id, choice.matched_blocks, len(request.blocks), found / len(request.blocks))
-        replica.store(request.blocks)
+        elif self.learns is Learns.EVENTS:
+            self.index.removed(endpoint_id, evicted)
+            self.index.stored(endpoint_id, request.blocks)
         work = (len(request.blocks) - found) * BLOCK_TOKENS / PREFILL_TOKENS_S + STEP_S
         start = max(now, replica.prefill_free_at)
         replica.prefill_free_at = start + work
         replica.waiting += 1
         self._push(start + work, "prefilled", (replica, request.output_tokens, endpoint_id, pending))
         return found, start + work - now
+
+    def _begin_to_learn(self) -> None:
+        """What replicas tell a gateway that has just started: the size of their caches, or all that is in them."""
+        for endpoint_id, replica in self.replicas.items():
+            if self.learns is Learns.COUNTS:
+                self.index.expect(endpoint_id, CACHE_BLOCKS)
+            elif self.learns is Learns.EVENTS:
+                self.index.follow(endpoint_id)
+                self.index.stored(endpoint_id, list(replica.cache))
 
     def _report(self, now: float) -> None:
         for endpoint_id, replica in self.replicas.items():
@@ -300,13 +324,15 @@ def main() -> None:
     for trace_name, (make, rate) in TRACES.items():
         print(f"\n{trace_name} at {rate:g} requests/s")
         print(f"{'strategy':26} {'hit rate':>9} {'of oracle':>9} {'max/mean':>9} {'TTFT p50':>9} {'TTFT p99':>9}")
-        for name, strategy, learn, restart in [
-            *((n, s, True, False) for n, s in STRATEGIES.items()),
-            ("prefix aware, no learning", Strategy.PREFIX_AWARE, False, False),
-            ("prefix aware, restarted", Strategy.PREFIX_AWARE, True, True),
+        for name, strategy, learns, restart in [
+            *((n, s, Learns.COUNTS, False) for n, s in STRATEGIES.items()),
+            ("prefix aware, no learning", Strategy.PREFIX_AWARE, Learns.NOTHING, False),
+            ("prefix aware, KV events", Strategy.PREFIX_AWARE, Learns.EVENTS, False),
+            ("prefix aware, restarted", Strategy.PREFIX_AWARE, Learns.COUNTS, True),
+            ("KV events, restarted", Strategy.PREFIX_AWARE, Learns.EVENTS, True),
         ]:
             results = [
-                Simulation(strategy, s, learn, restart).run(list(make(random.Random(s), count, rate))) for s in seeds
+                Simulation(strategy, s, learns, restart).run(list(make(random.Random(s), count, rate))) for s in seeds
             ]
             row = {
                 key: statistics.median(getattr(r, key) for r in results)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from octavo_gateway.access_log import log_exchange
 from octavo_gateway.accounts import Accounts
 from octavo_gateway.asgi import Receive, Scope, Send, header
+from octavo_gateway.cache_events import CacheFollower
 from octavo_gateway.dispatcher import Dispatcher, Turn
 from octavo_gateway.errors import (
     GatewayDrainingError,
@@ -129,6 +130,7 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self.proxy = Proxy(settings, registry, self.dispatcher, self.pool, self.index, self.metrics, clock)
+        self.cache_follower = CacheFollower(registry, self.index, lambda why: metrics.cache_resyncs.labels(why).inc())
         self.usage_this_month = UsageThisMonth(lambda: accounts.ledger, clock)
         self._tracing = Tracing(settings.otlp_endpoint, octavo_version())
         if settings.redis_url is not None:
@@ -182,11 +184,11 @@ class Gateway:
             interval_s=self.settings.report_interval,
             clock=self._clock,
             on_report=self.dispatcher.loads_changed,
-            on_restart=self.index.forget,
+            on_restart=self.cache_follower.replica_restarted,
             on_cache_size=lambda id_, tokens: self.index.expect(id_, int(tokens / BLOCK_TOKENS)),
         )
         await self.whole.start()
-        self._background = [asyncio.create_task(poller.run())]
+        self._background = [asyncio.create_task(poller.run()), asyncio.create_task(self.cache_follower.run())]
         if self.accounts.ledger is not None:
             self._background.append(asyncio.create_task(self.accounts.follow_ledger(self.registry)))
 
@@ -318,7 +320,7 @@ class Gateway:
             body, strip = ask_for_usage(body)
         request = Forward(
             resolved, body, route, _turn(identity, seen), stream, identity,
-            progress=Progress(shows_tokens=seen.shows_tokens),
+            progress=Progress(shows_tokens=seen.shows_tokens), prompt_bytes=len(seen.prompt),
         )  # fmt: skip
         await self._charged(exchange, request, seen, strip)
 

@@ -71,6 +71,9 @@ class Metrics:
         self.shared_limit_failures = Counter(
             "octavo_gateway_shared_limit_failures", "Calls to Redis that failed; limits were local then.", registry=r
         )
+        self.cache_resyncs = Counter(
+            "octavo_gateway_cache_resyncs", "Replicas asked for all they have cached.", ["reason"], registry=r
+        )
         self.draining = Gauge("octavo_gateway_draining", "1 while this gateway shuts down.", registry=r)
 
     def tokens(self, model: str, prompt: int, cached: int, output: int) -> None:

@@ -23,7 +23,7 @@ from octavo_gateway.metrics import Metrics
 from octavo_gateway.progress import RESUMABLE, RESUMED, Progress
 from octavo_gateway.registry import ModelEntry, Registry, Resolved, Snapshot
 from octavo_gateway.relay import ENDS_WITH_DONE, refusal_in_stream, relay_answer
-from octavo_gateway.routing import PrefixIndex, RouteRequest
+from octavo_gateway.routing import PREFIX, PrefixIndex, RouteRequest, prefix_value
 from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.tenancy import Identity
 from octavo_gateway.upstream import (
@@ -54,6 +54,7 @@ class Forward:
     identity: Identity | None = None
     meter: UsageMeter = field(default_factory=UsageMeter)
     progress: Progress = field(default_factory=Progress)
+    prompt_bytes: int = 0
     usage_id: str = ""  # under which the replica remembers what it consumed
 
     @property
@@ -144,6 +145,7 @@ class Proxy:
                 request = replace(original, body=request.progress.resumed_body(original.body))
                 last_attempt = exchange.attempts + entry.retry.attempts
             finally:
+                self._index.ended(lease.endpoint.id, request.route.prefix)
                 self._dispatcher.release(lease)
 
     # ---- getting a replica
@@ -268,6 +270,8 @@ class Proxy:
             (b"traceparent", exchange.trace.header),
             (b"x-octavo-deadline-ms", b"%d" % max(1, int(left_s * 1e3))),
         ]
+        if lease.endpoint.cache_events is not None and request.route.prefix:
+            own.append((PREFIX, prefix_value(request.route.prefix, request.prompt_bytes)))
         if self._may_resume(exchange, request):
             own.append((RESUMABLE, b"1"))
         if request.usage_id:

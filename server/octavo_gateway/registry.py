@@ -29,6 +29,14 @@ class Strategy(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """ZeroMQ addresses at which a replica tells what becomes of its prefix cache, and what it holds."""
+
+    events: str
+    replay: str
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """One replica. `id` is stable over its life (pod name, process name); `url` is `http[s]://host:port`."""
 
@@ -39,6 +47,7 @@ class Endpoint:
     adapters: frozenset[str] = frozenset()
     revision: str = ""
     canary: bool = False  # of a revision on trial beside the one that serves
+    cache_events: CacheEvents | None = None
 
     @property
     def address(self) -> tuple[str, int, bool]:

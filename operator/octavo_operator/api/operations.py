@@ -134,6 +134,8 @@ class Routing(Part):
     """Attempts on other replicas."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Priority of requests without a tenant; tenants carry their own."""
+    kv_events: bool = False
+    """Replicas tell the gateway what they store in and remove from their prefix caches, for strategy PrefixAware."""
 
 
 class Scheduling(Part):

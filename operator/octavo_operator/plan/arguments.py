@@ -9,6 +9,7 @@ from octavo_operator.api.serving_runtime import Container, FlagMapping
 from octavo_operator.plan.fields import OPTIONAL, Value
 
 HOST, PORT = "{host}", "{port}"
+KV_EVENTS, KV_REPLAY = "{kv_events}", "{kv_replay}"
 ALIASES = "$(MODEL_ALIASES)"  # an argument of its own, replaced by one for each alias
 
 
@@ -17,9 +18,10 @@ def command_line(
 ) -> tuple[tuple[str, ...], list[FieldError]]:
     """The argv, and an error for every field that the runtime cannot express.
 
-    `names` fills $(MODEL_URI), $(MODEL_PATH), $(MODEL_NAME); $(HOST) and $(PORT) become `{host}` and `{port}`.
+    `names` fills $(MODEL_URI), $(MODEL_PATH), $(MODEL_NAME); $(HOST), $(PORT), $(KV_EVENTS) and $(KV_REPLAY)
+    become `{host}`, `{port}`, `{kv_events}` and `{kv_replay}`; the last two are ZeroMQ addresses.
     """
-    filled = {**names, "HOST": HOST, "PORT": PORT}
+    filled = {**names, "HOST": HOST, "PORT": PORT, "KV_EVENTS": KV_EVENTS, "KV_REPLAY": KV_REPLAY}
     argv = [_fill(word, filled) for word in _with_aliases((*container.command, *container.args), values)]
     flags = {mapping.field: mapping for mapping in container.flags}
     errors: list[FieldError] = []
@@ -46,7 +48,7 @@ def _flag_words(mapping: FlagMapping, value: Value, names: Mapping[str, str]) ->
             return None
         items = tuple(mapping.values[item] for item in items)
     if mapping.flag is None:
-        return [word for item in items for word in item.split()]
+        return [_fill(word, names) for item in items for word in item.split()]
     template = [_fill(word, names) for word in mapping.flag.split()]
     return [part.replace("{}", item) for item in items for part in template]
 

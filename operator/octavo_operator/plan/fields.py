@@ -92,6 +92,7 @@ PORTABLE_FIELDS: Mapping[str, Callable[[InferenceServiceSpec], Value]] = Mapping
         NUM_THREADS: lambda s: s.engine.num_threads,
         "engine.seed": lambda s: s.engine.seed,
         "engine.logLevel": lambda s: s.engine.log_level,
+        "routing.kvEvents": lambda s: s.routing.kv_events or None,
         "drain.propagationSeconds": lambda s: s.drain.propagation_seconds,
         "drain.timeoutSeconds": lambda s: s.drain.timeout_seconds,
         "observability.tracing.endpoint": _tracing_endpoint,

@@ -58,6 +58,10 @@ def plan(service: InferenceService, runtime: Runtime | None = None, facts: Facts
     resources = _resources(service)
     errors = check_support(service, runtime.spec, resources)
     errors += device_errors(service, runtime.spec.engine)
+    if service.spec.routing.kv_events and service.spec.parallelism.data > 1:
+        errors.append(
+            FieldError("spec.routing.kvEvents", "several engines in a replica cannot tell; use more replicas")
+        )
     source, source_errors = model_source(service, runtime.spec, facts)
     adapters, adapter_errors = adapter_sources(service, runtime.spec, facts)
     names = {"MODEL_URI": source.uri, "MODEL_PATH": source.uri, "MODEL_NAME": service.model_name}
@@ -225,6 +229,7 @@ def _routing(service: InferenceService) -> RoutingPlan:
         retry_attempts=routing.retry.attempts,
         retry_per_try_timeout_s=None if per_try is None else float(per_try),
         priority=routing.priority,
+        kv_events=routing.kv_events,
     )
 
 

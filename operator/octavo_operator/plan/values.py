@@ -155,11 +155,13 @@ class RoutingPlan:
     retry_attempts: int
     retry_per_try_timeout_s: float | None
     priority: int
+    kv_events: bool = False  # replicas tell what their prefix caches hold
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Equal replicas of one engine process. `{host}` and `{port}` in argv are filled in per replica."""
+    """Equal replicas of one engine process. `{host}`, `{port}`, `{kv_events}` and `{kv_replay}` in argv are filled in
+    per replica."""
 
     name: str
     namespace: str

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from octavo_operator.plan.values import Workload
-from octavo_operator.render.labels import metadata
+from octavo_operator.render.labels import KV_EVENTS_PORTS, metadata
 
 ROUTE_KEY = "route.json"
 ROUTE_LABEL = "serving.octavo.dev/route"
@@ -30,6 +30,7 @@ def config_map(workload: Workload, canary_weight: int | None = None) -> dict[str
 def route(workload: Workload) -> dict[str, Any]:
     """How the gateway treats the service."""
     routing, replicas = workload.routing, workload.replicas
+    events, replay = KV_EVENTS_PORTS.values()
     return {
         "service": workload.service,
         "namespace": workload.namespace,
@@ -39,6 +40,7 @@ def route(workload: Workload) -> dict[str, Any]:
         "protocols": list(workload.protocols),
         "port": workload.port,
         "grpcPort": workload.grpc_port,
+        "kvEvents": {"port": events, "replayPort": replay} if routing.kv_events else None,
         "strategy": routing.strategy,
         "sessionHeader": routing.session_header,
         "saturation": {

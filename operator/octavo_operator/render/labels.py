@@ -18,6 +18,7 @@ WORKER = "engine-worker"  # component of the pods of such replicas that do not s
 MANAGER = "octavo"
 ENGINE_CONTAINER = "engine"
 HTTP_PORT, GRPC_PORT = "http", "grpc"
+KV_EVENTS_PORTS = {"kv-events": 5557, "kv-replay": 5558}  # by name; the numbers that vLLM's documents use
 
 
 def selector(service: str) -> dict[str, str]:

@@ -5,24 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from octavo_operator.plan.values import Workload
-from octavo_operator.render.labels import COMPONENT, GRPC_PORT, HTTP_PORT, PART_OF, SERVICE_LABEL, metadata, selector
+from octavo_operator.render.labels import (
+    COMPONENT,
+    GRPC_PORT,
+    HTTP_PORT,
+    KV_EVENTS_PORTS,
+    PART_OF,
+    SERVICE_LABEL,
+    metadata,
+    selector,
+)
 
 METADATA_SERVICES = {"0.0.0.0/0": ["169.254.169.254/32"], "::/0": ["fd00:ec2::254/128"]}
 
 
 def network_policy(workload: Workload) -> dict[str, Any]:
-    """Ingress from Octavo's gateway and operator and from the same namespace; egress but for cloud metadata."""
+    """Ingress from Octavo's gateway and operator and from the same namespace, to KV events from the gateway alone;
+    egress but for cloud metadata."""
     ports = [{"protocol": "TCP", "port": HTTP_PORT}]
     if workload.grpc_port is not None:
         ports.append({"protocol": "TCP", "port": GRPC_PORT})
-    octavo = {
-        "namespaceSelector": {},
-        "podSelector": {
-            "matchLabels": {PART_OF: "octavo"},
-            "matchExpressions": [{"key": COMPONENT, "operator": "In", "values": ["gateway", "operator"]}],
-        },
-    }
+    octavo = _octavo("gateway", "operator")
     ingress: list[dict[str, Any]] = [{"from": [octavo, {"podSelector": {}}], "ports": ports}]
+    if workload.routing.kv_events:
+        told = [{"protocol": "TCP", "port": name} for name in KV_EVENTS_PORTS]
+        ingress.append({"from": [_octavo("gateway")], "ports": told})
     pods = selector(workload.service)
     if workload.nodes > 1:  # its nodes talk to each other on ports that torch.distributed and NCCL choose
         pods = {SERVICE_LABEL: workload.service}
@@ -39,5 +46,16 @@ def network_policy(workload: Workload) -> dict[str, Any]:
                 {"to": [{"ipBlock": {"cidr": cidr, "except": refused}} for cidr, refused in METADATA_SERVICES.items()]},
                 {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
             ],
+        },
+    }
+
+
+def _octavo(*components: str) -> dict[str, Any]:
+    """Pods of this installation, in whatever namespace."""
+    return {
+        "namespaceSelector": {},
+        "podSelector": {
+            "matchLabels": {PART_OF: "octavo"},
+            "matchExpressions": [{"key": COMPONENT, "operator": "In", "values": list(components)}],
         },
     }

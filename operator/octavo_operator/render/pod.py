@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from octavo_operator.api.errors import FieldError
-from octavo_operator.plan.arguments import HOST, PORT
+from octavo_operator.plan.arguments import HOST, KV_EVENTS, KV_REPLAY, PORT
 from octavo_operator.plan.values import HttpProbe, Unplannable, Workload
-from octavo_operator.render.labels import ENGINE_CONTAINER, GRPC_PORT, HTTP_PORT, labels, selector
+from octavo_operator.render.labels import ENGINE_CONTAINER, GRPC_PORT, HTTP_PORT, KV_EVENTS_PORTS, labels, selector
 from octavo_operator.render.patch import merge
 from octavo_operator.render.pod_safety import refused_fields
 
@@ -88,6 +88,8 @@ def _container(workload: Workload) -> dict[str, Any]:
     ports = [{"name": HTTP_PORT, "containerPort": workload.port, "protocol": "TCP"}]
     if workload.grpc_port is not None:
         ports.append({"name": GRPC_PORT, "containerPort": workload.grpc_port, "protocol": "TCP"})
+    if workload.routing.kv_events:
+        ports += [{"name": n, "containerPort": p, "protocol": "TCP"} for n, p in KV_EVENTS_PORTS.items()]
     container: dict[str, Any] = {
         "name": ENGINE_CONTAINER,
         "image": workload.image,
@@ -112,8 +114,9 @@ def _container(workload: Workload) -> dict[str, Any]:
 
 
 def fill(word: str, port: int) -> str:
-    """An argument with the address to listen on."""
-    return word.replace(HOST, LISTEN).replace(PORT, str(port))
+    """An argument with the addresses to listen on."""
+    events, replay = (f"tcp://{LISTEN}:{number}" for number in KV_EVENTS_PORTS.values())
+    return word.replace(HOST, LISTEN).replace(PORT, str(port)).replace(KV_EVENTS, events).replace(KV_REPLAY, replay)
 
 
 def _env(workload: Workload) -> list[dict[str, Any]]:

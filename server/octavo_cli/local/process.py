@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+
+from octavo_gateway.registry import CacheEvents
 
 LOG_TAIL_BYTES = 4_096
 _PR_SET_PDEATHSIG = 1
@@ -21,13 +25,17 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a replica; `{host}` and `{port}` in argv are filled in per start."""
+    """How to start a replica; `{host}`, `{port}`, `{kv_events}` and `{kv_replay}` in argv are filled in per start.
+
+    `tells_kv_events`: it publishes them, at Unix sockets that only this user can reach.
+    """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     ready_path: str
     live_path: str
     log_path: Path
+    tells_kv_events: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,12 @@ class Probe:
 class ReplicaProcess:
     """A running replica; `address` is where it listens. Created by `spawn`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, launch: Launch, port: int) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, launch: Launch, port: int, sockets: Path | None = None
+    ) -> None:
         self._process = process
         self._launch = launch
+        self._sockets = sockets
         self.port = port
         self.address = f"http://127.0.0.1:{port}"
 
@@ -52,7 +63,11 @@ class ReplicaProcess:
     async def spawn(cls, launch: Launch) -> ReplicaProcess:
         """Start the child on a free port; it dies with this process, whatever happens to it."""
         port = free_port()
-        argv = [word.replace("{port}", str(port)).replace("{host}", "127.0.0.1") for word in launch.argv]
+        sockets = Path(tempfile.mkdtemp(prefix="octavo-kv-")) if launch.tells_kv_events else None
+        filled = {"{port}": str(port), "{host}": "127.0.0.1"}
+        if sockets is not None:
+            filled |= {"{kv_events}": f"ipc://{sockets}/events", "{kv_replay}": f"ipc://{sockets}/replay"}
+        argv = [_filled(word, filled) for word in launch.argv]
         launch.log_path.parent.mkdir(parents=True, exist_ok=True)
         with launch.log_path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
@@ -64,11 +79,18 @@ class ReplicaProcess:
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then drains
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
-        return cls(process, launch, port)
+        return cls(process, launch, port, sockets)
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def cache_events(self) -> CacheEvents | None:
+        """Where it tells what its prefix cache holds, if it does."""
+        if self._sockets is None:
+            return None
+        return CacheEvents(f"ipc://{self._sockets}/events", f"ipc://{self._sockets}/replay")
 
     @property
     def exit_code(self) -> int | None:
@@ -108,7 +130,11 @@ class ReplicaProcess:
                 self._process.send_signal(number)
 
     async def wait(self) -> int:
-        return await self._process.wait()
+        """Its exit code, once it has ended."""
+        code = await self._process.wait()
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+        return code
 
     def log_tail(self) -> list[str]:
         """The last lines of the replica's log, for an error message."""
@@ -125,6 +151,12 @@ def tail(path: Path) -> list[str]:
     except OSError:
         return []
     return [line for line in text.splitlines() if line.strip()]
+
+
+def _filled(word: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        word = word.replace(name, value)
+    return word
 
 
 def free_port() -> int:

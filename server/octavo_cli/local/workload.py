@@ -140,6 +140,7 @@ class LocalWorkload:
             id=f"{self.workload.name}-{member.replica.index}-{process.pid}",
             url=process.address,
             state=_STATES.get(member.replica.phase, EndpointState.STARTING),
+            cache_events=process.cache_events,
         )
 
     def _replica_row(self, member: Member) -> ReplicaRow:
@@ -173,6 +174,7 @@ def launch(workload: Workload, log_path: Path) -> Launch:
         ready_path=workload.probes.readiness.path,
         live_path=workload.probes.liveness.path,
         log_path=log_path,
+        tells_kv_events=workload.routing.kv_events,
     )
 
 

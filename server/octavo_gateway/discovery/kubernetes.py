@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo_gateway.discovery.kube_api import ApiServer, Item, Watched, follow
 from octavo_gateway.registry import (
+    CacheEvents,
     Endpoint,
     EndpointState,
     HoldPolicy,
@@ -66,7 +67,7 @@ def _entry(config_map: Item, route: dict[str, Any], pods: Iterable[Item], servic
     desired = status.get("desiredReplicas")
     return ModelEntry(
         name=name,
-        endpoints=tuple(e for e in (_endpoint(pod, route["port"]) for pod in sorted(pods, key=_name)) if e),
+        endpoints=tuple(e for e in (_endpoint(pod, route) for pod in sorted(pods, key=_name)) if e),
         aliases=tuple(aliases),
         adapters=tuple(adapter["name"] for adapter in adapters),
         namespace=config_map["metadata"]["namespace"],
@@ -83,9 +84,9 @@ def _entry(config_map: Item, route: dict[str, Any], pods: Iterable[Item], servic
     )
 
 
-def _endpoint(pod: Item, port: int) -> Endpoint | None:
+def _endpoint(pod: Item, route: Mapping[str, Any]) -> Endpoint | None:
     """A pod as an endpoint; None before it has an address and after it ended."""
-    status, meta = pod.get("status") or {}, pod["metadata"]
+    status, meta, port = pod.get("status") or {}, pod["metadata"], int(route["port"])
     address = str(status.get("podIP") or "")
     annotated = meta.get("annotations", {}).get(ADDRESS_ANNOTATION)
     if not (address or annotated) or status.get("phase") in ("Succeeded", "Failed"):
@@ -95,11 +96,18 @@ def _endpoint(pod: Item, port: int) -> Endpoint | None:
         state = EndpointState.DRAINING
     else:
         state = EndpointState.READY if ready else EndpointState.STARTING
-    place = annotated or (f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+    host = f"[{address}]" if ":" in address else address
+    place = annotated or f"{host}:{port}"
+    told = route.get("kvEvents")
+    events = None
+    if told is not None and not annotated:
+        events = CacheEvents(f"tcp://{host}:{int(told['port'])}", f"tcp://{host}:{int(told['replayPort'])}")
     labels = meta.get("labels", {})
     revision, canary = labels.get("pod-template-hash", ""), labels.get(TRACK_LABEL) == "canary"
     name = f"{meta['namespace']}/{meta['name']}"
-    return Endpoint(name, f"http://{place}", state, adapters=_adapters(meta), revision=revision, canary=canary)
+    return Endpoint(
+        name, f"http://{place}", state, adapters=_adapters(meta), revision=revision, canary=canary, cache_events=events
+    )
 
 
 def _adapters(meta: Item) -> frozenset[str]:

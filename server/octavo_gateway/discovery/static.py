@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from octavo_gateway.errors import ConfigError
 from octavo_gateway.registry import (
+    CacheEvents,
     Endpoint,
     EndpointState,
     HoldPolicy,
@@ -31,10 +33,18 @@ log = logging.getLogger("octavo.gateway.discovery")
 POLL_S = 1.0
 MAX_PROBE_BYTES = 64 * 1024
 PROBE_TIMEOUT_S = 2.0
+_ZMQ_ADDRESS = re.compile(r"tcp://(?:\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}|ipc://[^\0]{1,100}")
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
     pass
+
+
+class KvEventsSpec(_Part, frozen=True, kw_only=True):
+    """What the replica was told as `--kv-events-endpoint` and `--kv-events-replay-endpoint`, as reached from here."""
+
+    events: str
+    replay: str
 
 
 class EndpointSpec(_Part, frozen=True, kw_only=True):
@@ -44,6 +54,7 @@ class EndpointSpec(_Part, frozen=True, kw_only=True):
     id: str = ""
     weight: float = 1.0
     adapters: list[str] = []
+    kv_events: KvEventsSpec | None = None
 
 
 class SaturationSpec(_Part, frozen=True, kw_only=True):
@@ -124,6 +135,14 @@ def _check(path: Path, parsed: StaticFile) -> None:
                 raise ConfigError(
                     f"{where}.endpoints[{index}].url: must be http(s)://HOST:PORT without a path, got {endpoint.url!r}"
                 )
+            if endpoint.kv_events is not None:
+                for field in ("events", "replay"):
+                    address = getattr(endpoint.kv_events, field)
+                    if not _ZMQ_ADDRESS.fullmatch(address):
+                        raise ConfigError(
+                            f"{where}.endpoints[{index}].kvEvents.{field}: must be tcp://HOST:PORT or ipc://PATH, "
+                            f"got {address!r}"
+                        )
             if endpoint.weight <= 0:
                 raise ConfigError(f"{where}.endpoints[{index}].weight: must be above 0, got {endpoint.weight}")
         if model.routing.retry.attempts < 1:
@@ -136,7 +155,10 @@ def to_entry(model: ModelSpec, ready: Mapping[str, bool]) -> ModelEntry:
     for spec in model.endpoints:
         name = spec.id or urlsplit(spec.url).netloc
         state = EndpointState.READY if ready.get(spec.url) else EndpointState.STARTING
-        endpoints.append(Endpoint(name, spec.url.rstrip("/"), state, spec.weight, frozenset(spec.adapters)))
+        told = spec.kv_events
+        events = None if told is None else CacheEvents(told.events, told.replay)
+        adapters = frozenset(spec.adapters)
+        endpoints.append(Endpoint(name, spec.url.rstrip("/"), state, spec.weight, adapters, cache_events=events))
     saturation, retry = model.routing.saturation, model.routing.retry
     return ModelEntry(
         name=model.name,

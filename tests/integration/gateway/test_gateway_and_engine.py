@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -17,7 +18,8 @@ import pytest_asyncio
 
 from fakes.gateway_door import open_door, until
 from fakes.otlp_collector import Collector, attributes, otlp_collector
-from octavo_gateway.registry import Endpoint, ModelEntry
+from octavo_gateway.inspection import inspect_body
+from octavo_gateway.registry import CacheEvents, Endpoint, ModelEntry
 from octavo_gateway.tenancy import KeyRecord, Tenant, TenantDirectory, hash_key, new_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -41,12 +43,17 @@ async def collector() -> AsyncIterator[Collector]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(smollm2_gguf: Path, collector: Collector) -> AsyncIterator[ModelEntry]:
+async def engine(
+    smollm2_gguf: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[ModelEntry]:
     """`octavo serve` with SmolLM2-135M, as a model of a gateway."""
+    sockets = tmp_path_factory.mktemp("kv")
+    told = CacheEvents(f"ipc://{sockets}/events", f"ipc://{sockets}/replay")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "octavo_cli.main", "serve", str(smollm2_gguf), "--served-model-name", "smollm2"),
-        *("--port", "0", "--device", "cpu", "--max-model-len", "1024", "--num-kv-blocks", "256"),
+        *("--port", "0", "--device", "cpu", "--max-model-len", "1024", "--num-kv-blocks", "80"),
         *("--drain-propagation", "0", "--otlp-endpoint", collector.url),
+        *("--kv-events-endpoint", told.events, "--kv-events-replay-endpoint", told.replay),
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OTEL_BSP_SCHEDULE_DELAY": "200"},
     )
@@ -67,7 +74,7 @@ async def engine(smollm2_gguf: Path, collector: Collector) -> AsyncIterator[Mode
         while (await http.get(f"{address[1]}/health/ready")).status != 200:
             assert process.returncode is None, "".join(lines)
             await asyncio.sleep(0.2)
-    yield ModelEntry("smollm2", (Endpoint("engine", address[1]),))
+    yield ModelEntry("smollm2", (Endpoint("engine", address[1], cache_events=told),))
     process.terminate()
     assert await process.wait() == 0, "".join(lines)
     await following
@@ -136,3 +143,34 @@ async def test_a_prompt_is_cached_for_its_tenant_alone(engine: ModelEntry) -> No
     assert again > 50
     assert others == [0, 0]
     assert own > 50
+
+
+async def test_a_gateway_knows_what_the_engine_holds_whoever_asked_for_it(engine: ModelEntry) -> None:
+    """Another gateway's requests, a restart of this one, and what the engine evicts: all of it by the engine's word."""
+
+    def question(number: int) -> dict[str, Any]:
+        text = f"Question {number}. " + f"What is the number {number * 37} good for? " * 24
+        return QUESTION | {"max_tokens": 1, "messages": [{"role": "user", "content": text}]}
+
+    def blocks(number: int) -> tuple[int, ...]:
+        seen = inspect_body(json.dumps(question(number)).encode())
+        return seen.prefix("smollm2", None, "team-a")
+
+    async with open_door(engine, directory=DIRECTORY) as first:
+        for number in range(2):
+            await first.read(question(number), headers=bearer("team-a"))
+    async with open_door(engine, directory=DIRECTORY) as second:  # which has sent nothing yet
+        index = second.server.app.index
+        await until(lambda: all(index.matched("engine", blocks(n)) == len(blocks(n)) for n in range(2)))
+        assert len(blocks(0)) >= 3
+        assert index.matched("engine", blocks(7)) == 0
+        async with open_door(engine, directory=DIRECTORY) as other:
+            await other.read(question(7), headers=bearer("team-a"))
+            await until(lambda: index.matched("engine", blocks(7)) == len(blocks(7)))
+            for number in range(8, 12):  # more than 80 blocks of 16 tokens hold
+                await other.read(question(number), headers=bearer("team-a"))
+        await until(lambda: index.matched("engine", blocks(0)) <= 1)
+        async with second.post(question(0), headers=bearer("team-a")) as response:
+            usage = (await response.json())["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] < 0.2 * usage["prompt_tokens"]
+        await until(lambda: index.matched("engine", blocks(0)) == len(blocks(0)))

@@ -16,7 +16,7 @@ from fakes.kube_api import KubeApi
 from octavo_gateway.discovery import ApiServer, KubernetesDiscovery
 from octavo_gateway.discovery.kubernetes import build_entries
 from octavo_gateway.errors import ConfigError
-from octavo_gateway.registry import Endpoint, EndpointState, Registry, Strategy
+from octavo_gateway.registry import CacheEvents, Endpoint, EndpointState, Registry, Strategy
 from octavo_gateway.tenancy import TenantDirectory, hash_key, new_key
 from octavo_gateway.tenancy.keys import format_hash
 from octavo_gateway.tenancy.kubernetes import KubernetesTenants, build_from_cluster
@@ -78,6 +78,18 @@ def test_routes_pods_and_services_are_joined() -> None:
         Endpoint("default/b-ready", "http://[fd00::1]:8000", EndpointState.READY),
         Endpoint("default/c-leaving", "http://10.0.0.1:8000", EndpointState.DRAINING),
     )
+
+
+def test_replicas_that_tell_of_their_caches_are_heard_at_their_own_address() -> None:
+    told = route("m", kvEvents={"port": 5557, "replayPort": 5558})
+    (entry,) = build_entries([told], [pod("a", "m"), pod("b", "m", ip="fd00::1")], [])
+
+    assert [e.cache_events for e in entry.endpoints] == [
+        CacheEvents("tcp://10.0.0.1:5557", "tcp://10.0.0.1:5558"),
+        CacheEvents("tcp://[fd00::1]:5557", "tcp://[fd00::1]:5558"),
+    ]
+    (entry,) = build_entries([route("m", kvEvents=None)], [pod("a", "m")], [])
+    assert entry.endpoints[0].cache_events is None
 
 
 def test_a_broken_route_harms_no_other_and_the_older_service_keeps_its_name(caplog: pytest.LogCaptureFixture) -> None:

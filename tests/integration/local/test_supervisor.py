@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo_cli.local.process import Launch
+from octavo_cli.local.process import Launch, ReplicaProcess
 from octavo_cli.local.replica_set import Phase, ReplicaPolicy
 from octavo_cli.local.supervisor import Supervisor
 
@@ -126,3 +126,18 @@ async def test_a_drain_that_overruns_its_deadline_is_cut_short(fleet: Callable[.
     await running.until(lambda: len(running.endpoints) == 1)
     running.supervisor.stop()
     await asyncio.wait_for(running.task, 20)
+
+
+async def test_sockets_of_kv_events_are_the_users_own_and_go_with_the_replica(tmp_path: Path) -> None:
+    show = "import sys; print(*sys.argv[1:], flush=True)"
+    launch = Launch(
+        [sys.executable, "-c", show, "{kv_events}", "{kv_replay}"], {}, "/", "/", tmp_path / "log", tells_kv_events=True
+    )
+    process = await ReplicaProcess.spawn(launch)
+    told = process.cache_events
+    assert told is not None
+    folder = Path(told.events.removeprefix("ipc://")).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert await process.wait() == 0
+    assert process.log_tail()[-1].split() == [told.events, told.replay]
+    assert not folder.exists()

@@ -148,3 +148,51 @@ def test_memory_stays_below_the_bound(records: list[tuple[str, list[int]]], boun
     for endpoint, blocks in records:
         index.record(endpoint, blocks)
         assert len(index) <= bound
+
+
+def test_an_endpoint_that_tells_is_believed_and_what_was_sent_counts_until_the_request_ends() -> None:
+    index = PrefixIndex()
+    index.record("r", (1, 2, 3))
+    index.follow("r")
+    assert index.matched("r", (1, 2, 3)) == 0, "what was guessed is over"
+    index.stored("r", (1, 2))
+    index.record("r", (1, 2, 3, 4))
+    assert index.matched("r", (1, 2, 3, 4)) == 4
+    index.stored("r", (3,))
+    index.ended("r", (1, 2, 3, 4))
+    assert index.matched("r", (1, 2, 3, 4)) == 3, "the engine did not keep the last block"
+    index.removed("r", (2,))
+    assert index.matched("r", (1, 2, 3)) == 1
+
+
+def test_counts_of_cached_tokens_teach_nothing_about_an_endpoint_that_tells() -> None:
+    index = PrefixIndex()
+    index.expect("r", 64)
+    index.follow("r")
+    index.stored("r", range(1_000))
+    for _ in range(100):
+        index.observe("r", 100, 100, 0.0)
+    assert index.matched("r", range(1_000)) == 1_000
+
+
+def test_an_endpoint_that_falls_silent_is_guessed_at_again() -> None:
+    index = PrefixIndex()
+    index.follow("r")
+    index.stored("r", (1, 2))
+    index.unfollow("r")
+    assert index.matched("r", (1, 2)) == 2
+    index.removed("r", (1,))
+    index.stored("r", (3,))
+    assert index.matched("r", (1, 2, 3)) == 2, "a feed that was given up changes nothing any more"
+    index.record("r", (1, 2, 3))
+    assert index.matched("r", (1, 2, 3)) == 3
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=300))
+def test_endpoints_that_tell_stay_within_the_bound_too(told: list[tuple[str, int]]) -> None:
+    index = PrefixIndex(max_blocks=30)
+    for endpoint in "abc":
+        index.follow(endpoint)
+    for endpoint, block in told:
+        index.stored(endpoint, (block, block + 1))
+    assert len(index) <= 30

@@ -318,3 +318,12 @@ def test_local_mode_takes_files_and_what_works_everywhere() -> None:
     subject = service(model={"storageUri": "file:///m.gguf"}, resources={"limits": {"cpu": "1"}})
     assert local_refusals(subject) == []
     assert option(workload(subject, Facts(target=Target.LOCAL)).argv, "--model") == ["file:///m.gguf"]
+
+
+def test_kv_events_are_refused_where_nobody_could_tell() -> None:
+    with pytest.raises(Unplannable) as caught:
+        plan(service(routing={"kvEvents": True}, parallelism={"data": 2}))
+    assert [error.path for error in caught.value.errors] == ["spec.routing.kvEvents"]
+    with pytest.raises(Unplannable) as caught:
+        plan(service(routing={"kvEvents": True}), preset("vllm"))
+    assert "spec.routing.kvEvents" in [error.path for error in caught.value.errors]

@@ -138,6 +138,34 @@ def test_the_route_tells_gateways_everything_with_defaults() -> None:
     assert route["metrics"]["queueDepth"][0] == {"gauge": "octavo_requests_waiting"}
 
 
+def test_kv_events_go_to_the_gateway_alone() -> None:
+    objects = rendered(routing={"kvEvents": True})
+    (container,) = objects["Deployment/chat"]["spec"]["template"]["spec"]["containers"]
+    told = " ".join(container["command"])
+    assert "--kv-events-endpoint tcp://0.0.0.0:5557 --kv-events-replay-endpoint tcp://0.0.0.0:5558" in told
+    assert "--no-kv-events-token-ids" in container["command"], "what users wrote stays in the replica"
+    assert {p["name"]: p["containerPort"] for p in container["ports"]} == {
+        "http": 8000,
+        "kv-events": 5557,
+        "kv-replay": 5558,
+    }
+    route = json.loads(objects["ConfigMap/chat-route"]["data"]["route.json"])
+    assert route["kvEvents"] == {"port": 5557, "replayPort": 5558}
+    everyone, gateway = objects["NetworkPolicy/chat"]["spec"]["ingress"]
+    assert [p["port"] for p in everyone["ports"]] == ["http"]
+    assert [p["port"] for p in gateway["ports"]] == ["kv-events", "kv-replay"]
+    (source,) = gateway["from"]
+    assert source["podSelector"]["matchExpressions"][0]["values"] == ["gateway"]
+
+
+def test_without_kv_events_nothing_listens_for_them() -> None:
+    objects = rendered()
+    (container,) = objects["Deployment/chat"]["spec"]["template"]["spec"]["containers"]
+    assert not [word for word in container["command"] if "kv-events" in word]
+    assert json.loads(objects["ConfigMap/chat-route"]["data"]["route.json"])["kvEvents"] is None
+    assert len(objects["NetworkPolicy/chat"]["spec"]["ingress"]) == 1
+
+
 def test_pod_templates_are_the_same_whichever_replicas_and_owner() -> None:
     """A scale or a new operator must not restart pods: nothing but the spec is in the template."""
     planned = plan(service())
