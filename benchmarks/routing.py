@@ -38,7 +38,7 @@ STEP_S = 0.020
 REPORT_EVERY_S = 1.0
 WARM_UP = 0.2  # share of the trace that is not measured
 RESTART_AT = 0.6  # share of the trace at which a gateway that is restarted forgets its index
-RECOVERY_S = 60.0
+MINUTE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ class Result:
     ttft_p50: float
     ttft_p99: float
     index_blocks: int
-    recovery: float  # hit rate in the minute after a restart, as a share of that in the minute before
+    before: float  # hit rate in the minute before RESTART_AT
+    after: float  # and in the minute after it
 
 
 class Learns(enum.Enum):
@@ -259,7 +260,8 @@ class Simulation:
             ttft_p50=ttfts[len(ttfts) // 2],
             ttft_p99=ttfts[int(len(ttfts) * 0.99)],
             index_blocks=len(self.index),
-            recovery=_hit_rate(served, restart_at, RECOVERY_S) / max(1e-9, _hit_rate(served, restart_at - 60, 60.0)),
+            before=_hit_rate(served, restart_at - MINUTE_S, MINUTE_S),
+            after=_hit_rate(served, restart_at, MINUTE_S),
         )
 
     def _serve(self, now: float, request: Request) -> tuple[int, float]:
@@ -324,6 +326,7 @@ def main() -> None:
     for trace_name, (make, rate) in TRACES.items():
         print(f"\n{trace_name} at {rate:g} requests/s")
         print(f"{'strategy':26} {'hit rate':>9} {'of oracle':>9} {'max/mean':>9} {'TTFT p50':>9} {'TTFT p99':>9}")
+        undisturbed: dict[Learns, float] = {}
         for name, strategy, learns, restart in [
             *((n, s, Learns.COUNTS, False) for n, s in STRATEGIES.items()),
             ("prefix aware, no learning", Strategy.PREFIX_AWARE, Learns.NOTHING, False),
@@ -336,15 +339,20 @@ def main() -> None:
             ]
             row = {
                 key: statistics.median(getattr(r, key) for r in results)
-                for key in ("hit_rate", "oracle", "skew", "ttft_p50", "ttft_p99", "index_blocks", "recovery")
+                for key in ("hit_rate", "oracle", "skew", "ttft_p50", "ttft_p99", "index_blocks", "before", "after")
             }
             share = row["hit_rate"] / row["oracle"] if row["oracle"] else 1.0
             print(
                 f"{name:26} {row['hit_rate']:9.1%} {share:9.1%} {row['skew']:9.2f} "
                 f"{row['ttft_p50'] * 1e3:7.0f}ms {row['ttft_p99'] * 1e3:7.0f}ms"
             )
-            if restart and row["oracle"]:
-                print(f"{'':26} the minute after the restart hits {row['recovery']:.0%} of the minute before")
+            if not restart:
+                undisturbed[learns] = row["after"]
+            elif row["oracle"]:
+                before, same = row["after"] / row["before"], row["after"] / undisturbed[learns]
+                print(
+                    f"{'':26} the minute after hits {before:.0%} of the minute before, {same:.0%} of itself undisturbed"
+                )
             rows.append({"trace": trace_name, "strategy": name} | row)
     if options.json:
         document = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "rows": rows}

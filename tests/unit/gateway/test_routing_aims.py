@@ -47,9 +47,13 @@ def test_affinity_costs_prompts_that_share_nothing_nothing(routing: ModuleType) 
 
 
 def test_a_restarted_gateway_hits_as_before_within_a_minute(routing: ModuleType) -> None:
-    assert run(routing, "shared prefixes", Strategy.PREFIX_AWARE, restart=True).recovery >= 0.9
+    restarted = run(routing, "shared prefixes", Strategy.PREFIX_AWARE, restart=True)
+    assert restarted.after >= 0.9 * restarted.before
 
 
-def test_with_kv_events_conversations_outlive_a_restart_too(routing: ModuleType) -> None:
-    told = {"learns": routing.Learns.EVENTS, "restart": True}
-    assert run(routing, "conversations", Strategy.PREFIX_AWARE, **told).recovery >= 0.9
+def test_with_kv_events_a_restart_costs_conversations_nothing(routing: ModuleType) -> None:
+    """Beside the same minute without a restart: of this trace every minute hits less than the one before."""
+    undisturbed = run(routing, "conversations", Strategy.PREFIX_AWARE, learns=routing.Learns.EVENTS)
+    restarted = run(routing, "conversations", Strategy.PREFIX_AWARE, learns=routing.Learns.EVENTS, restart=True)
+    assert restarted.after >= 0.97 * undisturbed.after
+    assert restarted.after > run(routing, "conversations", Strategy.PREFIX_AWARE, restart=True).after
