@@ -16,7 +16,7 @@ from octavo_engine.errors import ModelLoadError
 from octavo_engine.kv.transfers import Direction, Transfer
 from octavo_engine.lora.adapter import Adapter
 from octavo_engine.messages import LoadProgress, ModelInfo
-from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.interface import SequenceSlice, with_sampled
 
 VOCAB_SIZE = 97
 EOS = 96
@@ -117,7 +117,8 @@ class FakeRunner:
             raise RuntimeError("a token the model cannot embed")
         return torch.tensor([[float(sum(prompt)), float(len(prompt)), 0.0, 1.0] for prompt in prompts])
 
-    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+    def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
+        slices = with_sampled(slices, sampled)
         self.num_forwards += 1
         self.batches.append(list(slices))
         self._misbehave({token for piece in slices for token in piece.token_ids})

@@ -151,6 +151,10 @@ def serve(
         float | None,
         _option("--itl-target-s", help="Inter-token latency prefills keep to; 0: 3 x idle.", panel=_SCHEDULING),
     ] = None,
+    async_scheduling: Annotated[
+        str | None,
+        _option("--async-scheduling", help="Launch steps ahead: auto (on for one GPU), on, off.", panel=_SCHEDULING),
+    ] = None,
     num_speculative_tokens: Annotated[
         int | None,
         _option("--num-speculative-tokens", help="Tokens guessed ahead while that pays; 0: off.", panel=_SCHEDULING),

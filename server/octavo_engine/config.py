@@ -31,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 0
     max_num_partial_prefills: int = 4
+    async_scheduling: str = "auto"  # auto: on for one GPU | on | off; the next step is launched while one is computed
     enable_prefix_caching: bool = True
     prefix_cache_tenant_share: float = 1.0  # of all blocks that one tenant's cached prefixes keep from others
     kv_host_memory_bytes: int = 0  # host memory for evicted prefixes and preempted sequences; 0: none
@@ -123,6 +124,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "task": ("auto", "generate", "embed", "classify"),
             "distributed_backend": ("auto", "nccl", "gloo"),
             "preemption_mode": ("auto", "recompute", "swap"),
+            "async_scheduling": ("auto", "on", "off"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
-import torch
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine_stats import engine_stats
-from octavo_engine.errors import InvalidRequestError, RequestFailedError
+from octavo_engine.errors import InvalidRequestError
 from octavo_engine.intake import Intake
-from octavo_engine.isolation import run_isolated
 from octavo_engine.kv.events import KVEventBatch, KVEventLog
 from octavo_engine.kv.tiers import block_manager
 from octavo_engine.lora.manager import AdapterManager
@@ -30,17 +28,14 @@ from octavo_engine.messages import (
 from octavo_engine.outcomes import Outcomes
 from octavo_engine.prompt import check_prompt
 from octavo_engine.roofline import Roofline
-from octavo_engine.runner.interface import ModelRunner, SequenceSlice
-from octavo_engine.sampler.logprobs import token_logprobs
-from octavo_engine.sampler.sampler import Sampler
-from octavo_engine.sampler.state import SamplerState
-from octavo_engine.scheduler.batch import Batch
+from octavo_engine.runner.interface import ModelRunner
 from octavo_engine.scheduler.limits import limits_for
 from octavo_engine.scheduler.preemption import CopyTime
-from octavo_engine.scheduler.scheduler import Scheduler
-from octavo_engine.scheduler.sequence import Sequence as Seq
+from octavo_engine.scheduler.scheduler import Scheduler, WaitReason
 from octavo_engine.scheduler.snapshot import scheduler_snapshot
 from octavo_engine.speculation.choose import choose_speculator
+from octavo_engine.stepping.device_queue import DeviceQueue, queue_for, runs_ahead
+from octavo_engine.stepping.pipeline import StepPipeline
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
 
@@ -60,14 +55,14 @@ class EngineCore:
         tokenizer: Callable[[], Tokenizer] | None = None,
         roofline: Roofline | None = None,
         draft: ModelRunner | None = None,
+        queue: DeviceQueue | None = None,
     ) -> None:
         info = runner.info
         self._runner = runner
         self._config = config
         self._clock = clock
         self._roofline = roofline
-        self._max_model_len = effective_max_model_len(info)
-        self.model = msgspec.structs.replace(info, max_model_len=self._max_model_len)
+        self.model = msgspec.structs.replace(info, max_model_len=effective_max_model_len(info))
         block_size = info.kv_block_size or config.block_size
         self._kv_events: KVEventLog | None = None
         if config.kv_events_endpoint:
@@ -84,15 +79,26 @@ class EngineCore:
         self.scheduler.speculator = choose_speculator(config, self.model, self.scheduler, draft, clock)
         load = tokenizer or (lambda: load_tokenizer(info.path))
         self._intake = Intake(runner, self.model, config, self.scheduler, self.adapters, load)
-        self._outcomes = Outcomes(self.scheduler, self.adapters, self._max_model_len)
-        self._sampler = Sampler()
+        self._outcomes = Outcomes(self.scheduler, self.adapters)
+        ahead = runs_ahead(config, info)
+        self._steps = StepPipeline(
+            runner,
+            self.scheduler,
+            self._outcomes,
+            queue or queue_for(info.device, runs_ahead=ahead),
+            clock,
+            roofline,
+            runs_ahead=ahead,
+        )
         self._num_steps = 0
         self._step_time_s = 0.0
 
     @property
     def has_work(self) -> bool:
         intake = self._intake
-        return self.scheduler.has_work or bool(intake.embeddings or intake.grammars or self._outcomes or self.adapters)
+        return self.scheduler.has_work or bool(
+            intake.embeddings or intake.grammars or self._outcomes or self.adapters or self._steps.num_in_flight
+        )
 
     def add(self, request: AddRequest) -> None:
         """Queue a sequence. Raises `InvalidRequestError` or `QueueFullError`."""
@@ -111,7 +117,8 @@ class EngineCore:
         self._intake.add_embedding(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End these sequences now; their blocks are free when this returns. Unknown ids are ignored."""
+        """End these sequences now; their blocks are free when this returns, or after the next `step` where one is in
+        flight. Unknown ids are ignored."""
         for request_id in request_ids:
             seq = self.scheduler.get(request_id)
             if seq is not None:
@@ -130,23 +137,25 @@ class EngineCore:
         return scheduler_snapshot(self.scheduler, self._clock())
 
     def step(self) -> StepOutput:
-        """Compute one batch. Raises `StepFailedError` when the runner itself is broken."""
+        """Launch one batch, and take in what was launched before: the same one, unless `async_scheduling` is on.
+
+        Raises `StepFailedError` when the runner itself is broken.
+        """
         started = self._clock()
         for seq in self.scheduler.pop_expired(started):
             self._outcomes.finish(seq, FinishReason.DEADLINE)
         if self._intake.grammars:
             self._outcomes.add(self._intake.take_compiled())
         if self._intake.embeddings:
+            self._steps.settle(WaitReason.EMBEDDINGS)
             self._outcomes.add(self._intake.embeddings.step())
         if self.adapters:
             self._outcomes.add(self.adapters.step(wait_for_one=not self.scheduler.has_work))
+        self._steps.make_ready()
         batch = self.scheduler.schedule(started)
         self._move_blocks()
-        if self.adapters is not None:
-            for slot, adapter in self.adapters.slots.take_placements():
-                self._runner.place_adapter(slot, adapter)
-        if batch.slices:
-            self._compute(batch)
+        self._place_adapters()
+        self._steps.advance(batch)
         outputs = self._outcomes.take()
         self._num_steps += 1
         self._step_time_s = self._clock() - started
@@ -161,11 +170,19 @@ class EngineCore:
         host = self.scheduler.blocks.host
         if host is None or not host.has_transfers:
             return
+        self._steps.settle(WaitReason.HOST_MEMORY)
         transfers = host.take_transfers()
         started = self._clock()
         for transfer in transfers:
             self._runner.move_blocks(transfer)
         self.scheduler.preemption.copy.observe(sum(map(len, transfers)), self._clock() - started)
+
+    def _place_adapters(self) -> None:
+        placements = self.adapters.slots.take_placements() if self.adapters is not None else []
+        if placements:
+            self._steps.settle(WaitReason.ADAPTERS)
+        for slot, adapter in placements:
+            self._runner.place_adapter(slot, adapter)
 
     def take_kv_events(self) -> KVEventBatch | None:
         """What became of cached blocks since the last call; None if nothing did, or if nobody wants to know."""
@@ -177,7 +194,13 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return engine_stats(
-            self.scheduler, self._intake, self._outcomes, self._roofline, self._num_steps, self._step_time_s
+            self.scheduler,
+            self._intake,
+            self._outcomes,
+            self._steps,
+            self._roofline,
+            self._num_steps,
+            self._step_time_s,
         )
 
     def check_prompt(self, prompt: Sequence[int], room: int = 1) -> None:
@@ -188,62 +211,6 @@ class EngineCore:
         if self.adapters is None:
             raise InvalidRequestError("this engine runs without adapters; start it with enable_lora", "lora_name")
         return self.adapters
-
-    def _compute(self, batch: Batch) -> None:
-        started = self._clock()
-        parts, failed = run_isolated(self._runner, batch, self.pool)
-        for seq, error in failed:
-            self._outcomes.fail(seq, RequestFailedError(f"the model could not compute this request: {error}"))
-        for part, logits in parts:
-            self._sample(part, logits)
-        if not failed:
-            seconds = self._clock() - started
-            self.scheduler.observe(batch, seconds)
-            if self._roofline is not None:
-                self._roofline.observe(batch.load, batch.num_logits, seconds)
-
-    def _sample(self, part: Batch, logits: torch.Tensor) -> None:
-        """Choose and append the next tokens of the sequences whose last position a step has reached."""
-        rows: list[int] = []
-        states: list[SamplerState] = []
-        ahead: list[int] = []
-        sampled_seqs: list[Seq] = []
-        end_row = 0
-        for seq, piece in zip(part.sequences, part.slices, strict=True):
-            end_row += piece.num_logits
-            if seq.wants_prompt_logprobs:
-                self._add_prompt_logprobs(seq, piece, logits[end_row - piece.num_logits : end_row])
-            if seq.drafted:
-                count = piece.num_logits
-                rows.extend(range(end_row - count, end_row))
-                states.extend([seq.sampler] * count)
-                ahead.extend(range(count))
-            else:
-                self.scheduler.advance(seq, len(piece.token_ids))
-                if not piece.num_logits or seq.num_computed != len(seq.tokens):
-                    continue
-                rows.append(end_row - 1)
-                states.append(seq.sampler)
-                ahead.append(0)
-            sampled_seqs.append(seq)
-        if not rows:
-            return
-        sampled = self._sampler.sample(logits if len(rows) == end_row else logits[rows], states, ahead)
-        row = 0
-        for seq in sampled_seqs:
-            count = 1 + len(seq.drafted)
-            entries = sampled.logprobs[row : row + count] if sampled.logprobs is not None else [None] * count
-            self._outcomes.append_verified(seq, sampled.token_ids[row : row + count], entries)
-            row += count
-
-    def _add_prompt_logprobs(self, seq: Seq, piece: SequenceSlice, logits: torch.Tensor) -> None:
-        """Row j of a slice's logits predicts position `start + j + 1`; only prompt positions are reported."""
-        if piece.start == 0:
-            seq.prompt_logprobs = [None]
-        targets = seq.tokens[piece.start + 1 : min(piece.start + len(piece.token_ids) + 1, seq.num_prompt_tokens)]
-        if targets:
-            num_top = [seq.sampling.prompt_logprobs or 0] * len(targets)
-            seq.prompt_logprobs.extend(token_logprobs(logits[: len(targets)], targets, num_top))
 
 
 def effective_max_model_len(model: ModelInfo) -> int:

@@ -10,12 +10,14 @@ from octavo_engine.outcomes import Outcomes
 from octavo_engine.roofline import Roofline
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.speculation.speculator import Speculator
+from octavo_engine.stepping.pipeline import StepPipeline
 
 
 def engine_stats(
     scheduler: Scheduler,
     intake: Intake,
     outcomes: Outcomes,
+    steps: StepPipeline,
     roofline: Roofline | None,
     num_steps: int,
     step_time_s: float,
@@ -55,6 +57,8 @@ def engine_stats(
         host_blocks_stored=host.num_stored if host is not None else 0,
         host_blocks_fetched=host.num_fetched if host is not None else 0,
         num_preemptions_by_swap=scheduler.preemption.num_swapped,
+        steps_ahead=steps.num_ahead,
+        step_waits=steps.waits,
     )
 
 

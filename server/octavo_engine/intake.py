@@ -95,7 +95,13 @@ class Intake:
                 constraint.accept(token)
         adapter = self._adapter(request.adapter)
         seq = Sequence(
-            request, arrival_s, seed=seed, end_token_ids=end_token_ids, constraint=constraint, adapter=adapter
+            request,
+            arrival_s,
+            seed=seed,
+            end_token_ids=end_token_ids,
+            constraint=constraint,
+            adapter=adapter,
+            max_model_len=self._model.max_model_len,
         )
         self._scheduler.add(seq)
         if self._adapters is not None and adapter is not None:

@@ -220,6 +220,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     host_blocks_stored: int = 0
     host_blocks_fetched: int = 0
     num_preemptions_by_swap: int = 0
+    steps_ahead: int = 0  # launched before the step in front of them was over
+    step_waits: dict[str, int] = {}  # by reason: steps that were not, though async_scheduling is on
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):

@@ -29,10 +29,9 @@ _EXCLUDING = {
 class Outcomes:
     """Collects outputs until they are taken, and counts what was produced."""
 
-    def __init__(self, scheduler: Scheduler, adapters: AdapterManager | None, max_model_len: int) -> None:
+    def __init__(self, scheduler: Scheduler, adapters: AdapterManager | None) -> None:
         self._scheduler = scheduler
         self._adapters = adapters
-        self._max_model_len = max_model_len
         self._outputs: list[SequenceOutput] = []
         self.num_finished = {reason.value: 0 for reason in FinishReason}
         self.num_prompt_tokens = 0
@@ -50,7 +49,9 @@ class Outcomes:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def append_verified(self, seq: Sequence, token_ids: list[int], logprobs: Items[TokenLogprobs | None]) -> None:
+    def append_verified(
+        self, seq: Sequence, token_ids: list[int], logprobs: Items[TokenLogprobs | None] | None
+    ) -> None:
         """Append what the model chose: every guess it agrees with, and the first token of its own.
 
         The model chooses after a guess exactly as it would without guessing, from the same logits with the same
@@ -58,6 +59,7 @@ class Outcomes:
         without speculation, for greedy and for random sequences.
         """
         drafted = seq.drafted
+        logprobs = logprobs or [None] * len(token_ids)
         if drafted:
             num_accepted = 0
             while num_accepted < len(drafted) and token_ids[num_accepted] == drafted[num_accepted]:
@@ -70,6 +72,7 @@ class Outcomes:
                 if seq.state is not SequenceState.RUNNING:
                     return
             self._scheduler.advance(seq, 1 + num_accepted)
+            seq.num_launched = seq.num_computed
             token_ids, logprobs = token_ids[num_accepted:], logprobs[num_accepted:]
         self._append(seq, token_ids[0], logprobs[0])
 
@@ -135,15 +138,12 @@ class Outcomes:
 
     def _reason_to_end(self, seq: Sequence, token: int) -> FinishReason | None:
         """Why `token`, just appended, is the last one of its sequence; None if it is not."""
-        num_output = len(seq.tokens) - seq.num_prompt_tokens
-        if token in seq.end_token_ids and num_output >= seq.sampling.min_tokens:
+        if token in seq.end_token_ids and seq.num_output_tokens >= seq.sampling.min_tokens:
             return FinishReason.STOP
         constraint = seq.sampler.constraint
         if constraint is not None and constraint.is_complete:
             return FinishReason.STOP
-        if num_output >= seq.sampling.max_tokens or len(seq.tokens) >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(seq.tokens) >= seq.max_length else None
 
     def _follow(self, seq: Sequence, constraint: TokenConstraint, token: int) -> bool:
         """Move a constraint past a token; a grammar that breaks down ends its request."""

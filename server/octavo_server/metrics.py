@@ -151,6 +151,7 @@ class EngineCollector(Collector):
         yield from _gauges(current.name, current.info, current.stats)
         yield from _counters(current.name, current.stats)
         yield from _finished(current.name, current.stats)
+        yield from _steps(current.name, current.stats)
         yield from _model(current.name, current.info)
         yield from _adapters(current.stats, self._max_loras)
 
@@ -279,6 +280,22 @@ def _host_tier(model: str, stats: EngineStats) -> Iterator[Metric]:
     copied.add_metric([model, "to_host"], stats.host_blocks_stored)
     copied.add_metric([model, "to_device"], stats.host_blocks_fetched)
     yield copied
+
+
+def _steps(model: str, stats: EngineStats) -> Iterator[Metric]:
+    """Whether steps are launched ahead, and what keeps others from it."""
+    ahead = CounterMetricFamily(
+        "octavo_engine_steps_ahead", "Steps launched before the one in front was over.", labels=["model_name"]
+    )
+    ahead.add_metric([model], stats.steps_ahead)
+    yield ahead
+    waits = CounterMetricFamily(
+        "octavo_engine_step_waits", "Steps that waited for the one in front, by reason.",
+        labels=["model_name", "reason"],
+    )  # fmt: skip
+    for reason, count in sorted(stats.step_waits.items()):
+        waits.add_metric([model, reason], count)
+    yield waits
 
 
 def _finished(model: str, stats: EngineStats) -> Iterator[Metric]:

@@ -25,7 +25,7 @@ from octavo_engine.parallel.joining import failure, join, open_store, wait_for_r
 from octavo_engine.parallel.processes import RankProcesses
 from octavo_engine.parallel.steps import Numbers, Order, encode_lists, encode_slices, encode_transfer
 from octavo_engine.runner.batch_builder import check_slices
-from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.interface import SequenceSlice, with_sampled
 from octavo_engine.runner.machine import usable_cpus
 from octavo_engine.runner.torch_runner import TorchModelRunner
 
@@ -93,9 +93,10 @@ class ParallelRunner:
         """Process ids of the other ranks on this machine."""
         return self._processes.pids
 
-    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+    def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
         if not slices:
             return self._runner.forward(slices)
+        slices = with_sampled(slices, sampled)
         block_size = self._info.kv_block_size
         check_slices(slices, block_size)
         rows = sum(piece.num_logits for piece in slices)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.staging import Array, numbers, to_device
 from octavo_kernels.batch import AttentionBatch
-
-Array = npt.NDArray[Any]
-
-_ALIGNMENT = 16  # bytes, so that every kind of tensor may start there
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +26,12 @@ class StepInputs:
     adapter_slots: torch.Tensor | None = None
 
 
-def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.device) -> StepInputs:
+def build_step(
+    slices: Sequence[SequenceSlice], block_size: int, device: torch.device, sampled: torch.Tensor | None = None
+) -> StepInputs:
     """Lay the slices out as one flat batch, sequences with one new token first (see `AttentionBatch`).
 
-    Raises `ValueError` as `check_slices` does.
+    sampled: as in `ModelRunner.forward`; its rows are copied on the device. Raises `ValueError` as `check_slices` does.
     """
     order = sorted(range(len(slices)), key=lambda i: len(slices[i].token_ids) != 1)
     ordered = [slices[i] for i in order]
@@ -55,7 +53,9 @@ def build_step(slices: Sequence[SequenceSlice], block_size: int, device: torch.d
         tables,
         _logits_rows(slices, order, ends),
     )
-    token_ids, places, slot_mapping, query_start_loc, lengths, block_tables, logits_rows = _tensors(arrays, device)
+    token_ids, places, slot_mapping, query_start_loc, lengths, block_tables, logits_rows = to_device(arrays, device)
+    if sampled is not None:
+        _fill_in(token_ids, ordered, ends, sampled)
     batch = AttentionBatch(
         positions=places,
         slot_mapping=slot_mapping,
@@ -75,6 +75,8 @@ def check_slices(slices: Sequence[SequenceSlice], block_size: int) -> None:
         if not piece.token_ids or not 0 <= piece.num_logits <= len(piece.token_ids):
             raise ValueError(f"a slice of {len(piece.token_ids)} tokens cannot give {piece.num_logits} logits")
         length = piece.start + len(piece.token_ids)
+        if piece.sampled_row is not None and len(piece.token_ids) != 1:
+            raise ValueError(f"a slice of {len(piece.token_ids)} tokens cannot read one that is being chosen")
         if piece.start < 0 or length > len(piece.block_table) * block_size:
             raise ValueError(f"a sequence of {length} tokens does not fit its {len(piece.block_table)} blocks")
 
@@ -84,25 +86,40 @@ def build_packed(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     ends = np.cumsum(lengths)
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    token_ids = _flat(prompts, int(ends[-1]), np.int64)
+    arrays = (
+        _flat(prompts, int(ends[-1]), np.int64),
+        positions,
+        np.concatenate(([0], ends)).astype(np.int32),
+        lengths.astype(np.int32),
+    )
+    token_ids, places, query_start_loc, seq_lens = to_device(arrays, device)
     batch = AttentionBatch(
-        positions=_tensor(positions, device),
+        positions=places,
         slot_mapping=torch.empty(0, dtype=torch.int64, device=device),
-        query_start_loc=_tensor(np.concatenate(([0], ends)).astype(np.int32), device),
-        seq_lens=_tensor(lengths.astype(np.int32), device),
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
         block_tables=torch.empty((len(prompts), 0), dtype=torch.int32, device=device),
         num_decodes=0,
         max_query_len=int(lengths.max()),
         max_seq_len=int(lengths.max()),
     )
-    return _tensor(token_ids, device), batch
+    return token_ids, batch
+
+
+def _fill_in(token_ids: torch.Tensor, ordered: Sequence[SequenceSlice], ends: Array, sampled: torch.Tensor) -> None:
+    """Put what the step before chose where it is read. A row without a choice (negative) reads token 0: the sequence
+    has failed, and what is computed of it is not used."""
+    places = [(int(end) - 1, s.sampled_row) for end, s in zip(ends, ordered, strict=True) if s.sampled_row is not None]
+    if places:
+        targets, rows = numbers(places, token_ids.device, np.int64).unbind(1)
+        token_ids.index_copy_(0, targets, sampled.index_select(0, rows).clamp_(min=0))
 
 
 def _adapter_slots(ordered: Sequence[SequenceSlice], query_lens: Array, device: torch.device) -> torch.Tensor | None:
     if all(piece.adapter_slot is None for piece in ordered):
         return None
     slots = [-1 if piece.adapter_slot is None else piece.adapter_slot for piece in ordered]
-    return _tensor(np.repeat(np.array(slots, dtype=np.int32), query_lens), device)
+    return to_device((np.repeat(np.array(slots, dtype=np.int32), query_lens),), device)[0]
 
 
 def token_types(prompts: Sequence[Sequence[int]], second_starts: Sequence[int]) -> torch.Tensor:
@@ -135,24 +152,3 @@ def _logits_rows(slices: Sequence[SequenceSlice], order: Sequence[int], ends: Ar
     counts = np.fromiter((piece.num_logits for piece in slices), dtype=np.int64, count=len(slices))
     before = np.cumsum(counts) - counts
     return np.repeat(last - counts - before, counts) + np.arange(counts.sum())
-
-
-def _tensor(array: Array, device: torch.device) -> torch.Tensor:
-    return _tensors((array,), device)[0]
-
-
-def _tensors(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
-    """On a GPU all in one copy from pinned memory, which waits neither for the host nor for the device."""
-    hosts = [torch.from_numpy(array) for array in arrays]
-    if device.type != "cuda":
-        return hosts
-    ends = list(itertools.accumulate(-(-host.nbytes // _ALIGNMENT) * _ALIGNMENT for host in hosts))
-    starts = [0, *ends[:-1]]
-    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-    for host, start in zip(hosts, starts, strict=True):
-        staging[start : start + host.nbytes].view(host.dtype).copy_(host.view(-1))
-    moved = staging.to(device, non_blocking=True)
-    return [
-        moved[start : start + host.nbytes].view(host.dtype).view(host.shape)
-        for host, start in zip(hosts, starts, strict=True)
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,8 @@ class SequenceSlice:
     already in the KV cache at the blocks of `block_table` (block i holds positions i*block_size .. ). The table
     already covers the new tokens. `num_logits` asks for the logits of the last that many new positions (0: none,
     1: to sample the next token, len(token_ids): prompt log-probabilities or speculation). `adapter_slot` is where the
-    sequence's adapter was placed, None for the base model.
+    sequence's adapter was placed, None for the base model. `sampled_row`: the only token is not known yet, it is what
+    the step before chooses in that row of its samples; `token_ids` then holds a zero in its place.
     """
 
     token_ids: Sequence[int]
@@ -30,6 +31,7 @@ class SequenceSlice:
     block_table: Sequence[int]
     num_logits: int = 1
     adapter_slot: int | None = None
+    sampled_row: int | None = None
 
 
 class ModelRunner(Protocol):
@@ -39,11 +41,12 @@ class ModelRunner(Protocol):
     def info(self) -> ModelInfo:
         """What was loaded."""
 
-    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+    def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
         """Write the slices' keys and values into the cache and return logits.
 
         Returns `[sum(num_logits), vocab_size]` float32 on the runner's device, rows in slice order. A mixed batch of
-        prefills (any chunk, any start) and decodes is one call.
+        prefills (any chunk, any start) and decodes is one call. sampled: `[rows]` int64 on the device, what the step
+        before chose, for slices with a `sampled_row`. On a GPU the call returns while the device computes.
         """
 
     def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
@@ -67,3 +70,14 @@ class ModelRunner(Protocol):
 
     def heartbeat(self) -> None:
         """Called now and then while there is nothing to compute; raises `EngineDeadError` where a part is lost."""
+
+
+def with_sampled(slices: Sequence[SequenceSlice], sampled: torch.Tensor | None) -> Sequence[SequenceSlice]:
+    """The slices with every token known, for runners that need it on the host; waits for the step before."""
+    if sampled is None or all(piece.sampled_row is None for piece in slices):
+        return slices
+    tokens: list[int] = sampled.clamp(min=0).tolist()
+    return [
+        piece if piece.sampled_row is None else replace(piece, token_ids=[tokens[piece.sampled_row]], sampled_row=None)
+        for piece in slices
+    ]

@@ -91,10 +91,10 @@ class TorchModelRunner:
         self._host_cache.move(transfer, self._caches)
 
     @torch.inference_mode()
-    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+    def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
         if not slices:
             return self._nothing()
-        inputs = build_step(slices, self._info.kv_block_size, self._device)
+        inputs = build_step(slices, self._info.kv_block_size, self._device, sampled)
         model, step = self.model, self._step
         if inputs.adapter_slots is not None:
             if self._adapted is None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.staging import to_device
 from octavo_kernels import ops
 from octavo_kernels.registry import REFERENCE
 
@@ -29,12 +31,10 @@ def sample_on_device(
     settings = (logits,) * 6  # a backend decides by the logits alone: nothing is moved to the device to ask it
     if ops.sample.backend_for(logits, *settings) == REFERENCE:
         return None
-    device = logits.device
-    temperature, top_p, min_p = torch.tensor(
-        [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]], device=device
-    )
-    top_k = torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device)
-    seed, counter = torch.tensor([[_signed(seed) for seed in seeds], list(indices)], device=device)
+    reals = np.array([[p.temperature, p.top_p, p.min_p] for p in params], dtype=np.float32).T
+    limits = np.array([p.top_k for p in params], dtype=np.int32)
+    counters = np.array([[_signed(seed) for seed in seeds], indices], dtype=np.int64)
+    (temperature, top_p, min_p), top_k, (seed, counter) = to_device((reals.copy(), limits, counters), logits.device)
     return ops.sample(logits, temperature, top_k, top_p, min_p, seed, counter)
 
 

@@ -7,25 +7,33 @@ from collections.abc import Sequence
 import torch
 
 from octavo_engine.messages import TokenLogprobs
+from octavo_engine.staging import OnTheWay
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Report the given token of each row and its `num_top` best alternatives.
+class LogprobsOnTheWay:
+    """What is reported of given tokens and their best alternatives, while the device computes it.
 
-    `logits` [R, V] float32, unprocessed. Rank 1 is the most likely token.
+    logits: [R, V] float32, unprocessed. token_ids: [R] int64 on the device; a negative one, the mark of a row without
+    a choice, is not reported. num_top: alternatives of each row.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    ids = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(1)
-    chosen = logprobs.gather(1, ids)
-    ranks = (logprobs > chosen).sum(dim=-1).add_(1).tolist()
-    width = min(max(num_top, default=0), logits.shape[1])
-    top_values, top_ids = torch.topk(logprobs, width, dim=-1)
-    rows = zip(
-        token_ids, chosen.squeeze(1).tolist(), ranks, top_ids.tolist(), top_values.tolist(), num_top, strict=True
-    )
-    return [
-        TokenLogprobs(
-            token_id=token, logprob=value, rank=rank, top=list(zip(best[:count], values[:count], strict=True))
-        )
-        for token, value, rank, best, values, count in rows
-    ]
+
+    def __init__(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]) -> None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        chosen = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1))
+        ranks = (logprobs > chosen).sum(dim=-1).add_(1)  # rank 1 is the most likely token
+        width = min(max(num_top, default=0), logits.shape[1])
+        top_values, top_ids = torch.topk(logprobs, width, dim=-1)
+        self._num_top = num_top
+        self._numbers = OnTheWay(token_ids, chosen.squeeze(1), ranks, top_ids, top_values)
+
+    def wait(self) -> list[TokenLogprobs | None]:
+        """One entry a row."""
+        columns = (tensor.tolist() for tensor in self._numbers.wait())
+        return [
+            TokenLogprobs(
+                token_id=token, logprob=value, rank=rank, top=list(zip(best[:count], values[:count], strict=True))
+            )
+            if token >= 0
+            else None
+            for token, value, rank, best, values, count in zip(*columns, self._num_top, strict=True)
+        ]

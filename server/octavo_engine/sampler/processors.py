@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from octavo_engine.sampler.state import SamplerState
+from octavo_engine.staging import numbers
 
 EXCLUDED = float("-inf")
 
@@ -16,7 +18,7 @@ def process_row(row: torch.Tensor, state: SamplerState) -> None:
         _penalise(row, state)
     if params.logit_bias:
         ids = _ids(row, list(params.logit_bias))
-        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+        row[ids] += numbers(list(params.logit_bias.values()), row.device, np.float32)
     if params.allowed_token_ids:
         ids = _ids(row, params.allowed_token_ids)
         allowed = row[ids]
@@ -25,9 +27,9 @@ def process_row(row: torch.Tensor, state: SamplerState) -> None:
     if params.bad_words_ids:
         banned = _banned_tokens(params.bad_words_ids, state.tokens[state.num_prompt_tokens :])
         if banned:
-            row[_ids(row, banned)] = EXCLUDED
+            row.index_fill_(0, _ids(row, banned), EXCLUDED)
     if state.end_token_ids and state.num_output_tokens < params.min_tokens:
-        row[_ids(row, state.end_token_ids)] = EXCLUDED
+        row.index_fill_(0, _ids(row, state.end_token_ids), EXCLUDED)
     if state.constraint is not None:
         state.constraint.mask(row)
 
@@ -43,7 +45,7 @@ def _penalise(row: torch.Tensor, state: SamplerState) -> None:
         row[ids] = torch.where(values > 0, values / penalty, values * penalty)
     if counts and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
         ids = _ids(row, list(counts))
-        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        times = numbers(list(counts.values()), row.device, np.float32)
         row[ids] -= params.frequency_penalty * times + params.presence_penalty
 
 
@@ -58,4 +60,4 @@ def _banned_tokens(bad_words: list[list[int]], output: list[int]) -> list[int]:
 
 
 def _ids(row: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.int64, device=row.device)
+    return numbers(ids, row.device, np.int64)

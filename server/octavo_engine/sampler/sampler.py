@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from octavo_engine.errors import InvalidRequestError, RequestFailedError
@@ -13,10 +14,11 @@ from octavo_engine.messages import TokenLogprobs
 from octavo_engine.sampler.argmax import row_max
 from octavo_engine.sampler.device import sample_on_device
 from octavo_engine.sampler.filters import sample_rows
-from octavo_engine.sampler.logprobs import token_logprobs
+from octavo_engine.sampler.logprobs import LogprobsOnTheWay
 from octavo_engine.sampler.noise import uniform
 from octavo_engine.sampler.processors import process_row
 from octavo_engine.sampler.state import SamplerState
+from octavo_engine.staging import OnTheWay, numbers, select
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,35 @@ class Sampled:
     logprobs: list[TokenLogprobs | None] | None = None
 
 
-class Sampler:
-    """Chooses tokens; keeps no state of its own, everything about a sequence is in its `SamplerState`."""
+class Choosing:
+    """Tokens while the device chooses them. tokens: [R] int64 on the device, negative as in `Sampled`."""
 
-    @torch.inference_mode()  # logits come from it, and can only be edited in it
+    def __init__(self, tokens: torch.Tensor, reported: Sequence[int], logprobs: LogprobsOnTheWay | None) -> None:
+        self.tokens = tokens
+        self._on_host = OnTheWay(tokens)
+        self._reported = reported
+        self._logprobs = logprobs
+
+    def wait(self) -> Sampled:
+        """The tokens on the host."""
+        token_ids: list[int] = self._on_host.wait()[0].tolist()
+        if self._logprobs is None:
+            return Sampled(token_ids)
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for i, entry in zip(self._reported, self._logprobs.wait(), strict=True):
+            logprobs[i] = entry
+        return Sampled(token_ids, logprobs)
+
+
+class Sampler:
+    """Chooses tokens; everything about a sequence is in its `SamplerState`.
+
+    num_waits: choices on a GPU that had to wait for the device, because no kernel makes them (typical-p).
+    """
+
+    def __init__(self) -> None:
+        self.num_waits = 0
+
     def sample(
         self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None = None
     ) -> Sampled:
@@ -44,66 +71,55 @@ class Sampler:
 
         `ahead` says how many guessed tokens lie between a sequence's last token and the row's position.
         """
+        return self.choose(logits, states, ahead).wait()
+
+    @torch.inference_mode()  # logits come from it, and can only be edited in it
+    def choose(
+        self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None = None
+    ) -> Choosing:
+        """As `sample`, but on a GPU the tokens are still being chosen when this returns."""
         reported = [i for i, state in enumerate(states) if state.params.logprobs is not None]
-        raw = logits[torch.tensor(reported, device=logits.device)] if reported else None
+        raw = select(logits, reported) if reported else None
         for i, state in enumerate(states):
             if state.has_processors:
                 _process(logits[i], state)
-        token_ids = self._choose(logits, states, ahead)
+        tokens = self._choose(logits, states, ahead)
         if raw is None:
-            return Sampled(token_ids)
-        return Sampled(token_ids, self._report(raw, states, reported, token_ids))
+            return Choosing(tokens, reported, None)
+        num_top = [states[i].params.logprobs or 0 for i in reported]
+        return Choosing(tokens, reported, LogprobsOnTheWay(raw, select(tokens, reported), num_top))
 
-    def _choose(self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None) -> list[int]:
+    def _choose(
+        self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None
+    ) -> torch.Tensor:
         """One kernel for the whole batch where there is one, so that greedy and random rows cost one call."""
         indices = [state.num_output_tokens + (ahead[i] if ahead else 0) for i, state in enumerate(states)]
         tokens = sample_on_device(logits, [s.params for s in states], [s.seed for s in states], indices)
         if tokens is None:
-            return self._choose_on_host(logits, states, indices)
-        typical = [i for i, state in enumerate(states) if state.params.typical_p < 1.0 and not state.is_greedy]
-        chosen: list[int] = tokens.tolist()
-        typical = [i for i in typical if chosen[i] >= 0]  # failed rows stay failed
-        if typical:
-            for i, token in zip(typical, _draw(logits, states, indices, typical).tolist(), strict=True):
-                chosen[i] = token
-        return chosen
+            best, tokens = row_max(logits)
+            failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)
+            tokens = torch.where(torch.isfinite(best), tokens, failure)
+            drawn = [i for i, state in enumerate(states) if not state.is_greedy]
+        else:
+            drawn = [i for i, state in enumerate(states) if state.params.typical_p < 1.0 and not state.is_greedy]
+        return self._redraw(tokens, logits, states, indices, drawn) if drawn else tokens
 
-    def _choose_on_host(
-        self, logits: torch.Tensor, states: Sequence[SamplerState], indices: Sequence[int]
-    ) -> list[int]:
-        best, tokens = row_max(logits)
-        random = [i for i, state in enumerate(states) if not state.is_greedy]
-        if random:
-            drawn = _draw(logits, states, indices, random)
-            tokens = tokens.index_copy(0, torch.tensor(random, device=logits.device), drawn)
-        failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)
-        chosen: list[int] = torch.where(torch.isfinite(best), tokens, failure).tolist()
-        return chosen
-
-    def _report(
-        self, raw: torch.Tensor, states: Sequence[SamplerState], reported: list[int], token_ids: list[int]
-    ) -> list[TokenLogprobs | None]:
-        """Log-probabilities for the rows that ask for them; failed rows report nothing."""
-        logprobs: list[TokenLogprobs | None] = [None] * len(states)
-        rows = [k for k, i in enumerate(reported) if token_ids[i] >= 0]
-        if rows:
-            found = token_logprobs(
-                raw[torch.tensor(rows, device=raw.device)],
-                [token_ids[reported[k]] for k in rows],
-                [states[reported[k]].params.logprobs or 0 for k in rows],
-            )
-            for k, entry in zip(rows, found, strict=True):
-                logprobs[reported[k]] = entry
-        return logprobs
-
-
-def _draw(
-    logits: torch.Tensor, states: Sequence[SamplerState], indices: Sequence[int], rows: list[int]
-) -> torch.Tensor:
-    """Tokens [len(rows)] int64 for some rows, by the definition of `filters`."""
-    wanted = logits if len(rows) == len(states) else logits[torch.tensor(rows, device=logits.device)]
-    draws = [uniform(states[i].seed, indices[i]) for i in rows]
-    return sample_rows(wanted, [states[i].params for i in rows], draws)
+    def _redraw(
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        states: Sequence[SamplerState],
+        indices: Sequence[int],
+        rows: list[int],
+    ) -> torch.Tensor:
+        """Draw these rows by the definition of `filters`; failed ones stay failed."""
+        self.num_waits += logits.is_cuda
+        places = numbers(rows, logits.device, np.int64)
+        draws = [uniform(states[i].seed, indices[i]) for i in rows]
+        wanted = logits if len(rows) == len(states) else select(logits, rows)
+        drawn = sample_rows(wanted, [states[i].params for i in rows], draws)
+        before = tokens.index_select(0, places)
+        return tokens.index_copy(0, places, torch.where(before >= 0, drawn, before))
 
 
 def _process(row: torch.Tensor, state: SamplerState) -> None:

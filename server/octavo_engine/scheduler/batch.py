@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.scheduler.sequence import Sequence
@@ -11,13 +11,17 @@ from octavo_engine.scheduler.step_time import StepLoad
 
 @dataclass(slots=True)
 class Batch:
-    """Slices for the runner, each beside the sequence it belongs to; slices of one token come first."""
+    """Slices for the runner, each beside the sequence it belongs to; slices of one token come first.
+
+    choosing: the sequences whose next token is chosen from the step's logits.
+    """
 
     sequences: list[Sequence]
     slices: list[SequenceSlice]
     num_tokens: int = 0
     decode_context: int = 0
     prefill_pairs: int = 0
+    choosing: list[Sequence] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.slices)

@@ -103,4 +103,4 @@ class PrefillPlanner:
 
 def pairs_of(seq: Sequence, num_tokens: int) -> int:
     """Pairs of a new token and a position it attends to, for the next chunk of a sequence."""
-    return num_tokens * (seq.num_computed + num_tokens // 2)
+    return num_tokens * (seq.num_launched + num_tokens // 2)

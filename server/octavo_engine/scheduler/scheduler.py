@@ -29,6 +29,18 @@ class Admission(enum.Enum):
     DEFERRED = enum.auto()
 
 
+class WaitReason(enum.StrEnum):
+    """Why a step could not be launched before the one in flight was over."""
+
+    SPECULATION = "speculation"  # what to guess depends on the tokens in flight
+    PREEMPTION = "preemption"  # memory is short, and who gives some back cannot be in flight
+    HOST_MEMORY = "host_memory"  # blocks are copied to or from host memory first
+    ADAPTERS = "adapters"  # an adapter's slot is overwritten first
+    EMBEDDINGS = "embeddings"  # texts are pooled first
+    INTERRUPTION = "interruption"  # an exception, such as Ctrl-C, left the round before unfinished
+    FAILURE = "failure"  # the step in flight failed, and is computed again without what failed
+
+
 class Scheduler:
     """Decides step by step which tokens are computed, and owns every sequence until it ends.
 
@@ -116,12 +128,15 @@ class Scheduler:
                 heapq.heapify(self._deadlines)
 
     def finish(self, seq: Sequence) -> None:
-        """The one place where a sequence ends, whatever the reason: its blocks are free afterwards."""
+        """The one place where a sequence ends, whatever the reason: its blocks are free afterwards, or once the steps
+        in flight that write them have `landed`."""
         if seq.state is SequenceState.WAITING:
             self._waiting.remove(seq)
             self.blocks.forget_set_aside(seq.table)
         elif seq.state is SequenceState.RUNNING:
-            self._stop(seq)
+            del self._running[seq.request_id]
+            if not seq.num_in_flight:
+                self._let_go(seq)
         else:
             return
         seq.state = SequenceState.FINISHED
@@ -147,14 +162,17 @@ class Scheduler:
         wanted: list[tuple[Sequence, int]] = []
         sequences, slices = batch.sequences, batch.slices
         for seq in self._running.values():
-            tokens, start = seq.tokens, seq.num_computed
-            if len(tokens) - start == 1:
+            tokens, start, pending = seq.tokens, seq.num_launched, seq.num_pending
+            left = len(tokens) + pending - start
+            if pending and len(tokens) + pending >= seq.max_length:
+                continue  # its last token is being chosen
+            if left == 1:
                 count = self._num_guesses(seq, len(wanted))
                 if count:
                     wanted.append((seq, count))
                     continue
                 sequences.append(seq)
-                slices.append(SequenceSlice(tokens[start:], start, seq.table.blocks, 1, seq.adapter_slot))
+                slices.append(_decode_slice(seq))
             else:
                 prefills.append(seq)
         for seq in self._draft(wanted):
@@ -170,6 +188,32 @@ class Scheduler:
         if prefills:
             self._add_prefills(batch, prefills, budget)
         return batch
+
+    def reason_to_wait(self) -> WaitReason | None:
+        """Why the steps in flight must land before the next one can be scheduled; None if it need not wait."""
+        if self.speculator is not None:
+            return WaitReason.SPECULATION
+        growing = sum(1 for seq in self._running.values() if self._grows(seq))
+        return WaitReason.PREEMPTION if growing > self.blocks.pool.num_free else None
+
+    def launched(self, batch: Batch) -> None:
+        """A step over this batch is on its way; until it has `landed`, nothing it writes is given to others."""
+        for seq, piece in zip(batch.sequences, batch.slices, strict=True):
+            seq.num_in_flight += 1
+            seq.num_launched = piece.start + len(piece.token_ids)
+            if piece.num_logits and seq.num_launched == seq.length:
+                batch.choosing.append(seq)
+        for seq in batch.choosing:
+            seq.num_pending += 1
+
+    def landed(self, batch: Batch) -> None:
+        """The step is over, whatever came of it."""
+        for seq in batch.choosing:
+            seq.num_pending -= 1
+        for seq in batch.sequences:
+            seq.num_in_flight -= 1
+            if seq.state is SequenceState.FINISHED and not seq.num_in_flight:
+                self._let_go(seq)
 
     def _num_guesses(self, seq: Sequence, num_drafting: int) -> int:
         """How many tokens to guess ahead for a decoding sequence, within the budget that is spare."""
@@ -224,16 +268,19 @@ class Scheduler:
         """Give each running sequence the block its next token needs; True if that took a preemption."""
         preempted = False
         for seq in list(self._running.values()):
-            while seq.state is SequenceState.RUNNING and len(seq.tokens) > seq.table.capacity:
-                if self.blocks.grow(seq.table, len(seq.tokens)):
+            while seq.state is SequenceState.RUNNING and self._grows(seq):
+                if self.blocks.grow(seq.table, seq.length):
                     break
                 self._preempt(self.preemption.victim(self._running.values()))
                 preempted = True
         return preempted
 
-    def _stop(self, seq: Sequence) -> None:
-        """A running sequence runs no more: what it holds is free."""
-        del self._running[seq.request_id]
+    def _grows(self, seq: Sequence) -> bool:
+        """Whether the next token needs one more block."""
+        return seq.table.capacity < seq.length < seq.max_length
+
+    def _let_go(self, seq: Sequence) -> None:
+        """A sequence that runs no more gives back what it holds."""
         self.blocks.free(seq.table)
         if self.speculator is not None:
             self.speculator.forget(seq)
@@ -243,8 +290,9 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemption.set_aside(seq)
-        self._stop(seq)
-        seq.num_computed = 0
+        del self._running[seq.request_id]
+        self._let_go(seq)
+        seq.num_computed = seq.num_launched = 0
         seq.num_preemptions += 1
         seq.state = SequenceState.WAITING
         self.num_preemptions += 1
@@ -298,7 +346,7 @@ class Scheduler:
             if seq.adapter_slot is None:
                 return Admission.BLOCKED
         blocks.allocate(seq.table, match, seq.tokens)
-        seq.num_computed = match.num_tokens
+        seq.num_computed = seq.num_launched = match.num_tokens
         self.prefix_queries += len(seq.tokens)
         self.prefix_hits += seq.num_computed
         self.host_hits += match.num_tokens - blocks.on_device(match).num_tokens
@@ -330,6 +378,14 @@ class Scheduler:
         batch.num_tokens += sum(chunks)
 
 
+def _decode_slice(seq: Sequence) -> SequenceSlice:
+    """The last token, which a step in flight may still be choosing."""
+    start, blocks = seq.num_launched, seq.table.blocks
+    if seq.num_pending:
+        return SequenceSlice([0], start, blocks, 1, seq.adapter_slot, seq.pending_row)
+    return SequenceSlice(seq.tokens[start:], start, blocks, 1, seq.adapter_slot)
+
+
 def _verifying_slice(seq: Sequence) -> SequenceSlice:
     """The last token and the guesses after it, with logits for every one of them."""
     tokens = [seq.tokens[-1], *seq.drafted]
@@ -337,7 +393,7 @@ def _verifying_slice(seq: Sequence) -> SequenceSlice:
 
 
 def _prefill_slice(seq: Sequence, num_tokens: int) -> SequenceSlice:
-    start = seq.num_computed
+    start = seq.num_launched
     end = start + num_tokens
     num_logits = num_tokens if seq.wants_prompt_logprobs else int(end == len(seq.tokens))
     return SequenceSlice(seq.tokens[start:end], start, seq.table.blocks, num_logits, seq.adapter_slot)

@@ -24,7 +24,9 @@ class Sequence:
     """Tokens, KV blocks and progress of one request.
 
     `tokens` is the prompt followed by what was generated; the first `num_computed` of them are in the KV cache, and the
-    first `num_resumed` generated ones come from elsewhere.
+    first `num_resumed` generated ones come from elsewhere. At `max_length` tokens the sequence ends.
+    While `num_in_flight` steps compute it, they bring it to `num_launched` positions, and its next `num_pending` tokens
+    are being chosen: the first of them in row `pending_row` of its step's samples.
     `drafted` are guessed tokens that the current step verifies. `adapter_slot` is set while a sequence with an adapter
     runs.
     `rank` orders sequences that run, smaller first: the worst is preempted when memory runs out.
@@ -39,12 +41,17 @@ class Sequence:
         "drafted",
         "end_token_ids",
         "first_scheduled_s",
+        "max_length",
         "num_cached_tokens",
         "num_computed",
+        "num_in_flight",
+        "num_launched",
         "num_overtaken",
+        "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
         "num_resumed",
+        "pending_row",
         "priority",
         "prompt_logprobs",
         "rank",
@@ -67,11 +74,15 @@ class Sequence:
         end_token_ids: frozenset[int] = frozenset(),
         constraint: TokenConstraint | None = None,
         adapter: LoadedAdapter | None = None,
+        max_model_len: int | None = None,
     ) -> None:
         self.request_id = request.request_id
         self.tenant = request.tenant
         self.sampling = request.sampling
         self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_length = self.num_prompt_tokens + request.sampling.max_tokens
+        if max_model_len is not None:
+            self.max_length = min(self.max_length, max_model_len)
         self.num_resumed = len(request.output_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.adapter = adapter
@@ -88,6 +99,10 @@ class Sequence:
         self.draft: Draft | None = None
         self.drafted: list[int] = []
         self.num_computed = 0
+        self.num_launched = 0
+        self.num_in_flight = 0
+        self.num_pending = 0
+        self.pending_row = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_overtaken = 0
@@ -99,8 +114,14 @@ class Sequence:
         self.state = SequenceState.WAITING
 
     @property
+    def length(self) -> int:
+        """Tokens, those that are being chosen among them."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """Positions that no step has computed or is computing."""
+        return len(self.tokens) + self.num_pending - self.num_launched
 
     @property
     def num_output_tokens(self) -> int:

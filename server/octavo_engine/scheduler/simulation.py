@@ -142,9 +142,11 @@ class Simulation:
         if not batch.slices:
             return
         self._copy()
+        self.scheduler.launched(batch)
         seconds = self._step_seconds(batch.load)
         self._now += seconds
         self.scheduler.observe(batch, seconds)
+        self.scheduler.landed(batch)
         for seq, piece in zip(batch.sequences, batch.slices, strict=True):
             self.scheduler.advance(seq, len(piece.token_ids))
             if seq.num_computed == len(seq.tokens):

@@ -27,7 +27,7 @@ class Speculator:
     before it have been; the i-th guess in a row is accepted with about p^i.
     """
 
-    def __init__(self, max_tokens: int, model: StepTimeModel, max_model_len: int, proposer: Proposer) -> None:
+    def __init__(self, max_tokens: int, model: StepTimeModel, proposer: Proposer) -> None:
         self.max_tokens = max_tokens
         self.proposer = proposer
         self.num_drafts = 0
@@ -35,7 +35,6 @@ class Speculator:
         self.num_accepted = 0
         self.accepted_by_position: Counter[int] = Counter()
         self._model = model
-        self._max_model_len = max_model_len
         self._prior = FIRST_ACCEPTANCE
 
     def count(self, seq: Sequence, num_running: int) -> int:
@@ -48,7 +47,7 @@ class Speculator:
         state = seq.draft
         if state is None:
             state = seq.draft = Draft(self._prior)
-        room = min(seq.sampling.max_tokens - seq.num_output_tokens, self._max_model_len - len(seq.tokens)) - 1
+        room = seq.max_length - len(seq.tokens) - 1
         count = min(room, self.max_tokens, self._paying_length(state.acceptance, num_running))
         if count < 1:
             state.acceptance += _RECOVERY * (0.5 - state.acceptance)

@@ -12,6 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from octavo_engine.errors import InvalidRequestError
 from octavo_engine.sampling_params import StructuredOutput
+from octavo_engine.staging import to_device
 from octavo_engine.tokenizer.interface import Tokenizer
 
 MAX_CACHED = 64
@@ -38,7 +39,7 @@ class GrammarConstraint:
         mask = self._matcher.compute_bitmask()
         self._check()
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
-        allowed = torch.from_numpy(bits.view(np.bool_))[: len(row)].to(row.device)
+        (allowed,) = to_device((bits.view(np.bool_)[: len(row)],), row.device)
         row[: len(allowed)].masked_fill_(~allowed, float("-inf"))
         row[len(allowed) :] = float("-inf")
 

@@ -61,8 +61,8 @@ def test_more_beams_never_score_worse(llm: LLM) -> None:
 
 def test_a_beam_ends_at_eos() -> None:
     class Ending(FakeRunner):
-        def forward(self, slices):  # type: ignore[no-untyped-def]
-            logits = super().forward(slices)
+        def forward(self, slices, sampled=None):  # type: ignore[no-untyped-def]
+            logits = super().forward(slices, sampled)
             logits[:, EOS] = logits.amax(dim=-1) + 3.0
             return logits
 

@@ -17,7 +17,8 @@ from octavo_engine.errors import InvalidRequestError, QueueFullError
 from octavo_engine.lora.adapter import Adapter
 from octavo_engine.messages import AddRequest, FinishReason
 from octavo_engine.sampling_params import SamplingParams
-from octavo_engine.scheduler.sequence import SequenceState
+from octavo_engine.scheduler.sequence import Sequence, SequenceState
+from octavo_engine.stepping.device_queue import CallerQueue, ThreadQueue
 
 # Few distinct tokens and a common start: prefixes are shared often.
 PROMPTS = st.builds(
@@ -35,6 +36,8 @@ ADD = st.tuples(
     st.sampled_from([0, 0, 0, 0, 0, 0, CRASH, NAN]),
     st.sampled_from(["", "", "", "a", "b", "c"]),
 )
+# Steps one after the other; ahead on a thread, as for a CPU; ahead by calls that return at once, as for a GPU.
+QUEUES = {"off": CallerQueue, "thread": ThreadQueue, "caller": CallerQueue}
 ADAPTERS = ("a", "b", "c")
 ACTIONS = st.lists(
     st.one_of(
@@ -60,6 +63,7 @@ class World:
     num_speculative_tokens: int = 0
     num_host_blocks: int = 0
     preemption_mode: str = "auto"
+    ahead: str = "off"
     now: float = 0.0
     prompts: dict[str, tuple[list[int], int, str]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -80,8 +84,9 @@ class World:
             enable_lora=True,
             max_loras=2,
             preemption_mode=self.preemption_mode,
+            async_scheduling="off" if self.ahead == "off" else "on",
         )
-        self.core = EngineCore(self.runner, config, lambda: self.now)
+        self.core = EngineCore(self.runner, config, lambda: self.now, queue=QUEUES[self.ahead]())
         if self.core.scheduler.blocks.host is not None:
             self.core.scheduler.blocks.host.return_rate = 1.0  # whatever is evicted goes there
         assert self.core.adapters is not None
@@ -137,7 +142,7 @@ class World:
         self.now += 0.01
         scheduler = self.core.scheduler
         deciding = [seq for seq in scheduler.sequences() if seq.state is SequenceState.RUNNING]
-        before = {seq.request_id: (len(seq.tokens), seq.num_computed) for seq in deciding}
+        before = {seq.request_id: (seq.length, seq.num_launched) for seq in deciding}
         self.runner.batches.clear()
         output = self.core.step()
         if self.runner.batches:
@@ -150,13 +155,14 @@ class World:
         for seq in deciding:
             length, computed = before[seq.request_id]
             if seq.state is SequenceState.RUNNING and length - computed == 1 and not seq.num_preemptions:
-                assert len(seq.tokens) > length, "a decoding sequence got no token"
+                assert seq.length > length or seq.drafted, "a decoding sequence got no token"
         self.check_blocks()
 
     def check_blocks(self) -> None:
         """References equal holders; a block shared by two sequences holds the same prefix of both."""
         pool = self.core.pool
         running = [seq for seq in self.core.scheduler.sequences() if seq.state is SequenceState.RUNNING]
+        running += self.ended_in_flight()
         holders = Counter(block for seq in running for block in seq.table.blocks)
         assert all(pool.references(block) == holders[block] for block in range(pool.num_blocks))
         assert pool.num_used == len(holders)
@@ -169,6 +175,13 @@ class World:
             for index, block in enumerate(seq.table.blocks):
                 content = (tuple(seq.tokens[: (index + 1) * 4]), seq.table.root)
                 assert contents.setdefault(block, content) == content
+                assert pool.key_of(block) is None or (index + 1) * 4 <= seq.num_computed, "published before computed"
+
+    def ended_in_flight(self) -> list[Sequence]:
+        """Sequences that ended while a step that writes their blocks is in flight."""
+        steps = self.core._steps._in_flight
+        assert len(steps) <= (self.ahead != "off"), "too many steps in flight"
+        return [seq for step in steps for seq in step.batch.sequences if seq.state is SequenceState.FINISHED]
 
     def check_host(self) -> None:
         """Host slots are held by sequences that were set aside, and by nobody else."""
@@ -199,6 +212,7 @@ class World:
     prefix_caching=st.booleans(),
     num_host_blocks=st.sampled_from([0, 3, 12, 40]),
     preemption_mode=st.sampled_from(["auto", "recompute", "swap"]),
+    ahead=st.sampled_from(list(QUEUES)),
 )
 def test_any_sequence_of_events_ends_with_the_right_tokens_and_no_block_lost(
     actions: list[tuple],  # type: ignore[type-arg]
@@ -208,9 +222,10 @@ def test_any_sequence_of_events_ends_with_the_right_tokens_and_no_block_lost(
     prefix_caching: bool,
     num_host_blocks: int,
     preemption_mode: str,
+    ahead: str,
 ) -> None:
     budget = max_num_seqs + extra_budget
-    host = (num_host_blocks, preemption_mode)
+    host = (num_host_blocks, preemption_mode, ahead)
     world = World(num_blocks, max_num_seqs, budget, prefix_caching, 0, *host)
     check(world, actions)
 
@@ -240,12 +255,13 @@ def crowd(random: Random) -> list[tuple]:  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_crowd_gets_the_right_tokens_under_memory_pressure(seed: int) -> None:
+@pytest.mark.parametrize("ahead", QUEUES)
+def test_a_crowd_gets_the_right_tokens_under_memory_pressure(seed: int, ahead: str) -> None:
     random = Random(seed)
     max_num_seqs = random.randint(2, 6)
     budget = max_num_seqs + random.randint(1, 24)
     caching, guessing = random.random() < 0.7, random.choice([0, 2, 4])
-    host = (random.choice([0, 2, 10, 40]), random.choice(["auto", "recompute", "swap", "swap"]))
+    host = (random.choice([0, 2, 10, 40]), random.choice(["auto", "recompute", "swap", "swap"]), ahead)
     world = World(random.randint(8, 20), max_num_seqs, budget, caching, guessing, *host)
     check(world, crowd(random))
 
@@ -256,6 +272,7 @@ def check(world: World, actions: list[tuple]) -> None:  # type: ignore[type-arg]
     world.run_to_idle()
     assert set(world.reasons) == set(world.prompts)
     assert world.core.pool.num_used == 0
+    assert not world.core._steps.num_in_flight
     assert not world.core.scheduler.blocks._promised
     assert world.core.pool.num_free == world.num_blocks
     assert all(adapter.num_waiting == adapter.num_running == 0 for adapter in world.adapters.stats())

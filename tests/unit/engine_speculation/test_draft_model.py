@@ -25,8 +25,8 @@ class SimilarRunner(FakeRunner):
         super().__init__(**{"num_blocks": 200, **settings})
         self._difference = difference
 
-    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
-        logits = super().forward(slices)
+    def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
+        logits = super().forward(slices, sampled)
         return logits + self._difference * logits.flip(-1)
 
 

@@ -122,7 +122,7 @@ def test_drafts_are_as_long_as_the_cost_of_a_token_allows(fixed_s: float, token_
     model = StepTimeModel()
     for size in range(1, 200):
         model.observe(StepLoad(size), fixed_s + token_s * size)
-    speculator = Speculator(5, model, 1_000, PromptLookup())
+    speculator = Speculator(5, model, PromptLookup())
     sampling = SamplingParams(max_tokens=100, temperature=0.0)
     seq = Sequence(AddRequest(request_id="a", prompt_token_ids=[1, 2, 3] * 10, sampling=sampling), 0.0)
     assert speculator.count(seq, num_running=50) == length
