@@ -1,7 +1,9 @@
 """Host time that one engine step costs beside the model: scheduling, block tables, sampling, messages.
 
-The model is replaced by a runner that returns ready-made logits at once, so all the time measured is overhead.
-Run: python benchmarks/engine_overhead.py [--vocab 49152] [--steps 400]
+First table: the model is replaced by a runner that returns ready-made logits at once, so all the time measured is
+overhead. Second table: a stand-in device beside the host, whose work is in order and takes a given time, as a GPU's
+does; how long it idles in each step, with steps one after the other and with steps launched ahead.
+Run: python benchmarks/engine_overhead.py [--vocab 49152] [--steps 400] [--device-ms 2 5 10]
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import msgspec
 import torch
@@ -17,14 +20,17 @@ import torch
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
 from octavo_engine.messages import AddRequest, ModelInfo
+from octavo_engine.runner.batch_builder import build_step
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.stepping.device_queue import Result
 
 
 class InstantRunner:
     """A model that answers in no time."""
 
-    def __init__(self, vocab_size: int, num_blocks: int) -> None:
+    def __init__(self, vocab_size: int, num_blocks: int, builds_inputs: bool = False) -> None:
+        self.builds_inputs = builds_inputs
         self._logits = torch.randn(256, vocab_size)
         self.seconds = 0.0
         self.info = ModelInfo(
@@ -54,8 +60,64 @@ class InstantRunner:
     def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
         return torch.zeros(len(prompts), 1)
 
-    def forward(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+    def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
+        if self.builds_inputs:
+            build_step(slices, self.info.kv_block_size, torch.device("cpu"), sampled)
         return self._logits[: sum(piece.num_logits for piece in slices)]
+
+
+class StandInDevice:
+    """Work in order: a step takes `step_s`, a choice no time; who asks for a result waits until it is due.
+
+    Calls are made at once, as calls that launch kernels are. idle_s: time in which nothing was left to do.
+    """
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._free_at = 0.0
+        self.is_launching = False
+        self.idle_s = 0.0
+
+    def submit(self, call: Callable[[], Result]) -> Future[Result]:
+        self.is_launching = True
+        value = call()
+        self.is_launching = False
+        now = time.perf_counter()
+        if self._free_at:
+            self.idle_s += max(0.0, now - self._free_at)
+        self._free_at = max(now, self._free_at) + (self._step_s if call.__name__ == "forward" else 0.0)
+        return Due(self, value, self._free_at)
+
+
+class Due(Future[Result]):
+    """A result that is there at a time of the device. Work that is put behind it does not wait for it."""
+
+    def __init__(self, device: StandInDevice, value: Result, due_at: float) -> None:
+        super().__init__()
+        self._device, self._value, self._due_at = device, value, due_at
+
+    def result(self, timeout: float | None = None) -> Result:
+        while not self._device.is_launching and (left := self._due_at - time.perf_counter()) > 0:
+            time.sleep(left / 2 if left > 2e-4 else 0)
+        return self._value
+
+
+def idle_ms(batch: int, steps: int, step_s: float, vocab_size: int, mode: str) -> tuple[float, float]:
+    """(device's idle milliseconds, milliseconds) of a decode step with `batch` sequences."""
+    device = StandInDevice(step_s)
+    runner = InstantRunner(vocab_size, batch * 64, builds_inputs=True)
+    config = EngineConfig(model="instant", max_num_seqs=batch, async_scheduling=mode)
+    core = EngineCore(runner, config, queue=device)
+    encoder = msgspec.msgpack.Encoder()
+    sampling = SamplingParams(max_tokens=8_000, temperature=0.0, ignore_eos=True)
+    for index in range(batch):
+        core.add(AddRequest(request_id=f"request-{index:032x}", prompt_token_ids=[1] * 100, sampling=sampling))
+    while core.scheduler.num_waiting or core.stats().generation_tokens < 2 * batch:
+        core.step()
+    device.idle_s, started = 0.0, time.perf_counter()
+    for _ in range(steps):
+        encoder.encode(core.step())
+    return device.idle_s / steps * 1e3, (time.perf_counter() - started) / steps * 1e3
 
 
 def step_times_us(batch: int, steps: int, vocab_size: int, sampling: SamplingParams) -> list[float]:
@@ -81,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocab", type=int, default=32)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--device-ms", type=float, nargs="*", default=[2.0, 5.0, 10.0])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     kinds = {
@@ -95,6 +158,18 @@ def main() -> None:
             times = sorted(step_times_us(batch, arguments.steps, arguments.vocab, sampling))
             p99 = times[int(len(times) * 0.99)]
             print(f"{name:>10} {batch:>6} {statistics.median(times):>10.0f} {p99:>10.0f}")
+    if arguments.device_ms:
+        print(f"\n{'device ms':>10} {'batch':>6} {'off: idle':>10} {'step':>8} {'on: idle':>10} {'step':>8}")
+    for device_ms in arguments.device_ms:
+        for batch in (1, 64):
+            columns = [
+                f"{value:>{width}.3f}"
+                for mode in ("off", "on")
+                for value, width in zip(
+                    idle_ms(batch, arguments.steps, device_ms / 1e3, arguments.vocab, mode), (10, 8), strict=True
+                )
+            ]
+            print(f"{device_ms:>10} {batch:>6} {' '.join(columns)}")
 
 
 if __name__ == "__main__":

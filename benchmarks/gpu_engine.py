@@ -5,10 +5,10 @@
 
 For each model and batch: the decode step through the runner with CUDA graphs, as tokens per second and as a share of
 the least time its weights and keys need at the copy bandwidth measured in this run; the same through the whole engine,
-scheduling and greedy sampling included; and a prefill of 8,192 tokens as a share of the measured matrix rate. --peer
-adds transformers' continuous batching on the same checkpoint beside the engine: greedy, end of sequence ignored, same
-lengths; its decode rate is that of the tokens between a run of 1 and a run of STEPS + 1 new tokens, so that neither its
-prefill nor its start counts. Exits 2 without a CUDA device.
+scheduling and greedy sampling included, with steps one after the other and launched ahead; and a prefill of 8,192
+tokens as a share of the measured matrix rate. --peer adds transformers' continuous batching on the same checkpoint
+beside the engine: greedy, end of sequence ignored, same lengths; its decode rate is that of the tokens between a run of
+1 and a run of STEPS + 1 new tokens, so that neither its prefill nor its start counts. Exits 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import torch
 
 DTYPE = torch.bfloat16
@@ -135,8 +136,10 @@ def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) ->
         least = moved / limits.copy_bytes_s
         rows.append(Row(model, "decode step", batch, context, seconds, batch, least))
         peer = _peer(folder, batch, context) if arguments.peer else 0.0
-        seconds = _engine_step(runner, config, batch, context)
-        rows.append(Row(model, "engine step", batch, context, seconds, batch, least, peer))
+        for mode in ("off", "on"):
+            seconds = _engine_step(runner, msgspec.structs.replace(config, async_scheduling=mode), batch, context)
+            what = "engine step" if mode == "off" else "engine step, async"
+            rows.append(Row(model, what, batch, context, seconds, batch, least, peer))
     table = list(range(PREFILL // BLOCK_SIZE))
     seconds = _time(lambda _: runner.forward([SequenceSlice([5] * PREFILL, 0, table)]), 3)
     rows.append(Row(model, "prefill", 1, PREFILL, seconds, PREFILL, _prefill_flops(info, sizes) / limits.bf16_flops_s))
@@ -157,7 +160,10 @@ def _time(call, repeats: int) -> float:
 
 
 def _engine_step(runner, config, batch: int, context: int) -> float:
-    """Median seconds of a step of the whole engine with `batch` sequences decoding."""
+    """Mean seconds of a step of the whole engine with `batch` sequences decoding.
+
+    Nothing waits for the device but the engine itself. Every step's tokens must have come out.
+    """
     from octavo_engine.engine import EngineCore
     from octavo_engine.messages import AddRequest
     from octavo_engine.sampling_params import SamplingParams
@@ -168,9 +174,18 @@ def _engine_step(runner, config, batch: int, context: int) -> float:
         core.add(AddRequest(request_id=f"bench-{index}", prompt_token_ids=prompt, sampling=sampling))
     while core.scheduler.num_waiting or core.stats().generation_tokens < batch:
         core.step()
-    seconds = _time(lambda _: core.step(), STEPS)
+    for _ in range(2):
+        core.step()
+    torch.cuda.synchronize()
+    before, start = core.stats().generation_tokens, time.perf_counter()
+    for _ in range(STEPS):
+        core.step()
+    seconds = (time.perf_counter() - start) / STEPS
+    if core.stats().generation_tokens - before != STEPS * batch:
+        raise RuntimeError(f"{STEPS} steps of {batch} sequences made other than {STEPS * batch} tokens")
     core.abort([f"bench-{index}" for index in range(batch)])
-    core.step()
+    while core.has_work:
+        core.step()
     return seconds
 
 

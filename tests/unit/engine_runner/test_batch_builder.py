@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo_engine.runner.batch_builder import build_packed, build_step
-from octavo_engine.runner.interface import SequenceSlice
+from octavo_engine.runner.interface import SequenceSlice, with_sampled
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -99,3 +101,30 @@ def test_packed_prompts_count_positions_from_zero() -> None:
     assert token_ids.tolist() == [5, 6, 7, 8]
     assert batch.positions.tolist() == [0, 1, 2, 0]
     assert batch.query_start_loc.tolist() == [0, 3, 4]
+
+
+@given(batches(), st.data())
+@settings(max_examples=80, deadline=None)
+def test_tokens_that_are_still_being_chosen_are_read_from_the_samples(
+    slices: list[SequenceSlice], data: st.DataObject
+) -> None:
+    sampled = torch.tensor(data.draw(st.lists(st.integers(-2, 999), min_size=1, max_size=8)))
+    expected = []
+    for index, piece in enumerate(slices):
+        if len(piece.token_ids) == 1 and data.draw(st.booleans()):
+            row = data.draw(st.integers(0, len(sampled) - 1))
+            slices[index] = replace(piece, token_ids=[0], sampled_row=row)
+            expected.append(max(0, int(sampled[row])))  # a row without a choice is read as token 0
+        else:
+            expected.extend(piece.token_ids)
+
+    inputs = build_step(slices, BLOCK, CPU, sampled)
+    assert sorted(inputs.token_ids.tolist()) == sorted(expected)
+    known = [token for piece in with_sampled(slices, sampled) for token in piece.token_ids]
+    assert known == expected
+    assert torch.equal(inputs.token_ids, build_step(with_sampled(slices, sampled), BLOCK, CPU).token_ids)
+
+
+def test_only_a_single_token_can_be_read_from_the_samples() -> None:
+    with pytest.raises(ValueError, match="being chosen"):
+        build_step([SequenceSlice([1, 2], 0, [0], 1, None, 0)], BLOCK, CPU, torch.tensor([5]))
