@@ -7,6 +7,7 @@ streams get is bit for bit what they get alone.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import AsyncIterator, Iterable
@@ -60,7 +61,7 @@ def hostile_bodies(seed: int, count: int) -> Iterable[tuple[str, bytes]]:
         if kind < 0.6 or depth > 3:
             return rng.choice(SCALARS)
         if kind < 0.75:
-            return [value(depth + 1) for _ in range(rng.choice((0, 1, 2, 5, 300)))]
+            return [value(depth + 1) for _ in range(rng.choice((0, 1, 2, 5, 5 if depth else 300)))]
         if kind < 0.95:
             names = ["role", "content", "type", "name", "function", "text", "json", "regex", "schema", "1", "stream"]
             return {rng.choice(names): value(depth + 1) for _ in range(rng.randint(0, 3))}
@@ -82,6 +83,8 @@ def hostile_bodies(seed: int, count: int) -> Iterable[tuple[str, bytes]]:
             data = data[:at] + rng.randbytes(rng.randint(1, 8)) + data[at:]
         elif spoil < 0.12:
             data = data[:-1] + b',"prompt":' + b"[" * 500 + b"]" * 500 + b"}"
+        elif spoil < 0.122:
+            data = data[:-1] + b" " * (9 << 20) + b"}"
         yield path, data
 
 
@@ -107,9 +110,8 @@ class Target:
     async def attack(self, requests: Iterable[tuple[str, bytes]], width: int = 24) -> dict[int, int]:
         """Send all, `width` at a time with two good streams beside them; how many answers had which status."""
         alone = await self.good_stream()
-        pid, counts, waiting = self.engine.pid, dict[int, int](), list(requests)
-        while waiting:
-            wave, waiting = waiting[:width], waiting[width:]
+        pid, counts, waiting = self.engine.pid, dict[int, int](), iter(requests)
+        while wave := list(itertools.islice(waiting, width)):
             *answers, first, second = await asyncio.gather(
                 *(asgi_call(self.app, "POST", path, body) for path, body in wave),
                 self.good_stream(),

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
@@ -58,10 +58,21 @@ def test_the_filtered_distribution_is_that_of_transformers(params: SamplingParam
     if params.min_p:
         expected = MinPLogitsWarper(params.min_p)(None, expected)
     if params.typical_p < 1.0:
+        assume(not is_undecided(expected[0], params.typical_p))
         expected = TypicalLogitsWarper(params.typical_p)(None, expected)
     torch.testing.assert_close(
         filtered_distribution(raw, [params]), torch.softmax(expected, dim=-1), atol=2e-5, rtol=1e-3
     )
+
+
+def is_undecided(row: torch.Tensor, mass: float) -> bool:
+    """Where typical sampling cuts stand two tokens so alike that rounding decides which of them stays."""
+    logprobs = torch.log_softmax(row.double(), dim=-1)
+    probs = logprobs.exp()
+    entropy = -(probs * logprobs).nansum()
+    typicality, order = (-logprobs - entropy).abs().sort()
+    cut = int((probs[order].cumsum(-1) < mass).sum())
+    return bool((typicality[max(0, cut - 1) : cut + 2].diff() < 1e-5).any())
 
 
 @settings(max_examples=40, deadline=None)
