@@ -10,7 +10,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError
 
 DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 8_192}
-ITL_STRETCH = 2.5  # so that what the model of step times gets wrong stays within three times
+ITL_STRETCH = 3.0
 DEFAULT_ITL_TARGET_S = {"cpu": 0.2, "cuda": 0.05}
 
 
@@ -29,7 +29,8 @@ class SchedulerLimits:
     A sequence that does not fit may be overtaken by at most `max_overtakes` later ones, looking no further than
     `overtake_window` sequences behind it. Admission leaves blocks free for the growth of running sequences: the
     greater of `watermark`, a share of all blocks, and `growth_reserve`, a share of the growth that is expected.
-    Prefills may stretch a step to `itl_stretch` times what its decodes alone take (0: any), and to `itl_target_s`.
+    Prefills may stretch a step to `itl_stretch` times what its decodes alone take (0: any), errors of the model of step
+    times included, and to `itl_target_s`.
     `max_logits_rows` bounds the positions of a step whose logits are kept for prompt log-probabilities. Beside running
     decodes a step gets at least `min_prefill_tokens` of prefill, whatever the latency target says. A sequence waits
     while another one computes `min_coming_blocks` or more of its own prefix: soon they come from the cache; at
@@ -45,7 +46,7 @@ class SchedulerLimits:
     itl_stretch: float = 0.0
     ageing_s: float = 10.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    min_prefill_tokens: int = 32
+    min_prefill_tokens: int = 4
     first_prefill_tokens: int = 64
     max_step_s: float = 7.5
     max_overtakes: int = 32

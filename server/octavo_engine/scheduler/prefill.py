@@ -9,6 +9,8 @@ from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 
 # Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
 MIN_PREFILL_STRETCH = 1.5
+SMOOTH_STEP_S = 0.005  # a relative target need not be shorter: nobody sees 200 tokens a second stutter
+MARGIN = 1.02  # what decodes alone take is a prediction too
 
 
 class PrefillPlanner:
@@ -44,20 +46,20 @@ class PrefillPlanner:
         """Tokens of each prefill, in the given order: all of `budget` if the step then keeps its target, else as many
         as it can, with attention over what each has computed taken into account."""
         wanted = self._wanted_tokens(prefills)
-        chunks = self._share(wanted, budget)
+        chunks = self._share(prefills, wanted, budget)
         if not self._limits.itl_target_s or not self._step_time.is_ready:
             return chunks
         target_s = self._target_s(batch)
         low, high = min(budget, self._limits.min_prefill_tokens), budget
         if self._seconds(batch, prefills, chunks) <= target_s:
             return chunks
-        while high - low > max(1, low // 32):
+        while high - low > max(1, low // 64):
             middle = (low + high) // 2
-            if self._seconds(batch, prefills, self._share(wanted, middle)) <= target_s:
+            if self._seconds(batch, prefills, self._share(prefills, wanted, middle)) <= target_s:
                 low = middle
             else:
                 high = middle
-        return self._share(wanted, low)
+        return self._share(prefills, wanted, low)
 
     def _target_s(self, batch: Batch) -> float:
         """How long the step may take."""
@@ -67,23 +69,25 @@ class PrefillPlanner:
         alone_s = self._step_time.predict(batch.load)
         target_s = limits.itl_target_s
         if limits.itl_stretch:
-            target_s = min(target_s, limits.itl_stretch * alone_s)
+            stretch = limits.itl_stretch / (MARGIN * self._step_time.prefill_overrun)
+            target_s = min(target_s, max(SMOOTH_STEP_S, stretch * alone_s))
         return max(target_s, MIN_PREFILL_STRETCH * alone_s)
 
     def _seconds(self, batch: Batch, prefills: list[Sequence], chunks: list[int]) -> float:
         pairs = sum(map(pairs_of, prefills, chunks))
         return self._step_time.predict(StepLoad(batch.num_tokens + sum(chunks), batch.decode_context, pairs))
 
-    def _share(self, wanted: list[int], budget: int) -> list[int]:
-        """A fair part for each of the first few, what is left over in order."""
-        share = max(1, budget // min(len(wanted), self._limits.max_num_partial_prefills))
+    def _share(self, prefills: list[Sequence], wanted: list[int], budget: int) -> list[int]:
+        """A quarter of a fair part for each of the first few, so that all advance; the rest by priority to those that
+        end soonest: a short prompt is not spread over several steps by a long one beside it."""
+        least = max(1, budget // (4 * min(len(wanted), self._limits.max_num_partial_prefills)))
         left = budget
         chunks = []
         for want in wanted:
-            chunks.append(min(want, share, left))
+            chunks.append(min(want, least, left))
             left -= chunks[-1]
-        for index, want in enumerate(wanted):
-            extra = min(want - chunks[index], left)
+        for index in sorted(range(len(wanted)), key=lambda index: (prefills[index].priority, wanted[index])):
+            extra = min(wanted[index] - chunks[index], left)
             left -= extra
             chunks[index] += extra
         return chunks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections import deque
 from dataclasses import dataclass
 
 # Units that bring every feature near 1, so that the recursion is well conditioned.
@@ -10,7 +12,11 @@ _SCALE = (1.0, 1 / 256, 1 / 8_192, 1 / 65_536)
 _FORGETTING = 0.998
 _INITIAL_VARIANCE = 100.0
 _CLIP = 4.0
+_SMALL_ERROR = 0.02  # of a step's time: below it an error is usual, however quiet the machine was
 _READY_AFTER = 4
+_OVERRUN_WINDOW = 128
+_OVERRUN_QUANTILE = 0.99
+_MAX_OVERRUN = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +32,9 @@ class StepLoad:
 class StepTimeModel:
     """`seconds = a + b * num_tokens + c * decode_context + d * prefill_pairs`, fitted by recursive least squares.
 
-    Old steps are forgotten slowly, so the fit follows a throttled processor or a changed neighbour. A residual beyond
-    four times the usual one counts as that much only: a page fault or a paused container does not spoil the fit.
+    Old steps are forgotten slowly, so the fit follows a throttled processor or a changed neighbour. A step whose
+    residual is beyond four times the usual one gets less weight (Huber's), also in how sure it makes the fit: a page
+    fault or a paused container does not spoil it, and a load of a new kind is still learned from its next steps.
     """
 
     def __init__(self) -> None:
@@ -35,6 +42,8 @@ class StepTimeModel:
         self._covariance = [[_INITIAL_VARIANCE * (i == j) for j in range(4)] for i in range(4)]
         self._usual_error = 0.0
         self._num_observed = 0
+        self._overruns: deque[float] = deque()
+        self._sorted_overruns: list[float] = []
 
     @property
     def is_ready(self) -> bool:
@@ -52,20 +61,32 @@ class StepTimeModel:
         names = ("step", "token", "decode_context", "prefill_pair")
         return {name: max(0.0, w) * s for name, w, s in zip(names, self._weights, _SCALE, strict=True)}
 
+    @property
+    def prefill_overrun(self) -> float:
+        """By what factor the longest steps with prefills outlast their prediction: a high quantile of the last ones
+        within [1, 1.2], 1.2 until there are enough of them. Beyond that it is the machine that wavers, whatever the
+        chunks are."""
+        ratios = self._sorted_overruns
+        if len(ratios) < _OVERRUN_WINDOW // 4:
+            return _MAX_OVERRUN
+        return min(_MAX_OVERRUN, max(1.0, ratios[int(_OVERRUN_QUANTILE * (len(ratios) - 1))]))
+
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
+        if load.prefill_pairs and self.is_ready:
+            self._note_overrun(load, seconds)
         features = _features(load)
         error = seconds - sum(w * x for w, x in zip(self._weights, features, strict=True))
         self._num_observed += 1
+        weight = 1.0
         if self._num_observed > _READY_AFTER:
-            bound = _CLIP * max(self._usual_error, 1e-6)
-            clipped = max(-bound, min(bound, error))
+            bound = _CLIP * max(self._usual_error, _SMALL_ERROR * seconds, 1e-6)
             # The bound widens while errors stay large: a lasting change is learned within some tens of steps.
             self._usual_error += 0.05 * (min(abs(error), 2 * bound) - self._usual_error)
-            error = clipped
+            weight = min(1.0, bound / max(abs(error), 1e-12))
         else:
             self._usual_error += (abs(error) - self._usual_error) / self._num_observed
-        self._update(features, error)
+        self._update(features, error, weight)
 
     def predict(self, load: StepLoad) -> float:
         """Seconds the step should take; 0 before anything is known."""
@@ -95,10 +116,20 @@ class StepTimeModel:
             return int((root - linear) / quadratic)
         return int(spare / linear) if linear > 1e-12 else None
 
-    def _update(self, features: tuple[float, ...], error: float) -> None:
+    def _note_overrun(self, load: StepLoad, seconds: float) -> None:
+        predicted = self.predict(load)
+        if predicted <= 0.0:
+            return
+        self._overruns.append(seconds / predicted)
+        bisect.insort(self._sorted_overruns, seconds / predicted)
+        if len(self._overruns) > _OVERRUN_WINDOW:
+            oldest = self._overruns.popleft()
+            del self._sorted_overruns[bisect.bisect_left(self._sorted_overruns, oldest)]
+
+    def _update(self, features: tuple[float, ...], error: float, weight: float) -> None:
         covariance = self._covariance
         projected = [sum(p * x for p, x in zip(row, features, strict=True)) for row in covariance]
-        norm = _FORGETTING + sum(x * p for x, p in zip(features, projected, strict=True))
+        norm = _FORGETTING / weight + sum(x * p for x, p in zip(features, projected, strict=True))
         gain = [p / norm for p in projected]
         self._weights = [w + g * error for w, g in zip(self._weights, gain, strict=True)]
         trace = 0.0
