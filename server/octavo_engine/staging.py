@@ -16,13 +16,13 @@ _ALIGNMENT = 16  # bytes, so that every kind of tensor may start there
 
 
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors; on a GPU all in one copy. Torch keeps the pinned memory until the copy is done."""
+    """The arrays as tensors; on another device all in one copy. Torch keeps pinned memory until the copy is done."""
     hosts = [torch.from_numpy(array) for array in arrays]
-    if device.type != "cuda":
+    if device.type == "cpu":
         return hosts
     ends = list(itertools.accumulate(-(-host.nbytes // _ALIGNMENT) * _ALIGNMENT for host in hosts))
     starts = [0, *ends[:-1]]
-    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for host, start in zip(hosts, starts, strict=True):
         staging[start : start + host.nbytes].view(host.dtype).copy_(host.view(-1))
     moved = staging.to(device, non_blocking=True)
