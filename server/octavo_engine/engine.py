@@ -28,7 +28,7 @@ from octavo_engine.messages import (
 from octavo_engine.outcomes import Outcomes
 from octavo_engine.prompt import check_prompt
 from octavo_engine.roofline import Roofline
-from octavo_engine.runner.interface import ModelRunner
+from octavo_engine.runner.interface import ModelRunner, StagedRunner
 from octavo_engine.scheduler.limits import limits_for
 from octavo_engine.scheduler.preemption import CopyTime
 from octavo_engine.scheduler.scheduler import Scheduler, WaitReason
@@ -81,14 +81,20 @@ class EngineCore:
         self._intake = Intake(runner, self.model, config, self.scheduler, self.adapters, load)
         self._outcomes = Outcomes(self.scheduler, self.adapters)
         ahead = runs_ahead(config, info)
+        stages = runner if ahead and isinstance(runner, StagedRunner) and runner.num_stages > 1 else None
+        if self.scheduler.speculator is not None:
+            stages = None  # what to guess depends on the tokens in flight
+        if stages is not None:
+            self.scheduler.num_stages = stages.num_stages
         self._steps = StepPipeline(
             runner,
             self.scheduler,
             self._outcomes,
-            queue or queue_for(info.device, runs_ahead=ahead),
+            queue or queue_for(info.device, ahead=ahead, staged=stages is not None),
             clock,
             roofline,
             runs_ahead=ahead,
+            stages=stages,
         )
         self._num_steps = 0
         self._step_time_s = 0.0

@@ -7,6 +7,7 @@ not meet and a user's own `torch.distributed` is left alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -68,16 +69,37 @@ class Communicator:
         self._group.send([self._here(x.contiguous())], to, tag).wait()
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, sender: int) -> torch.Tensor:
+        return self.expect(shape, dtype, device, sender)()
+
+    def expect(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, sender: int
+    ) -> Callable[[], torch.Tensor]:
+        """Be ready to receive; the result waits until it is there. A sender's messages come in their order."""
         place = device if self._backend == "nccl" else torch.device("cpu")
         x = torch.empty(shape, dtype=dtype, device=place)
-        self._group.recv([x], sender, 0).wait()
-        return x.to(device)
+        work = self._group.recv([x], sender, 0)
+
+        def wait() -> torch.Tensor:
+            work.wait()
+            return x.to(device)
+
+        return wait
 
     def broadcast(self, x: torch.Tensor) -> None:
         """The first member's tensor into everybody's."""
+        self.announce(x)()
+
+    def announce(self, x: torch.Tensor) -> Callable[[], None]:
+        """As `broadcast`, but the result waits until everybody has it."""
         options = c10d.BroadcastOptions()
         options.rootRank = 0
-        self._group.broadcast([x], options).wait()
+        work = self._group.broadcast([x], options)
+
+        def wait() -> None:
+            work.wait()
+            x.size()  # it must live until then
+
+        return wait
 
     def abort(self) -> None:
         """Let go of whatever waits for a peer that is lost (NCCL never notices by itself)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -80,6 +81,7 @@ class ParallelRunner:
         self._host = host
         self._processes = processes
         self._store = store
+        self._announced: deque[list[Callable[[], None]]] = deque()
         topology = host.rank.topology
         backend = f"{runner.info.backend}; {topology.world_size} ranks ({topology.describe()}), no whole steps"
         self._info = msgspec.structs.replace(runner.info, backend=backend)
@@ -93,27 +95,37 @@ class ParallelRunner:
         """Process ids of the other ranks on this machine."""
         return self._processes.pids
 
+    @property
+    def num_stages(self) -> int:
+        return self._host.rank.topology.pipeline
+
     def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
+        return self.begin(with_sampled(slices, sampled))()
+
+    def begin(self, slices: Sequence[SequenceSlice]) -> Callable[[], torch.Tensor]:
         if not slices:
-            return self._runner.forward(slices)
-        slices = with_sampled(slices, sampled)
+            return lambda: self._runner.forward(slices)
         block_size = self._info.kv_block_size
         check_slices(slices, block_size)
-        rows = sum(piece.num_logits for piece in slices)
-        return self._together(
+        shape = (sum(piece.num_logits for piece in slices), self._info.vocab_size)
+        logits = self._together(
             Order.FORWARD,
             encode_slices(slices, block_size),
-            lambda: self._from_last_stage(self._runner.forward(slices), (rows, self._info.vocab_size)),
+            lambda: self._from_last_stage(lambda: self._runner.forward(slices), shape),
         )
+        return lambda: self._or_dead(logits)
 
     def embed(self, prompts: Sequence[Sequence[int]], second_starts: Sequence[int] = ()) -> torch.Tensor:
         """Decoders, which alone have ranks, do not tell the texts of a pair apart."""
         if not prompts or not all(prompts):
             return self._runner.embed(prompts)
         shape = (len(prompts), len(self._info.labels) or self._info.hidden_size)
-        return self._together(
-            Order.EMBED, encode_lists(prompts), lambda: self._from_last_stage(self._runner.embed(prompts), shape)
+        vectors = self._together(
+            Order.EMBED,
+            encode_lists(prompts),
+            lambda: self._from_last_stage(lambda: self._runner.embed(prompts), shape),
         )
+        return self._or_dead(vectors)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         if pairs:
@@ -132,21 +144,37 @@ class ParallelRunner:
         self._together(Order.HEARTBEAT, None, lambda: self._host.control.minimum(0))
 
     def _together(self, order: Order, numbers: Numbers | None, compute: Callable[[], Result]) -> Result:
+        def announced() -> Result:
+            self._announced.append(send_order(self._host.control, order, numbers))
+            while len(self._announced) >= self.num_stages:  # a later stage hears of a step once it is done with others
+                for heard in self._announced.popleft():
+                    heard()
+            return compute()
+
+        return self._or_dead(announced)
+
+    def _or_dead(self, call: Callable[[], Result]) -> Result:
         try:
             if not self._processes.lost:
-                send_order(self._host.control, order, numbers)
-                result = compute()
+                result = call()
         except Exception as error:
             raise EngineDeadError(self._reason(error)) from error
         if self._processes.lost:  # found before the step, or let go of in the middle of it
             raise EngineDeadError(self._reason(None))
         return result
 
-    def _from_last_stage(self, own: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    def _from_last_stage(
+        self, compute: Callable[[], torch.Tensor], shape: tuple[int, int]
+    ) -> Callable[[], torch.Tensor]:
+        """Do this stage's part; the result waits for the last stage's."""
         group = self._host.rank.stage_group
         if group is None:
-            return own
-        return group.receive(shape, torch.float32, self._host.device, group.size - 1)
+            own = compute()
+            return lambda: own
+        # Ready before the next stage has anything: it must not wait for this one, which may wait for it.
+        answer = group.expect(shape, torch.float32, self._host.device, group.size - 1)
+        compute()
+        return answer
 
     def _reason(self, error: Exception | None) -> str:
         lost = self._processes.wait_for_loss()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -70,6 +70,18 @@ class ModelRunner(Protocol):
 
     def heartbeat(self) -> None:
         """Called now and then while there is nothing to compute; raises `EngineDeadError` where a part is lost."""
+
+
+@runtime_checkable
+class StagedRunner(ModelRunner, Protocol):
+    """A runner that is the first of `num_stages` processes, and can begin a step while later stages compute others."""
+
+    @property
+    def num_stages(self) -> int:
+        """Steps that can be computed at a time, each in another stage."""
+
+    def begin(self, slices: Sequence[SequenceSlice]) -> Callable[[], torch.Tensor]:
+        """As `forward`, but returns when this stage is done; the result waits for the last one."""
 
 
 def with_sampled(slices: Sequence[SequenceSlice], sampled: torch.Tensor | None) -> Sequence[SequenceSlice]:

@@ -44,7 +44,8 @@ class WaitReason(enum.StrEnum):
 class Scheduler:
     """Decides step by step which tokens are computed, and owns every sequence until it ends.
 
-    Every running sequence that decodes gets its token in every step; what is left of the token budget goes to
+    Every running sequence that decodes gets its token in every step, or in every round of steps where `num_stages` of
+    them are computed at a time, each with its share of the sequences; what is left of the token budget goes to
     prefills in chunks, of which a long one never takes all while others wait. A sequence gets the blocks of its whole
     prompt when it is admitted; when a decode finds no free block, a sequence of the worst priority is preempted: its
     blocks are freed, and its tokens wait in host memory or are computed again later (see `Preemption`).
@@ -66,6 +67,7 @@ class Scheduler:
         self.blocks = blocks
         self.adapters = adapters
         self.speculator: Speculator | None = None
+        self.num_stages = 1
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -161,11 +163,14 @@ class Scheduler:
         prefills: list[Sequence] = []
         wanted: list[tuple[Sequence, int]] = []
         sequences, slices = batch.sequences, batch.slices
+        share = -(-len(self._running) // self.num_stages)
         for seq in self._running.values():
             tokens, start, pending = seq.tokens, seq.num_launched, seq.num_pending
             left = len(tokens) + pending - start
             if pending and len(tokens) + pending >= seq.max_length:
                 continue  # its last token is being chosen
+            if self.num_stages > 1 and (pending or (left == 1 and len(slices) == share)):
+                continue  # in another stage, or left to another step
             if left == 1:
                 count = self._num_guesses(seq, len(wanted))
                 if count:

@@ -47,15 +47,17 @@ class ThreadQueue:
 
 
 def runs_ahead(config: EngineConfig, model: ModelInfo) -> bool:
-    """Whether steps are launched before the one in front of them is over; where `auto` leaves the choice, on one GPU.
+    """Whether steps are launched before the one in front of them is over.
 
-    On a CPU the host's work and the model's would only compete for the same cores.
+    Where `auto` leaves the choice: on one GPU, and over stages, which compute side by side. On a CPU the host's work
+    and the model's would only compete for the same cores.
     """
     if config.async_scheduling == "auto":
-        return torch.device(model.device).type == "cuda" and model.num_ranks == 1
+        one_gpu = torch.device(model.device).type == "cuda" and model.num_ranks == 1
+        return one_gpu or (config.pipeline_parallel_size > 1 and not config.num_speculative_tokens)
     return config.async_scheduling == "on"
 
 
-def queue_for(device: str, *, runs_ahead: bool) -> DeviceQueue:
-    """A thread where the device is the CPU and steps run ahead."""
-    return ThreadQueue() if runs_ahead and torch.device(device).type == "cpu" else CallerQueue()
+def queue_for(device: str, *, ahead: bool, staged: bool) -> DeviceQueue:
+    """A thread where the device is the CPU and steps run ahead, but not over stages, which are processes."""
+    return ThreadQueue() if ahead and not staged and torch.device(device).type == "cpu" else CallerQueue()

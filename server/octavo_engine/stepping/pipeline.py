@@ -22,7 +22,7 @@ from octavo_engine.errors import EngineDeadError, RequestFailedError
 from octavo_engine.isolation import StepFailedError, first_line, run_isolated
 from octavo_engine.outcomes import Outcomes
 from octavo_engine.roofline import Roofline
-from octavo_engine.runner.interface import ModelRunner
+from octavo_engine.runner.interface import ModelRunner, StagedRunner
 from octavo_engine.sampler.sampler import Sampler
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.scheduler import Scheduler, WaitReason
@@ -34,6 +34,9 @@ from octavo_engine.stepping.step import Step, still_running
 
 class StepPipeline:
     """At most one step is in flight between two rounds; none, unless it `runs_ahead`.
+
+    A runner in stages has a step in flight in each of them, over different sequences: a round launches one and takes in
+    the oldest.
 
     num_ahead: steps that were launched before the one in front of them was over.
     """
@@ -48,6 +51,7 @@ class StepPipeline:
         roofline: Roofline | None,
         *,
         runs_ahead: bool,
+        stages: StagedRunner | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -56,6 +60,7 @@ class StepPipeline:
         self._clock = clock
         self._roofline = roofline
         self._runs_ahead = runs_ahead
+        self._stages = stages
         self._sampler = Sampler()
         self._in_flight: deque[Step] = deque()  # a step leaves when it is over, even if a round was interrupted
         self._collected_s = 0.0
@@ -77,7 +82,7 @@ class StepPipeline:
         """Before the next batch is scheduled: wait for what is in flight if that has to be over."""
         if not self._in_flight:
             return
-        unready = any(step.chosen is None for step in self._in_flight)
+        unready = self._stages is None and any(step.chosen is None for step in self._in_flight)
         reason = WaitReason.INTERRUPTION if unready else self._scheduler.reason_to_wait()
         if reason is not None:
             self.settle(reason)
@@ -89,7 +94,10 @@ class StepPipeline:
         self._collect_all_but(0)
 
     def advance(self, batch: Batch) -> None:
-        """Launch a batch, if it is not empty, and take in the step before. Raises `StepFailedError`."""
+        """Launch a batch, if it is not empty, and take in the oldest step. Raises `StepFailedError`."""
+        if self._stages is not None:
+            self._advance_stages(batch, self._stages)
+            return
         self._collect_all_but(1)
         if batch.slices:
             self._launch(batch)
@@ -98,6 +106,15 @@ class StepPipeline:
             self._chosen(self._in_flight[0])
         if not self._runs_ahead:
             self._collect_all_but(0)
+
+    def _advance_stages(self, batch: Batch, stages: StagedRunner) -> None:
+        batch = still_running(batch)  # without what ended while blocks were moved
+        if batch.slices:
+            started = self._clock()
+            begun = self._queue.submit(partial(stages.begin, batch.slices))
+            self._add(batch, started, lambda: begun.result()())
+        if self._in_flight and (not batch.slices or len(self._in_flight) >= stages.num_stages):
+            self._collect(self._in_flight[0])
 
     def _launch(self, batch: Batch) -> None:
         before = self._in_flight[-1].chosen if self._in_flight else None
@@ -111,16 +128,18 @@ class StepPipeline:
             return self._runner.forward(batch.slices, None if tokens is None else tokens.tokens)
 
         started = self._clock()
-        step = Step(batch, batch, started, self._queue.submit(forward))
+        self._add(batch, started, self._queue.submit(forward).result)
+
+    def _add(self, batch: Batch, launched_s: float, logits: Callable[[], torch.Tensor]) -> None:
+        self.num_ahead += bool(self._in_flight)
         self._scheduler.launched(batch)
-        self._in_flight.append(step)
-        self.num_ahead += before is not None
+        self._in_flight.append(Step(batch, batch, launched_s, logits))
 
     def _chosen(self, step: Step) -> Future[Chosen]:
         """What is chosen from a step's logits, now that the steps before it are over."""
         if step.chosen is None:
             choices, logits = choices_of(step.batch), step.logits
-            step.chosen = self._queue.submit(lambda: choices.choose(self._sampler, logits.result()))
+            step.chosen = self._queue.submit(lambda: choices.choose(self._sampler, logits()))
         return step.chosen
 
     def _collect_all_but(self, count: int) -> None:
@@ -164,7 +183,7 @@ class StepPipeline:
         self._collected_s = self._clock()
         for behind in self._in_flight:
             behind.batch = still_running(behind.scheduled)
-            behind.logits = self._queue.submit(partial(self._runner.forward, behind.batch.slices))
+            behind.logits = self._queue.submit(partial(self._runner.forward, behind.batch.slices)).result
             self._waits[WaitReason.FAILURE] += 1
 
     def _take_in(self, batch: Batch, results: Results) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -16,12 +17,12 @@ from octavo_engine.stepping.choices import Chosen
 @dataclass(slots=True)
 class Step:
     """scheduled: what it was launched with. batch: what of that is computed; after a failure in front of it, without
-    what ended there. logits: of the whole batch. chosen: set once it is known which of its sequences go on."""
+    what ended there. logits: waits for those of the whole batch. chosen: set once it is known who goes on."""
 
     scheduled: Batch
     batch: Batch
     launched_s: float
-    logits: Future[torch.Tensor]
+    logits: Callable[[], torch.Tensor]
     chosen: Future[Chosen] | None = None
 
 
