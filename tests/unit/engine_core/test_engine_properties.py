@@ -181,7 +181,7 @@ class World:
         """Sequences that ended while a step that writes their blocks is in flight."""
         steps = self.core._steps._in_flight
         assert len(steps) <= (self.ahead != "off"), "too many steps in flight"
-        return [seq for step in steps for seq in step.batch.sequences if seq.state is SequenceState.FINISHED]
+        return [seq for step in steps for seq in step.scheduled.sequences if seq.state is SequenceState.FINISHED]
 
     def check_host(self) -> None:
         """Host slots are held by sequences that were set aside, and by nobody else."""
