@@ -107,11 +107,12 @@ def test_a_block_table_that_points_outside_the_cache_is_refused(isa: str) -> Non
         ops.paged_attention(torch.randn(1, 1, 16), cache, batch, 1.0)
 
 
-def test_a_bfloat16_model_may_multiply_in_bfloat16(isa: str) -> None:
-    """Prefill over a bfloat16 cache: as close as rounding the operands to 8 bits of mantissa allows."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_bfloat16_model_may_multiply_in_bfloat16(isa: str, dtype: torch.dtype) -> None:
+    """Prefill over a bfloat16 or int8 cache: as close as rounding the operands to 8 bits of mantissa allows."""
     torch.manual_seed(5)
     batch, blocks = random_batch([9, 150, 130], [1, 150, 77], 16)
-    cache = random_cache(blocks, 3, 16, 64, torch.bfloat16)
+    cache = random_cache(blocks, 3, 16, 64, dtype)
     query = torch.randn(batch.num_tokens, 9, 64).bfloat16()
     native = ops.paged_attention(query, cache, batch, 0.125)
     with use_backends("reference"):

@@ -78,7 +78,7 @@ typedef struct oct_attention {  // what attention needs to know of a layer
   int32_t head_dim;
   int32_t rotary_dim;  // 0: no rotary embedding
   int32_t sliding_window;
-  int32_t bf16_products;  // 1: products in bfloat16 (float32 sums) where the cache is bfloat16
+  int32_t bf16_products;  // 1: products in bfloat16 (float32 sums) where the cache is bfloat16, in prefill also int8
   int64_t max_positions;  // rows of cos_sin
   float scale;
   float soft_cap;

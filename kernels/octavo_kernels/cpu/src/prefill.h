@@ -116,28 +116,40 @@ static void product_bf16(const uint16_t* a, int64_t lda, int64_t rows, const uin
   for (; n < columns; n += 16) strip_bf16<1>(a, lda, rows, b + n, ldb, pairs, c + n, ldc, add);
 }
 
-// transposed[dim / 2][kPrefillKeys] pairs of columns and values[kPrefillKeys / 2][dim] pairs of keys, as they are
-// stored; zero beyond `count`. head_dim is a multiple of 32.
+// Row `row` of the cache in bfloat16: where it lies, or in `wide` after a conversion.
+template <int DType>
+OCT_INLINE const uint16_t* bf16_row(const void* data, const float* scales, int64_t row, int64_t dim, uint16_t* wide) {
+  if constexpr (DType == OCT_KV_BF16) return (const uint16_t*)data + row * dim;
+  VF scale = f_set(scales[row]);
+  for (int64_t c = 0; c < dim; c += 16) f_store_bf16(wide + c, f_mul(kv_load<DType>(data, row * dim + c), scale));
+  return wide;
+}
+
+// transposed[dim / 2][kPrefillKeys] pairs of columns and values[kPrefillKeys / 2][dim] pairs of keys, of a bfloat16 or
+// int8 cache; zero beyond `count`. head_dim is a multiple of 32.
+template <int DType>
 static void load_pairs(const oct_attention& a, const oct_kv_cache& cache, const int64_t* rows, int64_t count,
                        uint32_t* transposed, uint32_t* values) {
   static const uint16_t zeros[kMaxHeadDim] = {0};
+  uint16_t wide[16 * kMaxHeadDim];
+  const uint16_t* from[16];
   int64_t dim = a.head_dim, padded = (count + 15) & ~15;
-  const uint16_t* key = (const uint16_t*)cache.key;
-  const uint16_t* value = (const uint16_t*)cache.value;
+  auto fill = [&](const void* data, const float* scales, int64_t first) {
+    for (int j = 0; j < 16; j++)
+      from[j] = first + j < count ? bf16_row<DType>(data, scales, rows[first + j], dim, wide + j * dim) : zeros;
+  };
   for (int64_t first = 0; first < padded; first += 16) {
+    fill(cache.key, cache.key_scale, first);
     for (int64_t c = 0; c < dim; c += 32) {
       VF tile[16];
-      for (int j = 0; j < 16; j++)
-        tile[j] = f_load((const float*)(first + j < count ? key + rows[first + j] * dim + c : zeros + c));
+      for (int j = 0; j < 16; j++) tile[j] = f_load((const float*)(from[j] + c));
       f_transpose16(tile);
       for (int j = 0; j < 16; j++) f_store((float*)(transposed + (c / 2 + j) * kPrefillKeys + first), tile[j]);
     }
-    for (int64_t k = first; k < first + 16; k += 2) {
-      const uint16_t* even = k < count ? value + rows[k] * dim : zeros;
-      const uint16_t* odd = k + 1 < count ? value + rows[k + 1] * dim : zeros;
+    fill(cache.value, cache.value_scale, first);
+    for (int j = 0; j < 16; j += 2)
       for (int64_t c = 0; c < dim; c += 16)
-        _mm512_storeu_si512(values + k / 2 * dim + c, bf16_interleave(even + c, odd + c));
-    }
+        _mm512_storeu_si512(values + (first + j) / 2 * dim + c, bf16_interleave(from[j] + c, from[j + 1] + c));
   }
 }
 #endif
@@ -172,7 +184,7 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
   float* transposed = sum + num;
   float* values = transposed + dim * kPrefillKeys;
   int64_t rows[kPrefillKeys];
-  constexpr bool kPairs = kHasBf16Dot && DType == OCT_KV_BF16;
+  constexpr bool kPairs = kHasBf16Dot && (DType == OCT_KV_BF16 || DType == OCT_KV_INT8);
   bool pairs = kPairs && a.bf16_products && dim % 32 == 0;
   for (int64_t i = 0; i < task.count; i++)
     scale_query(a, query + (task.first + i) * query_stride + task.kv_head * group * dim, queries + i * group * dim);
@@ -191,7 +203,7 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
 #ifdef __AVX512BF16__
         uint32_t* key_pairs = (uint32_t*)transposed;
         uint32_t* value_pairs = (uint32_t*)values;
-        load_pairs(a, cache, rows, count, key_pairs, value_pairs);
+        load_pairs<DType>(a, cache, rows, count, key_pairs, value_pairs);
         product_bf16((uint16_t*)queries, 2 * dim, num, key_pairs, kPrefillKeys, dim / 2, scores, kPrefillKeys, padded,
                      false);
         for (int64_t r = 0; r < num; r++) {
