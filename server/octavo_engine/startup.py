@@ -9,7 +9,7 @@ from octavo_engine.engine import EngineCore
 from octavo_engine.messages import LoadProgress
 from octavo_engine.roofline import Roofline, measure_limits
 from octavo_engine.runner.interface import ModelRunner
-from octavo_engine.runner.machine import torch_threads, usable_cpus
+from octavo_engine.runner.machine import return_freed_memory, torch_threads, usable_cpus
 
 OnProgress = Callable[[LoadProgress], None]
 LoadRunner = Callable[[EngineConfig, OnProgress], ModelRunner]
@@ -29,6 +29,7 @@ def build_engine(config: EngineConfig, on_progress: OnProgress, load: LoadRunner
             roofline = Roofline(runner.info, measure_limits(runner.info))
         core = EngineCore(runner, config, roofline=roofline, draft=draft)
     _load_adapters(core, config)
+    return_freed_memory()
     return core
 
 

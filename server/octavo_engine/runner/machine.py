@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Iterator
@@ -102,6 +103,13 @@ def free_memory_bytes(device: torch.device, cgroup: Path = _CGROUP) -> int:
     if limit.isdigit() and used.isdigit():
         free = min(free, int(limit) - int(used) + _reclaimable(cgroup))
     return max(0, free)
+
+
+def return_freed_memory() -> None:
+    """Give the system what was freed since and the C library keeps for later (glibc; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _reclaimable(cgroup: Path) -> int:

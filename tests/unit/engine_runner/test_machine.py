@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -32,6 +34,19 @@ def test_a_memory_limit_cuts_what_is_free(tmp_path: Path) -> None:
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
 
     assert machine.free_memory_bytes(CPU, tmp_path) == 500
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to return memory")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    pieces = [bytes(range(256)) * 256 for _ in range(1_000)]  # 64 MiB in pieces that malloc keeps when they are freed
+    last = pieces[-1]  # holds the end of the heap, which is all that it shrinks by itself
+    del pieces
+    before = psutil.Process().memory_info().rss
+
+    machine.return_freed_memory()
+
+    assert psutil.Process().memory_info().rss < before - (32 << 20)
+    assert len(last) == 1 << 16
 
 
 def test_no_limit_leaves_what_the_machine_has(tmp_path: Path) -> None:
