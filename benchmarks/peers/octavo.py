@@ -15,12 +15,19 @@ class Octavo(Peer):
         from octavo_engine.llm import LLM
 
         self._threads = threads
-        dtype = os.environ.get("OCTAVO_BENCH_DTYPE", "auto")
+        kv_cache_dtype = os.environ.get("OCTAVO_BENCH_KV_CACHE_DTYPE", "auto")
         self._llm = LLM(
-            model, num_threads=threads, dtype=dtype, max_model_len=2048, num_kv_blocks=1000, max_num_seqs=64
+            model,
+            num_threads=threads,
+            dtype=os.environ.get("OCTAVO_BENCH_DTYPE", "auto"),
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=2048,
+            num_kv_blocks=1024,  # of 16 tokens: as many tokens as llama.cpp's context
+            max_num_seqs=64,
         )
         info = self._llm.model
-        return {"version": version("octavo"), "format": f"{info.quantization} {info.dtype} {info.backend}"}
+        cache = "" if kv_cache_dtype == "auto" else f", {kv_cache_dtype} cache"
+        return {"version": version("octavo"), "format": f"{info.quantization} {info.dtype}{cache}, {info.backend}"}
 
     def generate(self, prompts: list[Tokens], new_tokens: list[int]) -> list[Tokens]:
         from octavo_engine.sampling_params import SamplingParams
