@@ -18,7 +18,7 @@ REGISTRY ?= ghcr.io/octavo-dev
 TAG ?= 0.1.0
 
 BIN := $(VENV)/bin
-PACKAGES := operator/octavo_operator server/octavo_engine server/octavo_server server/octavo_gateway server/octavo_cli kernels/octavo_kernels
+PACKAGES := operator/octavo_operator server/octavo_batches server/octavo_engine server/octavo_server server/octavo_gateway server/octavo_cli kernels/octavo_kernels
 NATIVE := $(wildcard CMakeLists.txt kernels/octavo_kernels/cpu/src/*)
 
 .PHONY: help demo test test-slow sanitize lint format bench crds chart images clean

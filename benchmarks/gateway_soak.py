@@ -4,7 +4,7 @@ Rounds of whole and streamed answers from a mock replica, every prompt another o
 is read; the slope is fitted over the second half, when caches and the prefix index (here bounded to 20,000 blocks, so
 that it fills early) are warm.
 
-    python benchmarks/gateway_soak.py [--requests 1000000] [--json FILE]
+    python benchmarks/gateway_soak.py [--requests 1000000] [--rate 500] [--json FILE]
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ stringData: {{key: "{hash}"}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200_000)
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second at most; 0: as many as it takes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     replica = start_replica()
     samples: list[tuple[int, float]] = []
     errors, sent, began = 0, 0, time.time()
+    interval_s = CONNECTIONS / options.rate if options.rate else 0.0
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}\n{'requests':>9} {'RSS':>9} {'per second':>11}")
     with tempfile.TemporaryDirectory() as folder:
         tenants = Path(folder) / "tenants.yaml"
@@ -56,7 +58,14 @@ def main() -> None:
         try:
             while sent < options.requests:
                 for events, count in ((0, WHOLE), (1, STREAMED)):
-                    load = Load(gateway.port, CONNECTIONS, count // CONNECTIONS, events=events, unique=True)
+                    load = Load(
+                        gateway.port,
+                        CONNECTIONS,
+                        count // CONNECTIONS,
+                        events=events,
+                        interval_s=interval_s,
+                        unique=True,
+                    )
                     result = measure(load)
                     errors += int(result["errors"])
                     sent += int(result["requests"]) + CONNECTIONS

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from octavo_batches.lines import BatchFileError, BatchRequest, finished_ids, read_request, result
 from octavo_cli.openai_client import open_session
-from octavo_server.batches.lines import BatchFileError, BatchRequest, finished_ids, read_request, result
 
 _RETRIED = (408, 429, 502, 503, 504)
 _LONGEST_WAIT_S = 30.0

@@ -98,6 +98,9 @@ def gateway(
             show_default="SQLite in the ledger's folder",
         ),
     ] = None,
+    batch_folder: Annotated[
+        str | None, typer.Option(help="Folder for tenants' /v1/files and /v1/batches.", show_default="they are off")
+    ] = None,
     admin_port: Annotated[
         int | None,
         typer.Option(help="Port of the admin API; its token is OCTAVO_GATEWAY_ADMIN_TOKEN.", show_default="none"),

@@ -52,6 +52,10 @@ CLOSE_TIMEOUT_S = 5.0
 _NAMES = {"requests": b"requests", "tokens": b"tokens", "input": b"input-tokens", "output": b"output-tokens"}
 
 
+BATCH_KEY = "batch"
+"""What the ledger calls the key of a batch's requests."""
+
+
 @dataclass(slots=True)
 class Charge:
     """One admitted request until it is settled."""
@@ -115,11 +119,11 @@ class Accounts:
             return None
         if not self.directory.known:
             raise NotSyncedError("This gateway is starting; send the request again.", retry_after_s=1.0)
-        given = header(exchange.headers, b"authorization") or b""
-        scheme, _, key = given.decode("latin-1").partition(" ")
-        if scheme.lower() != "bearer":
-            key = (header(exchange.headers, b"x-api-key") or b"").decode("latin-1")
-        identity = self.directory.authenticate(key.strip())
+        if exchange.batch is not None:
+            tenant = self.directory.tenants.get(exchange.batch.tenant)
+            identity = None if tenant is None else Identity(tenant, BATCH_KEY)
+        else:
+            identity = self.directory.authenticate(_key_of(exchange))
         if identity is None:
             raise AuthenticationError
         exchange.tenant, exchange.key_name = identity.tenant.name, identity.key_name
@@ -363,3 +367,11 @@ class Accounts:
 
     def _today(self) -> str:
         return datetime.fromtimestamp(self._wall_clock(), UTC).date().isoformat()
+
+
+def _key_of(exchange: Exchange) -> str:
+    given = header(exchange.headers, b"authorization") or b""
+    scheme, _, key = given.decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer":
+        key = (header(exchange.headers, b"x-api-key") or b"").decode("latin-1")
+    return key.strip()

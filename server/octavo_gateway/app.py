@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
+from octavo_batches.runner import PRIORITY
 from octavo_gateway.access_log import log_exchange
 from octavo_gateway.accounts import Accounts
 from octavo_gateway.asgi import Receive, Scope, Send, header
+from octavo_gateway.batches import BATCH_PATHS, GatewayBatches
 from octavo_gateway.cache_events import CacheFollower
 from octavo_gateway.dispatcher import Dispatcher, Turn
 from octavo_gateway.errors import (
@@ -137,6 +139,7 @@ class Gateway:
             failures = metrics.shared_limit_failures
             accounts.shared = SharedLimiter(settings.redis_url, settings.request_timeout, failures.inc)
         self._background: list[asyncio.Task[None]] = []
+        self.batches = None if settings.batch_folder is None else GatewayBatches(self, settings.batch_folder)
         accounts.collector = UsageCollector(self.pool, clock)
         self._pages = Pages(self)
         self.metrics.watch(registry, self.loads, self.dispatcher.signals, self.dispatcher.tracks)
@@ -189,6 +192,8 @@ class Gateway:
         )
         await self.whole.start()
         self._background = [asyncio.create_task(poller.run()), asyncio.create_task(self.cache_follower.run())]
+        if self.batches is not None:
+            self._background.append(asyncio.create_task(self.batches.run()))
         if self.accounts.ledger is not None:
             self._background.append(asyncio.create_task(self.accounts.follow_ledger(self.registry)))
 
@@ -219,6 +224,8 @@ class Gateway:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        if self.batches is not None:
+            await self.batches.close()
         await self.accounts.close()
         await self.whole.close()
         self.pool.close()
@@ -287,6 +294,8 @@ class Gateway:
         api = APIS.get(exchange.path)
         if api is not None:
             await self._openai(exchange, api)
+        elif exchange.path.startswith(BATCH_PATHS) and self.batches is not None:
+            await self.batches.serve(exchange, self.accounts.authenticate(exchange))
         elif match := OPEN_INFERENCE.fullmatch(exchange.path):
             await self._open_inference(exchange, match[1])
         else:
@@ -319,7 +328,7 @@ class Gateway:
         if stream and self.accounts.counting and exchange.path in TELLS_USAGE_IF_ASKED:
             body, strip = ask_for_usage(body)
         request = Forward(
-            resolved, body, route, _turn(identity, seen), stream, identity,
+            resolved, body, route, _turn(identity, seen, exchange.batch is not None), stream, identity,
             progress=Progress(shows_tokens=seen.shows_tokens), prompt_bytes=len(seen.prompt),
         )  # fmt: skip
         await self._charged(exchange, request, seen, strip)
@@ -336,7 +345,7 @@ class Gateway:
         resolved = self.proxy.resolve(name, identity)
         route = RouteRequest(resolved.entry.name, adapter=resolved.adapter)
         stream = exchange.path.endswith("/generate_stream")
-        request = Forward(resolved, body, route, _turn(identity, None), stream, identity)
+        request = Forward(resolved, body, route, _turn(identity, None, False), stream, identity)
         if exchange.method == "GET":
             await self.proxy.forward(exchange, request)
         else:
@@ -367,9 +376,12 @@ class Gateway:
             log_exchange(exchange, self._clock())
 
 
-def _turn(identity: Identity | None, seen: Inspection | None) -> Turn:
-    """The request's place in the line: weight and priority come from the tenant, never beyond what it may ask."""
+def _turn(identity: Identity | None, seen: Inspection | None, in_batch: bool) -> Turn:
+    """The request's place in the line: weight and priority come from the tenant, never beyond what it may ask; batches
+    come after everybody."""
     cost, asked = (seen.cost, seen.priority) if seen is not None else (1.0, None)
+    if in_batch:
+        asked = PRIORITY
     if identity is None:
         return Turn(cost=cost, priority=max(0, asked or 0))
     tenant = identity.tenant

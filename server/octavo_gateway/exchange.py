@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Callable
 
+from octavo_batches.records import BatchRecord
 from octavo_gateway import headers
 from octavo_gateway.asgi import EVENT_STREAM, JSON, Headers, Message, Receive, Scope, Send, header
 from octavo_gateway.errors import (
@@ -19,6 +21,9 @@ from octavo_gateway.http_protocol import CLIENT, ClientConnection
 from octavo_gateway.progress import Progress
 from octavo_gateway.registry import Endpoint
 from octavo_gateway.tenancy import Identity
+
+BATCH = "octavo.batch"
+"""Key of the `BatchRecord` in the scope of a request that this gateway makes for one of its lines."""
 
 
 class ClientGoneError(Exception):
@@ -54,6 +59,7 @@ class Exchange:
         self.attempts = 0
         self.outcome = ""
         self.identity: Identity | None = None
+        self.batch: BatchRecord | None = scope.get(BATCH)  # whose line this is
         self.on_end: Callable[[], None] | None = None
         self.own_headers: Headers = []  # what every answer of this exchange carries
         self.cause: BaseException | None = None
@@ -99,6 +105,33 @@ class Exchange:
             if size > limit:
                 raise BodyTooLargeError(f"The body is larger than {limit} bytes.")
         return b"".join(parts)
+
+    def bounded_receive(self, limit: int, timeout_s: float) -> Receive:
+        """The body piece by piece, for a parser; raises as `read_body` does."""
+        left, deadline = limit, self._clock() + timeout_s
+        declared = header(self.headers, b"content-length")
+        if declared is not None and (not declared.isdigit() or int(declared) > limit):
+            raise BodyTooLargeError(f"The body is larger than {limit} bytes.")
+
+        async def receive() -> Message:
+            nonlocal left
+            message = await self._next_message(deadline - self._clock())
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise BodyTooLargeError(f"The body is larger than {limit} bytes.")
+            return message
+
+        return receive
+
+    async def discard_body(self, limit: int, timeout_s: float) -> None:
+        """Read some of a body that is refused: a client that is still sending would not hear why."""
+        deadline = self._clock() + timeout_s
+        with contextlib.suppress(RequestTimeoutError, ClientGoneError):
+            while limit > 0:
+                message = await self._next_message(deadline - self._clock())
+                limit -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
     async def _next_message(self, timeout_s: float) -> Message:
         try:

@@ -54,6 +54,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ledger: str | None = None  # folder of the usage ledger; None: nothing is recorded
     ledger_url: str | None = None  # PostgreSQL that keeps the records; the folder is then its spool
     ledger_spool_bytes: int = SPOOL_BYTES  # while the database is away; beyond it new requests are refused
+    batch_folder: str | None = None  # where tenants' files and batches are; None: /v1/files and /v1/batches are off
+    batch_file_bytes: int = 64 * 1024 * 1024
+    batch_tenant_bytes: int = 1024**3  # all files of one tenant
+    batch_retention: float = 30 * 86_400.0  # how long files and ended batches stay
     tls_certificate: str | None = None
     tls_key: str | None = None
     upstream_ca: str | None = None  # PEM file that replicas' certificates must chain to
@@ -78,6 +82,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             ("max_header_bytes", 1_024),
             ("prefix_index_blocks", 1),
             ("ledger_spool_bytes", 65_536),
+            ("batch_file_bytes", 1_024),
+            ("batch_tenant_bytes", 1_024),
+            ("batch_retention", 60),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: must be at least {least}, got {getattr(self, name)}")

@@ -71,7 +71,7 @@ def build_app(replica: Replica, repository: Repository | None = None) -> Request
         request_timeout_s=replica.settings.request_timeout,
     )
     if replica.batches is not None:
-        replica.batches.runner.bind(boundary)
+        replica.batches.bind(boundary)
     return boundary
 
 

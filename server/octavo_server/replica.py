@@ -40,7 +40,7 @@ class Replica:
         self.settings = settings
         self.engine = engine
         self.lifecycle = Lifecycle()
-        self.batches = Batches.open(settings.batch_folder, self.lifecycle)
+        self.batches = Batches(settings.batch_folder, self.lifecycle) if settings.batch_folder is not None else None
         self.text = TextPool()
         self.usage = UsageLog()
         max_loras = settings.max_loras if settings.enable_lora else 0
@@ -112,7 +112,7 @@ class Replica:
     async def close(self, timeout_s: float) -> None:
         """End the engine process and the threads."""
         if self.batches is not None:
-            await self.batches.runner.close()
+            await self.batches.close()
         self.text.close()
         await self.engine.shutdown(timeout_s)
         await asyncio.to_thread(self.telemetry.shutdown)

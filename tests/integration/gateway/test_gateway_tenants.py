@@ -39,6 +39,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+CHAT = "/v1/chat/completions"
 ROUTES = [
     # method, path, body, allowed without a key, status for team-a, status for team-b
     ("GET", "/", None, True, 200, 200),
@@ -60,13 +61,23 @@ ROUTES = [
     ("POST", "/tokenize", {"model": "m", "prompt": "x"}, False, 200, 404),
     ("POST", "/v2/models/m/infer", {"inputs": []}, False, 200, 404),
     ("GET", "/v2/models/m/ready", None, False, 200, 404),
+    ("GET", "/v1/files", None, False, 200, 200),
+    ("POST", "/v1/files", None, False, 400, 400),  # no form
+    ("GET", "/v1/files/file-1", None, False, 404, 404),
+    ("GET", "/v1/files/file-1/content", None, False, 404, 404),
+    ("DELETE", "/v1/files/file-1", None, False, 404, 404),
+    ("GET", "/v1/batches", None, False, 200, 200),
+    ("POST", "/v1/batches", {"input_file_id": "file-1", "endpoint": CHAT, "completion_window": "24h"}, False, 404, 404),
+    ("GET", "/v1/batches/batch-1", None, False, 404, 404),
+    ("POST", "/v1/batches/batch-1/cancel", None, False, 404, 404),
 ]
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda r: f"{r[0]} {r[1]}")
-async def test_every_route_with_no_key_a_wrong_one_and_another_tenants(route: Any) -> None:
+async def test_every_route_with_no_key_a_wrong_one_and_another_tenants(route: Any, tmp_path: Path) -> None:
     method, path, body, public, for_a, for_b = route
-    async with OpenAIReplica().serve() as replica, open_door(entry(replica), directory=DIRECTORY) as door:
+    options = {"directory": DIRECTORY, "batch_folder": str(tmp_path)}
+    async with OpenAIReplica().serve() as replica, open_door(entry(replica), **options) as door:
 
         async def status(headers: dict[str, str]) -> int:
             async with door.http.request(method, door.url + path, json=body, headers=headers) as response:

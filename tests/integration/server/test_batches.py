@@ -79,7 +79,7 @@ async def test_a_batch_goes_on_where_a_killed_server_left_it(tmp_path: Path) -> 
     async with running_server(first, batch_folder=folder) as server:
         batch = await start(server, lines(200))
         await eventually(lambda: sum(first.finished.values()) >= 20, 10)
-    (left,) = (tmp_path / "batches").glob("*.results")
+    (left,) = (tmp_path / "results").glob("*.jsonl")
     done = left.read_text().count("\n")
     left.write_text(left.read_text() + '{"custom_id": "r5')  # as if the process had died in the middle of a line
 
@@ -95,7 +95,7 @@ async def test_a_batch_goes_on_where_a_killed_server_left_it(tmp_path: Path) -> 
 
 
 async def test_a_busy_replica_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo_server.batches.runner._MAX_WAIT_S", 0.02)
+    monkeypatch.setattr("octavo_batches.runner._MAX_WAIT_S", 0.02)
     async with running_server(FakeEngine(max_queued=3, step_s=0.001), batch_folder=str(tmp_path)) as server:
         batch = await ended(server, (await start(server, lines(50))).id)
 
@@ -166,7 +166,7 @@ async def test_files_are_listed_in_pages_and_deleted(tmp_path: Path) -> None:
         assert (len(page.data), page.has_more) == (2, True)
         assert sorted(listed) == sorted(file.id for file in made)
         assert len([file async for file in server.openai.files.list()]) == 4
-        assert len(list((tmp_path / "files").iterdir())) == 8
+        assert len(list((tmp_path / "files").iterdir())) == 4
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "file-..", "%2e%2e%2fbatches", "file-" + "0" * 32, "a" * 5_000])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from octavo_batches.lines import BatchFileError, finished_ids
 from octavo_cli.batch import read_requests
-from octavo_server.batches.lines import BatchFileError, finished_ids
 
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "stream": True}}
 

@@ -11,6 +11,7 @@ import pytest
 
 from fakes.asgi_client import asgi_call
 from fakes.byte_tokenizer import ByteTokenizer
+from fakes.eventually import eventually
 from fakes.fake_engine import FakeEngine
 from octavo_server.app import build_app
 from octavo_server.limits import LIMITS, Limits
@@ -97,8 +98,7 @@ async def test_a_breach_is_refused_and_named(name: str) -> None:
 
 async def test_stored_files_and_open_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = dataclasses.replace(LIMITS, stored_files=2, open_batches=1, batch_lines=3)
-    for module in ("store", "runner"):
-        monkeypatch.setattr(f"octavo_server.batches.{module}.LIMITS", bounds)
+    monkeypatch.setattr("octavo_server.batches.service.LIMITS", bounds)
     settings = ServeSettings(model="fake", batch_folder=str(tmp_path))
     replica = Replica(settings, FakeEngine(step_s=0.2), lambda path: ByteTokenizer())
     await replica.start()
@@ -121,11 +121,13 @@ async def test_stored_files_and_open_batches_are_bounded(tmp_path: Path, monkeyp
     _, too_long = await upload(content)
     _, good = await upload(content.splitlines()[0])
     assert (await upload(b"x"))[0] == 400
-    assert (await start(good["id"]))[0] == 200
+    _, first = await start(good["id"])
     status, refused = await start(good["id"])
     assert (status, refused["error"]["type"]) == (429, "RateLimitError")
-    record = replica.batches.store.open_batches()[0]
-    record.status = "completed"
-    await start(too_long["id"])
-    await replica.batches.runner.close()
+    assert replica.batches is not None
+    api = replica.batches.api
+    await eventually(lambda: api.batch("", first["id"])["status"] == "completed", 10)
+    _, second = await start(too_long["id"])
+    await eventually(lambda: api.batch("", second["id"])["status"] == "failed", 10)
+    assert api.batch("", second["id"])["errors"]["data"][0]["code"] == "too_many_lines"
     await replica.close(1.0)
