@@ -153,7 +153,11 @@ def serve(
     ] = None,
     async_scheduling: Annotated[
         str | None,
-        _option("--async-scheduling", help="Launch steps ahead: auto (on for one GPU), on, off.", panel=_SCHEDULING),
+        _option(
+            "--async-scheduling",
+            help="Launch steps ahead: auto (on for one GPU and stages), on, off.",
+            panel=_SCHEDULING,
+        ),
     ] = None,
     num_speculative_tokens: Annotated[
         int | None,

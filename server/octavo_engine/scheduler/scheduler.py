@@ -196,9 +196,10 @@ class Scheduler:
 
     def reason_to_wait(self) -> WaitReason | None:
         """Why the steps in flight must land before the next one can be scheduled; None if it need not wait."""
-        if self.speculator is not None:
+        speculator, running = self.speculator, self._running.values()
+        if speculator is not None and any(seq.drafted or speculator.length(seq, len(running)) for seq in running):
             return WaitReason.SPECULATION
-        growing = sum(1 for seq in self._running.values() if self._grows(seq))
+        growing = sum(1 for seq in running if self._grows(seq))
         return WaitReason.PREEMPTION if growing > self.blocks.pool.num_free else None
 
     def launched(self, batch: Batch) -> None:
@@ -223,7 +224,7 @@ class Scheduler:
     def _num_guesses(self, seq: Sequence, num_drafting: int) -> int:
         """How many tokens to guess ahead for a decoding sequence, within the budget that is spare."""
         speculator = self.speculator
-        if speculator is None:
+        if speculator is None or seq.num_pending:
             return 0
         spare = (self.limits.max_num_batched_tokens - self.limits.max_num_seqs) // 2
         fits = (num_drafting + 1) * speculator.max_tokens <= spare

@@ -38,21 +38,24 @@ class Speculator:
         self._prior = FIRST_ACCEPTANCE
 
     def count(self, seq: Sequence, num_running: int) -> int:
-        """How many tokens to guess after the last one; 0 when that does not pay or the sequence cannot be verified.
+        """How many tokens to guess after the last one, see `length`; what does not pay is tried again later."""
+        if seq.draft is None:
+            seq.draft = Draft(self._prior)
+        count = self.length(seq, num_running)
+        if not count:
+            seq.draft.acceptance += _RECOVERY * (0.5 - seq.draft.acceptance)
+        return count
+
+    def length(self, seq: Sequence, num_running: int) -> int:
+        """The longest guess after the last token that pays; 0 when none does or the sequence cannot be verified.
 
         Sequences whose next logits depend on the tokens before them (penalties, bad words, grammars) are left alone.
         """
         if seq.sampler.has_processors or self.proposer.unavailable:
             return 0
-        state = seq.draft
-        if state is None:
-            state = seq.draft = Draft(self._prior)
-        room = seq.max_length - len(seq.tokens) - 1
-        count = min(room, self.max_tokens, self._paying_length(state.acceptance, num_running))
-        if count < 1:
-            state.acceptance += _RECOVERY * (0.5 - state.acceptance)
-            return 0
-        return count
+        acceptance = self._prior if seq.draft is None else seq.draft.acceptance
+        room = seq.max_length - seq.length - 1
+        return max(0, min(room, self.max_tokens, self._paying_length(acceptance, num_running)))
 
     def propose(self, wanted: Items[tuple[Sequence, int]]) -> list[list[int]]:
         """Guesses for each sequence, at most as many as wanted."""
