@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +18,10 @@ from octavo_engine.engine import EngineCore
 from octavo_engine.errors import InvalidRequestError, QueueFullError
 from octavo_engine.lora.adapter import Adapter
 from octavo_engine.messages import AddRequest, FinishReason
+from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.sampling_params import SamplingParams
-from octavo_engine.scheduler.sequence import Sequence, SequenceState
+from octavo_engine.scheduler.sequence import Sequence as Seq
+from octavo_engine.scheduler.sequence import SequenceState
 from octavo_engine.stepping.device_queue import CallerQueue, ThreadQueue
 
 # Few distinct tokens and a common start: prefixes are shared often.
@@ -37,7 +41,9 @@ ADD = st.tuples(
     st.sampled_from(["", "", "", "a", "b", "c"]),
 )
 # Steps one after the other; ahead on a thread, as for a CPU; ahead by calls that return at once, as for a GPU.
-QUEUES = {"off": CallerQueue, "thread": ThreadQueue, "caller": CallerQueue}
+# Over three stages, each with a step of its own sequences.
+QUEUES = {"off": CallerQueue, "thread": ThreadQueue, "caller": CallerQueue, "stages": CallerQueue}
+NUM_IN_FLIGHT = {"off": 0, "thread": 1, "caller": 1, "stages": 2}
 ADAPTERS = ("a", "b", "c")
 ACTIONS = st.lists(
     st.one_of(
@@ -50,6 +56,16 @@ ACTIONS = st.lists(
     ),
     max_size=40,
 )
+
+
+class StagedRunner(FakeRunner):
+    """The first of three stages."""
+
+    num_stages = 3
+
+    def begin(self, slices: Sequence[SequenceSlice]) -> Callable[[], torch.Tensor]:
+        logits = self.forward(slices)
+        return lambda: logits
 
 
 @dataclass
@@ -70,7 +86,7 @@ class World:
     reasons: dict[str, FinishReason] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.runner = FakeRunner(
+        self.runner = (StagedRunner if self.ahead == "stages" else FakeRunner)(
             num_blocks=self.num_blocks, block_size=4, max_model_len=64, num_host_blocks=self.num_host_blocks
         )
         config = EngineConfig(
@@ -155,7 +171,8 @@ class World:
         for seq in deciding:
             length, computed = before[seq.request_id]
             if seq.state is SequenceState.RUNNING and length - computed == 1 and not seq.num_preemptions:
-                assert seq.length > length or seq.drafted, "a decoding sequence got no token"
+                got_token = seq.length > length or seq.drafted or self.ahead == "stages"
+                assert got_token, "a decoding sequence got no token"
         self.check_blocks()
 
     def check_blocks(self) -> None:
@@ -177,10 +194,10 @@ class World:
                 assert contents.setdefault(block, content) == content
                 assert pool.key_of(block) is None or (index + 1) * 4 <= seq.num_computed, "published before computed"
 
-    def ended_in_flight(self) -> list[Sequence]:
+    def ended_in_flight(self) -> list[Seq]:
         """Sequences that ended while a step that writes their blocks is in flight."""
         steps = self.core._steps._in_flight
-        assert len(steps) <= (self.ahead != "off"), "too many steps in flight"
+        assert len(steps) <= NUM_IN_FLIGHT[self.ahead], "too many steps in flight"
         return [seq for step in steps for seq in step.scheduled.sequences if seq.state is SequenceState.FINISHED]
 
     def check_host(self) -> None:
@@ -196,7 +213,7 @@ class World:
 
     def run_to_idle(self) -> None:
         longest = 64 + 12
-        for _ in range(longest * (len(self.prompts) + 1)):
+        for _ in range(longest * (len(self.prompts) + 1) * (1 + NUM_IN_FLIGHT[self.ahead])):
             if not self.core.has_work:
                 return
             self.step()
