@@ -49,9 +49,12 @@ def _greedy(checkpoint: Path, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("busy", [True, False])
-async def test_a_killed_rank_takes_the_engine_down_and_health_says_so(busy: bool, checkpoint: Path) -> None:
-    client = EngineProcessClient(EngineConfig(model=str(checkpoint), tensor_parallel_size=2, **SETTINGS))
+@pytest.mark.parametrize(
+    ("busy", "split"),
+    [(True, "tensor_parallel_size"), (False, "tensor_parallel_size"), (True, "pipeline_parallel_size")],
+)
+async def test_a_killed_rank_takes_the_engine_down_and_health_says_so(busy: bool, split: str, checkpoint: Path) -> None:
+    client = EngineProcessClient(EngineConfig(model=str(checkpoint), **{split: 2}, **SETTINGS))
     await client.start()
     try:
         assert client.pid is not None
