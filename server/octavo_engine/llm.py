@@ -10,7 +10,7 @@ import msgspec
 from octavo_engine.beam_search import Beam, BeamSearchParams, NextTokens, search
 from octavo_engine.config import EngineConfig
 from octavo_engine.detokenizer import IncrementalDetokenizer
-from octavo_engine.errors import ConfigError, InvalidRequestError, RequestFailedError
+from octavo_engine.errors import InvalidRequestError, RequestFailedError
 from octavo_engine.messages import (
     AddRequest,
     EmbedRequest,
@@ -21,6 +21,7 @@ from octavo_engine.messages import (
     SequenceOutput,
     TokenLogprobs,
 )
+from octavo_engine.offline import OfflineEngine, OneEngine
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.startup import LoadRunner, build_engine
 from octavo_engine.tokenizer.interface import Tokenizer
@@ -54,10 +55,11 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LLM:
-    """An engine in this process, for scripts, notebooks and tests.
+    """An engine in this process, for scripts, notebooks and tests; `data_parallel_size` of them in child processes.
 
     Settings are those of `EngineConfig`, given by name: `LLM("hf://org/model", dtype="float32")`. Prompts of one call
-    run together, batched by the same scheduler that serves requests. Raises `ConfigError` and `ModelLoadError`.
+    run together, batched by the same scheduler that serves requests. Child processes end with `close`, at the end of a
+    `with` block, or with this process. Raises `ConfigError` and `ModelLoadError`.
     """
 
     def __init__(
@@ -70,19 +72,27 @@ class LLM:
         **settings: Any,
     ) -> None:
         self.config = EngineConfig(model=model, **settings)
-        if self.config.data_parallel_size > 1:
-            raise ConfigError("data_parallel_size: `LLM` is one engine; make several, or use octavo serve")
-        self._core = build_engine(self.config, on_progress or _ignore_progress, load)
+        self._engine = _engine(self.config, on_progress or _ignore_progress, load)
         self._tokenizer = tokenizer
         self._num_requests = 0
 
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engines that run in child processes; nothing can be asked of them afterwards."""
+        self._engine.close()
+
     @property
     def model(self) -> ModelInfo:
-        return self._core.model
+        return self._engine.model
 
     @property
     def stats(self) -> EngineStats:
-        return self._core.stats()
+        return self._engine.stats()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -136,13 +146,16 @@ class LLM:
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
         """Pool each text into a vector; raises `RequestFailedError` for one that cannot be computed."""
         names = []
-        for item in _prompt_list(prompts):
-            name = self._next_name()
-            names.append(name)
-            self._core.add_embedding(EmbedRequest(request_id=name, prompt_token_ids=self._encode(item)))
         found: dict[str, SequenceOutput] = {}
-        while self._core.has_work:
-            found.update((output.request_id, output) for output in self._core.step().outputs)
+        try:
+            for item in _prompt_list(prompts):
+                name = self._next_name()
+                names.append(name)
+                self._engine.add_embedding(EmbedRequest(request_id=name, prompt_token_ids=self._encode(item)))
+            while self._engine.has_work:
+                found.update((output.request_id, output) for output in self._engine.step())
+        finally:
+            self._engine.abort([name for name in names if name not in found])
         vectors = []
         for name in names:
             if found[name].embedding is None:
@@ -156,7 +169,7 @@ class LLM:
         results = []
         for item in _prompt_list(prompts):
             collector = self._collector(item, SamplingParams())
-            self._core.check_prompt(collector.prompt_token_ids, room=params.max_tokens)
+            self._engine.check_prompt(collector.prompt_token_ids, room=params.max_tokens)
             beams = search(self._extender(collector.prompt_token_ids, params), params, self._eos())
             outputs = [
                 Completion(
@@ -193,7 +206,7 @@ class LLM:
     def _collector(self, prompt: Prompt, sampling: SamplingParams, adapter: str = "") -> _Collector:
         sampling.validate(self.model.vocab_size)
         token_ids = self._encode(prompt)
-        self._core.check_prompt(token_ids)
+        self._engine.check_prompt(token_ids)
         return _Collector(prompt if isinstance(prompt, str) else None, token_ids, sampling, adapter)
 
     def _run(
@@ -203,28 +216,24 @@ class LLM:
         queued = [(collector, index) for collector in collectors for index in range(collector.sampling.n)]
         queued.reverse()
         try:
-            while queued or self._core.has_work:
+            while queued or self._engine.has_work:
                 self._feed(queued, owners)
-                for output in self._core.step().outputs:
+                for output in self._engine.step():
                     owner = owners.get(output.request_id)
                     if owner is not None and self._take(*owner, output) and on_output is not None:
                         on_output(owner[0].result())
         finally:
-            self._core.abort([name for name, (_, seq) in owners.items() if seq.completion is None])
+            self._engine.abort([name for name, (_, seq) in owners.items() if seq.completion is None])
         return [collector.result() for collector in collectors]
 
     def _feed(self, queued: list[tuple[_Collector, int]], owners: dict[str, tuple[_Collector, _Sequence]]) -> None:
-        """Keep the scheduler's queue filled without running into its bound."""
-        while queued and self._core.scheduler.num_waiting < min(self.config.max_queued_requests, 256):
-            waiting_tokens = self._core.scheduler.num_waiting_tokens + len(queued[-1][0].prompt_token_ids)
-            if self._core.scheduler.num_waiting and waiting_tokens > self.config.max_queued_tokens:
-                return
+        while queued and self._engine.can_take(len(queued[-1][0].prompt_token_ids)):
             collector, index = queued.pop()
             name = self._next_name()
             sampling = collector.sampling
             if sampling.seed is not None and index:
                 sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
-            self._core.add(
+            self._engine.add(
                 AddRequest(
                     request_id=name,
                     prompt_token_ids=collector.prompt_token_ids,
@@ -239,7 +248,7 @@ class LLM:
         if seq.completion is not None:
             return False
         if seq.take(output):
-            self._core.abort([seq.name])
+            self._engine.abort([seq.name])
         if output.prompt_logprobs is not None and collector.prompt_logprobs is None:
             collector.prompt_logprobs = output.prompt_logprobs
         return collector.is_done
@@ -319,6 +328,16 @@ class _Collector:
             outputs=[seq.completion for seq in self._sequences if seq.completion is not None],
             prompt_logprobs=self.prompt_logprobs,
         )
+
+
+def _engine(
+    config: EngineConfig, on_progress: Callable[[LoadProgress], None], load: LoadRunner | None
+) -> OfflineEngine:
+    if config.data_parallel_size == 1:
+        return OneEngine(build_engine(config, on_progress, load), config)
+    from octavo_engine.process.offline import OfflineEngines
+
+    return OfflineEngines(config, on_progress, load)
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
