@@ -131,10 +131,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{field}: must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
 
     def _validate_lora(self) -> None:
-        if self.enable_lora and self.num_ranks > 1:
-            raise ConfigError(
-                "enable_lora: adapters need a model that is whole on one device; use data_parallel_size for more"
-            )
         if not self.enable_lora:
             for field in ("lora_modules", "lora_root"):
                 if getattr(self, field):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.lora.adapter import Adapter, AdapterTarget
 from octavo_engine.models.decoder import Decoder, Layer
 from octavo_engine.models.interface import Model
-from octavo_engine.parallel.sections import Rows, as_rows, held_size
+from octavo_engine.parallel.sections import Rows, Section, as_rows, held_size, stored_size, whole
 from octavo_kernels import ops
 
 NO_ADAPTER = -1
@@ -47,9 +46,11 @@ class ActiveSlots:
 class AdapterStack:
     """One projection's matrices of all slots. down: [slots, max_rank, in_features]; up: [slots, out_features,
     max_rank]; scales: [slots] float32. They change outputs `first .. first + out_features - 1` of a fused projection.
-    A smaller rank fills up with zeros."""
+    A smaller rank fills up with zeros. rows, inputs: which of the projection's outputs and inputs this rank holds."""
 
     first: int
+    rows: Rows
+    inputs: Section
     down: torch.Tensor
     up: torch.Tensor
     scales: torch.Tensor
@@ -62,26 +63,42 @@ class AdapterStack:
         self.scales[slot] = 0.0 if change is None else change.scale
         if change is not None:
             rank = change.down.shape[0]
-            self.down[slot, :rank].copy_(change.down)
-            self.up[slot, :, :rank].copy_(change.up)
+            self.down[slot, :rank].copy_(change.down[:, self.inputs.start : self.inputs.stop])
+            parts = torch.split(change.up, [section.size for section in self.rows])
+            held = [part[rows.start : rows.stop] for part, rows in zip(parts, self.rows, strict=True)]
+            self.up[slot, :, :rank].copy_(torch.cat(held))
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedLinear(Linear):
-    """A projection, quantized or not, plus what the adapters of its tokens add."""
+    """A projection, quantized or not, plus what the adapters of its tokens add.
+
+    Where ranks hold parts of the inputs, each adds what its part gives, so that one sum covers both.
+    """
 
     stacks: tuple[AdapterStack, ...] = ()
     active: ActiveSlots | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = Linear.__call__(self, x)
         if self.active is None:
-            return out
+            return Linear.__call__(self, x)
+        out = Linear.__call__(self, x) if self.reduce is None else ops.linear(x, self.weight)
         slots = self.active.first(x.shape[0])
         for stack in self.stacks:
             part = out[:, stack.first : stack.first + stack.up.shape[1]]
             ops.add_lora(part, x, stack.down, stack.up, slots, stack.scales)
-        return out
+        if self.reduce is None:
+            return out
+        out = self.reduce(out)
+        return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A projection, fused or not, that adapters may change: this rank's rows by module, and its inputs."""
+
+    outputs: dict[str, Rows]
+    inputs: Section
 
 
 class AdaptedModel:
@@ -101,7 +118,14 @@ class AdaptedModel:
         self._dtype = dtype
         self.active = ActiveSlots(max_num_tokens, self._device)
         self.model = copy.copy(base)
-        self.model.layers = tuple(self._adapted(base, index, layer) for index, layer in enumerate(base.layers))
+        for index in range(base.config.num_layers):
+            for place in _places(base, index).values():
+                for module, rows in place.outputs.items():
+                    self.targets[module] = AdapterTarget(place.inputs.size, stored_size(rows))
+        held = base.rank.layers(base.config.num_layers)
+        self.model.layers = tuple(
+            self._adapted(base, layer, _places(base, index)) for index, layer in zip(held, base.layers, strict=True)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,47 +141,60 @@ class AdaptedModel:
         for module, stack in self._stacks.items():
             stack.place(slot, adapter, module)
 
-    def _adapted(self, base: Decoder, index: int, layer: Layer) -> Layer:
-        prefix = f"model.layers.{index}"
+    def _adapted(self, base: Decoder, layer: Layer, places: dict[str, _Place]) -> Layer:
         attention = getattr(layer, "attention", None)
         if not isinstance(attention, Attention) or not dataclasses.is_dataclass(layer) or isinstance(layer, type):
             raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
         if not isinstance(attention.qkv, Linear):
             raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
-        config = base.config
-        attended = config.num_heads * config.head_dim
         changed: dict[str, Any] = {
             "attention": dataclasses.replace(
                 attention,
-                qkv=self._linear(attention.qkv, base.qkv_outputs(f"{prefix}.self_attn"), config.hidden_size),
-                output=self._linear(attention.output, {f"{prefix}.self_attn.o_proj": config.hidden_size}, attended),
+                qkv=self._linear(attention.qkv, places["qkv"]),
+                output=self._linear(attention.output, places["output"]),
             )
         }
         mlp = getattr(layer, "mlp", None)
-        if isinstance(mlp, GatedMLP):  # experts of a mixture have no adapters
-            name = f"{prefix}.{base.mlp_name}"
-            down = {f"{name}.down_proj": config.hidden_size}
+        if isinstance(mlp, GatedMLP):
             changed["mlp"] = dataclasses.replace(
                 mlp,
-                gate_up=self._linear(mlp.gate_up, base.gate_up_outputs(name), config.hidden_size),
-                down=self._linear(mlp.down, down, config.intermediate_size),
+                gate_up=self._linear(mlp.gate_up, places["gate_up"]),
+                down=self._linear(mlp.down, places["down"]),
             )
         return dataclasses.replace(layer, **changed)
 
-    def _linear(self, base: Linear, outputs: Mapping[str, int | Rows], in_features: int) -> AdaptedLinear:
+    def _linear(self, base: Linear, place: _Place) -> AdaptedLinear:
         """`base` with a stack for each of the projections it fuses."""
         max_loras, max_rank = self._shape
         stacks = []
         first = 0
-        for module, rows in outputs.items():
-            out_features = held_size(as_rows(rows))
-            self.targets[module] = AdapterTarget(in_features, out_features)
+        for module, rows in place.outputs.items():
+            out_features, in_features = held_size(rows), place.inputs.length
             stack = self._stacks[module] = AdapterStack(
                 first,
+                rows,
+                place.inputs,
                 torch.zeros((max_loras, max_rank, in_features), dtype=self._dtype, device=self._device),
                 torch.zeros((max_loras, out_features, max_rank), dtype=self._dtype, device=self._device),
                 torch.zeros(max_loras, dtype=torch.float32, device=self._device),
             )
             stacks.append(stack)
             first += out_features
-        return AdaptedLinear(base.parts, base.bias, stacks=tuple(stacks), active=self.active)
+        return AdaptedLinear(base.parts, base.bias, base.reduce, stacks=tuple(stacks), active=self.active)
+
+
+def _places(base: Decoder, index: int) -> dict[str, _Place]:
+    """What adapters may change in a layer, also in one that another stage holds. Experts have no adapters."""
+    config, rank = base.config, base.rank
+    prefix, hidden = f"model.layers.{index}", whole(config.hidden_size)
+    queries, _ = rank.heads(config.num_heads, config.num_kv_heads)
+    places = {
+        "qkv": _Place(base.qkv_outputs(f"{prefix}.self_attn"), hidden),
+        "output": _Place({f"{prefix}.self_attn.o_proj": as_rows(config.hidden_size)}, queries * config.head_dim),
+    }
+    if config.layers[index].moe is None:
+        name = f"{prefix}.{base.mlp_name}"
+        places["gate_up"] = _Place(base.gate_up_outputs(name), hidden)
+        down = {f"{name}.down_proj": as_rows(config.hidden_size)}
+        places["down"] = _Place(down, rank.share(config.intermediate_size))
+    return places

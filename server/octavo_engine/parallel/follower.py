@@ -16,7 +16,7 @@ from octavo_engine.parallel.control import receive_order
 from octavo_engine.parallel.host import RankHost, read_nodes
 from octavo_engine.parallel.joining import announce, join, open_store, report_failure
 from octavo_engine.parallel.processes import RankJob
-from octavo_engine.parallel.steps import Order, decode_lists, decode_slices, decode_transfer
+from octavo_engine.parallel.steps import Order, decode_adapter, decode_lists, decode_slices, decode_transfer
 from octavo_engine.process.parent import die_with_parent
 from octavo_engine.runner.torch_runner import TorchModelRunner
 
@@ -70,6 +70,8 @@ def follow(runner: TorchModelRunner, host: RankHost) -> None:
                 runner.copy_blocks([(source, target) for source, target in decode_lists(numbers)])
             case Order.TO_HOST | Order.TO_DEVICE:
                 runner.move_blocks(decode_transfer(order, numbers))
+            case Order.PLACE_ADAPTER:
+                runner.place_adapter(*decode_adapter(numbers))
             case Order.HEARTBEAT:
                 host.control.minimum(0)
 

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import ConfigError, EngineDeadError, ModelLoadError
+from octavo_engine.errors import ConfigError, EngineDeadError
 from octavo_engine.kv.transfers import Transfer
 from octavo_engine.loader.load import Phases, load_rank
 from octavo_engine.lora.adapter import Adapter
@@ -24,7 +24,7 @@ from octavo_engine.parallel.control import send_order
 from octavo_engine.parallel.host import RankHost, read_nodes
 from octavo_engine.parallel.joining import failure, join, open_store, wait_for_ranks
 from octavo_engine.parallel.processes import RankProcesses
-from octavo_engine.parallel.steps import Numbers, Order, encode_lists, encode_slices, encode_transfer
+from octavo_engine.parallel.steps import Numbers, Order, encode_adapter, encode_lists, encode_slices, encode_transfer
 from octavo_engine.runner.batch_builder import check_slices
 from octavo_engine.runner.interface import SequenceSlice, with_sampled
 from octavo_engine.runner.machine import usable_cpus
@@ -135,10 +135,11 @@ class ParallelRunner:
         self._together(*encode_transfer(transfer), lambda: self._runner.move_blocks(transfer))
 
     def read_adapter(self, name: str, path: Path, max_rank: int) -> Adapter:
-        raise ModelLoadError(f"{path}: adapters need a model that is whole on one device")
+        return self._runner.read_adapter(name, path, max_rank)
 
     def place_adapter(self, slot: int, adapter: Adapter) -> None:
-        raise ModelLoadError(f"{adapter.path}: adapters need a model that is whole on one device")
+        numbers = encode_adapter(slot, adapter)
+        self._together(Order.PLACE_ADAPTER, numbers, lambda: self._runner.place_adapter(slot, adapter))
 
     def heartbeat(self) -> None:
         self._together(Order.HEARTBEAT, None, lambda: self._host.control.minimum(0))

@@ -63,8 +63,3 @@ def test_an_adapter_is_there_when_every_engine_has_it() -> None:
     two = EngineStats(adapters=[AdapterStats(name="a", num_running=1, is_resident=True)])
 
     assert merge_stats([one, two]).adapters == [AdapterStats(name="a", num_running=3, is_resident=True)]
-
-
-def test_adapters_need_a_whole_model() -> None:
-    with pytest.raises(ConfigError, match="enable_lora: adapters need a model that is whole"):
-        EngineConfig(model="m", enable_lora=True, tensor_parallel_size=2).validate()
