@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.triton.environment import LOG2E, NO_QUANT, dot, tanh
-from octavo_kernels.triton.unpack import even_bytes, odd_bytes
+from octavo_kernels.triton.unpack import bytes_of
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def attend_tile(
         step = scale
     else:
         places = scale_offsets(table_ptr, n, inside, num_blocks, scale_block_stride, BLOCK_SIZE)
-        scores = dot(q, even_bytes(k, QUANT, q.dtype), scores)
-        scores = dot(q_odd, odd_bytes(k, QUANT, q.dtype), scores)
+        scores = dot(q, bytes_of(k, False, QUANT, q.dtype), scores)
+        scores = dot(q_odd, bytes_of(k, True, QUANT, q.dtype), scores)
         scores *= (tl.load(key_scale_ptr + places, mask=inside, other=0.0) * scale)[None, :]
         step = 1.0
     if SOFT_CAP:
@@ -110,8 +110,8 @@ def attend_tile(
         acc = dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
     else:
         weights *= (tl.load(value_scale_ptr + places, mask=inside, other=0.0) * WEIGHT_BOOST)[None, :]
-        acc = dot(weights.to(q.dtype), even_bytes(v, QUANT, q.dtype), acc * shrink[:, None])
-        acc_odd = dot(weights.to(q.dtype), odd_bytes(v, QUANT, q.dtype), acc_odd * shrink[:, None])
+        acc = dot(weights.to(q.dtype), bytes_of(v, False, QUANT, q.dtype), acc * shrink[:, None])
+        acc_odd = dot(weights.to(q.dtype), bytes_of(v, True, QUANT, q.dtype), acc_odd * shrink[:, None])
     return new_max, row_sum, acc, acc_odd
 
 

@@ -46,35 +46,27 @@ _INT8_EVEN_FP16, _INT8_ODD_FP16 = _int8_pair(False, False), _int8_pair(True, Fal
 
 
 @triton.jit
-def even_bytes(pairs, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """The low bytes of int16 `pairs` (int8 or float8_e4m3fn) as DTYPE. Float8 is scaled down: see FP8_IN_BF16 for
-    bfloat16 and FP8_IN_FP16 for every other type."""
+def bytes_of(pairs, ODD: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """The low (ODD: the high) bytes of int16 `pairs` (int8 or float8_e4m3fn) as DTYPE. Float8 is scaled down: see
+    FP8_IN_BF16 for bfloat16 and FP8_IN_FP16 for every other type."""
     if INTERPRETED_KERNELS or DTYPE == tl.float32:
-        found = _byte(pairs << 8, KIND).to(DTYPE)
+        found = _byte(pairs if ODD else pairs << 8, KIND).to(DTYPE)
     elif DTYPE == tl.bfloat16 and KIND == INT8:
-        found = tl.inline_asm_elementwise(_INT8_EVEN_BF16, "=r,r", [pairs], tl.bfloat16, True, 2)
+        found = tl.inline_asm_elementwise(
+            _INT8_ODD_BF16 if ODD else _INT8_EVEN_BF16, "=r,r", [pairs], tl.bfloat16, True, 2
+        )
     elif DTYPE == tl.bfloat16:
-        found = tl.inline_asm_elementwise(_FP8_EVEN_BF16, "=r,r", [pairs], tl.bfloat16, True, 2)
+        found = tl.inline_asm_elementwise(
+            _FP8_ODD_BF16 if ODD else _FP8_EVEN_BF16, "=r,r", [pairs], tl.bfloat16, True, 2
+        )
     elif KIND == INT8:
-        found = tl.inline_asm_elementwise(_INT8_EVEN_FP16, "=r,r", [pairs], tl.float16, True, 2)
+        found = tl.inline_asm_elementwise(
+            _INT8_ODD_FP16 if ODD else _INT8_EVEN_FP16, "=r,r", [pairs], tl.float16, True, 2
+        )
     else:
-        found = tl.inline_asm_elementwise(_FP8_EVEN_FP16, "=r,r", [pairs], tl.float16, True, 2)
-    return found
-
-
-@triton.jit
-def odd_bytes(pairs, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """The high bytes: see `even_bytes`."""
-    if INTERPRETED_KERNELS or DTYPE == tl.float32:
-        found = _byte(pairs, KIND).to(DTYPE)
-    elif DTYPE == tl.bfloat16 and KIND == INT8:
-        found = tl.inline_asm_elementwise(_INT8_ODD_BF16, "=r,r", [pairs], tl.bfloat16, True, 2)
-    elif DTYPE == tl.bfloat16:
-        found = tl.inline_asm_elementwise(_FP8_ODD_BF16, "=r,r", [pairs], tl.bfloat16, True, 2)
-    elif KIND == INT8:
-        found = tl.inline_asm_elementwise(_INT8_ODD_FP16, "=r,r", [pairs], tl.float16, True, 2)
-    else:
-        found = tl.inline_asm_elementwise(_FP8_ODD_FP16, "=r,r", [pairs], tl.float16, True, 2)
+        found = tl.inline_asm_elementwise(
+            _FP8_ODD_FP16 if ODD else _FP8_EVEN_FP16, "=r,r", [pairs], tl.float16, True, 2
+        )
     return found
 
 

@@ -14,27 +14,19 @@ from starlette.responses import Response
 from octavo_server.caller import caller_of
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
-from octavo_server.openai.embeddings import EmbeddingUsage
-from octavo_server.openai.ranking import Truncation
-from octavo_server.openai.refused_fields import HINTS
-from octavo_server.openai.request_types import ModelName, TokenId
+from octavo_server.openai import pooled
+from octavo_server.openai.request_types import TokenId
 from octavo_server.openai.texts import text_inputs
-from octavo_server.parsing import Refused, parse
+from octavo_server.parsing import Refused
 from octavo_server.replica import Replica
 
-_REFUSED = {
-    "messages": Refused("not supported; send texts in input"),
-    "priority": Refused("texts run in order of arrival", off=("0",)),
-    "use_activation": Refused("the checkpoint decides on the activation", off=("true",)),
-}
+_REFUSED = {**pooled.REFUSED, "messages": Refused("not supported; send texts in input")}
 
 
-class ClassificationRequest(Struct, frozen=True, kw_only=True):
+class ClassificationRequest(pooled.PooledRequest, frozen=True, kw_only=True):
     """Texts or token ids, as for embeddings."""
 
     input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
-    model: ModelName | None = None
-    truncate_prompt_tokens: Truncation = None
     add_special_tokens: bool | None = None
 
 
@@ -55,7 +47,7 @@ class ClassificationResponse(Struct, frozen=True, kw_only=True):
     created: int
     model: str
     data: list[Classification]
-    usage: EmbeddingUsage
+    usage: pooled.Usage
 
 
 def router(replica: Replica) -> APIRouter:
@@ -66,12 +58,9 @@ def router(replica: Replica) -> APIRouter:
     @routes.post("/v1/classify")
     async def classify(http: Request) -> Response:
         """Tell which label fits each text."""
-        served = replica.served
-        parsed = parse(await http.body(), ClassificationRequest, _REFUSED, HINTS)
-        replica.metrics.ignored_fields(len(parsed.unknown_fields))
-        request = parsed.request
-        model = served.check_name(request.model)
-        served.require_task("classify", "/classify")
+        request, model = await pooled.read_request(
+            http, replica, ClassificationRequest, _REFUSED, "classify", "/classify"
+        )
         found = await replica.embedder.embed_texts(
             text_inputs(request.input, "input", LIMITS.embed_inputs),
             caller_of(http),
@@ -79,19 +68,18 @@ def router(replica: Replica) -> APIRouter:
             truncate=request.truncate_prompt_tokens,
             add_special_tokens=request.add_special_tokens is not False,
         )
-        labels = served.info.labels
+        labels = replica.served.info.labels
         data = [
             Classification(index, labels[item.values.index(max(item.values))], item.values, len(labels))
             for index, item in enumerate(found)
         ]
-        num_tokens = sum(item.num_tokens for item in found)
         return JsonResponse(
             ClassificationResponse(
                 id=f"classify-{uuid.uuid4().hex}",
                 created=int(time.time()),
                 model=model,
                 data=data,
-                usage=EmbeddingUsage(num_tokens, num_tokens),
+                usage=pooled.usage_of(found),
             )
         )
 

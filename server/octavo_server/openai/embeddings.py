@@ -16,21 +16,19 @@ from octavo_server.caller import caller_of
 from octavo_server.errors import bad_request
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
-from octavo_server.openai.refused_fields import HINTS
-from octavo_server.openai.request_types import ModelName, TokenId
+from octavo_server.openai import pooled
+from octavo_server.openai.request_types import TokenId
 from octavo_server.openai.texts import text_inputs
-from octavo_server.parsing import Refused, parse
+from octavo_server.parsing import Refused
 from octavo_server.replica import Replica
 
 
-class EmbeddingRequest(Struct, frozen=True, kw_only=True):
+class EmbeddingRequest(pooled.PooledRequest, frozen=True, kw_only=True):
     """`dimensions` keeps the first so many (Matryoshka), renormalized; base64 is little-endian float32."""
 
     input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
-    model: ModelName | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=65_536)] | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None = None
     add_special_tokens: bool | None = None
     embed_dtype: Literal["float32"] | None = None
     endianness: Literal["little"] | None = None
@@ -44,29 +42,20 @@ class Embedding(Struct, frozen=True):
     object: Literal["embedding"] = "embedding"
 
 
-class EmbeddingUsage(Struct, frozen=True):
-    """Tokens of all texts."""
-
-    prompt_tokens: int
-    total_tokens: int
-    completion_tokens: int = 0
-
-
 class EmbeddingResponse(Struct, frozen=True, kw_only=True):
     """The vectors, in the order of the texts."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: EmbeddingUsage
+    usage: pooled.Usage
 
 
 REFUSED = {
+    **pooled.REFUSED,
     "messages": Refused("not supported; send texts in input"),
-    "priority": Refused("embeddings run in order of arrival; whatever their priority", off=("0",)),
     "request_id": Refused("not supported; use the header X-Request-Id"),
     "truncation_side": Refused("texts are cut at their end", off=('"right"',)),
-    "use_activation": Refused("the checkpoint decides on normalization", off=("true",)),
 }
 
 
@@ -78,11 +67,7 @@ def router(replica: Replica) -> APIRouter:
     async def embeddings(http: Request) -> Response:
         """Turn one or more texts into vectors."""
         served = replica.served
-        parsed = parse(await http.body(), EmbeddingRequest, REFUSED, HINTS)
-        replica.metrics.ignored_fields(len(parsed.unknown_fields))
-        request = parsed.request
-        model = served.check_name(request.model)
-        served.require_task("embed", "/v1/embeddings")
+        request, model = await pooled.read_request(http, replica, EmbeddingRequest, REFUSED, "embed", "/v1/embeddings")
         _check_dimensions(request.dimensions, served.info.hidden_size)
         vectors = await replica.embedder.embed_texts(
             text_inputs(request.input, "input", LIMITS.embed_inputs),
@@ -91,13 +76,13 @@ def router(replica: Replica) -> APIRouter:
             truncate=request.truncate_prompt_tokens,
             add_special_tokens=request.add_special_tokens is not False,
         )
-        num_tokens = sum(vector.num_tokens for vector in vectors)
-        http.scope["state"]["log_fields"] = {"model": model, "prompt_tokens": num_tokens}
+        usage = pooled.usage_of(vectors)
+        http.scope["state"]["log_fields"] = {"model": model, "prompt_tokens": usage.prompt_tokens}
         data = [
             Embedding(index, _encoded(_cut(vector.values, request.dimensions), request.encoding_format))
             for index, vector in enumerate(vectors)
         ]
-        return JsonResponse(EmbeddingResponse(data=data, model=model, usage=EmbeddingUsage(num_tokens, num_tokens)))
+        return JsonResponse(EmbeddingResponse(data=data, model=model, usage=usage))
 
     return routes
 

@@ -14,35 +14,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo_server.caller import Caller, caller_of
-from octavo_server.embedding import TextVector
 from octavo_server.errors import bad_request
 from octavo_server.json_response import JsonResponse
 from octavo_server.limits import LIMITS
-from octavo_server.openai.embeddings import EmbeddingUsage
-from octavo_server.openai.refused_fields import HINTS
-from octavo_server.openai.request_types import ModelName
-from octavo_server.parsing import Refused, parse
+from octavo_server.openai import pooled
+from octavo_server.parsing import Refused
 from octavo_server.replica import Replica
 
 Texts = Annotated[list[str], Meta(min_length=1, max_length=LIMITS.embed_inputs)]
-_REFUSED = {
-    "mm_processor_kwargs": Refused("this server takes text only"),
-    "priority": Refused("texts run in order of arrival", off=("0",)),
-    "use_activation": Refused("the checkpoint decides on the activation", off=("true",)),
-}
-Truncation = Annotated[int, Meta(ge=-1, le=LIMITS.max_tokens)] | None
+_REFUSED = {**pooled.REFUSED, "mm_processor_kwargs": Refused("this server takes text only")}
+_TASKS = ("embed", "classify")
+Instruction = Annotated[str, Meta(max_length=LIMITS.identifier_chars * 16)] | None
 
 
-class ScoreRequest(Struct, frozen=True, kw_only=True):
+class ScoreRequest(pooled.PooledRequest, frozen=True, kw_only=True):
     """One text against many, or many against as many; both pairs of names are in use."""
 
-    model: ModelName | None = None
     queries: str | Texts | None = None
     documents: str | Texts | None = None
     text_1: str | Texts | None = None
     text_2: str | Texts | None = None
-    truncate_prompt_tokens: Truncation = None
-    instruction: Annotated[str, Meta(max_length=LIMITS.identifier_chars * 16)] | None = None
+    instruction: Instruction = None
 
 
 class Score(Struct, frozen=True):
@@ -60,20 +52,18 @@ class ScoreResponse(Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     model: str
     data: list[Score]
-    usage: EmbeddingUsage
+    usage: pooled.Usage
 
 
-class RerankRequest(Struct, frozen=True, kw_only=True):
+class RerankRequest(pooled.PooledRequest, frozen=True, kw_only=True):
     """Cohere's and Jina's shape."""
 
     query: str
     documents: Annotated[list[str | dict[str, Any]], Meta(min_length=1, max_length=LIMITS.embed_inputs)]
-    model: ModelName | None = None
     top_n: Annotated[int, Meta(ge=0, le=LIMITS.max_tokens)] | None = None
     return_documents: bool | None = None
     max_tokens_per_doc: Annotated[int, Meta(ge=1, le=LIMITS.max_tokens)] | None = None
-    truncate_prompt_tokens: Truncation = None
-    instruction: Annotated[str, Meta(max_length=LIMITS.identifier_chars * 16)] | None = None
+    instruction: Instruction = None
 
 
 class Document(Struct, frozen=True):
@@ -95,7 +85,7 @@ class RerankResponse(Struct, frozen=True, kw_only=True):
 
     id: str
     model: str
-    usage: EmbeddingUsage
+    usage: pooled.Usage
     results: list[RankedDocument]
 
 
@@ -107,12 +97,7 @@ def router(replica: Replica) -> APIRouter:
     @routes.post("/score")
     async def score(http: Request) -> Response:
         """Score pairs of texts."""
-        served = replica.served
-        parsed = parse(await http.body(), ScoreRequest, _REFUSED, HINTS)
-        replica.metrics.ignored_fields(len(parsed.unknown_fields))
-        request = parsed.request
-        model = served.check_name(request.model)
-        served.require_task(("embed", "classify"), "/score")
+        request, model = await pooled.read_request(http, replica, ScoreRequest, _REFUSED, _TASKS, "/score")
         first, second = _pairs(request)
         caller, truncate = caller_of(http), request.truncate_prompt_tokens
         pairs = [(first[index if len(first) > 1 else 0], text) for index, text in enumerate(second)]
@@ -125,12 +110,7 @@ def router(replica: Replica) -> APIRouter:
     @routes.post("/v2/rerank")
     async def rerank(http: Request) -> Response:
         """Sort documents by their relevance to a query."""
-        served = replica.served
-        parsed = parse(await http.body(), RerankRequest, _REFUSED, HINTS)
-        replica.metrics.ignored_fields(len(parsed.unknown_fields))
-        request = parsed.request
-        model = served.check_name(request.model)
-        served.require_task(("embed", "classify"), "/rerank")
+        request, model = await pooled.read_request(http, replica, RerankRequest, _REFUSED, _TASKS, "/rerank")
         texts = [_document(document, index) for index, document in enumerate(request.documents)]
         truncate = request.max_tokens_per_doc or request.truncate_prompt_tokens
         pairs = [(request.query, text) for text in texts]
@@ -164,7 +144,7 @@ class _Scores:
     """Of each pair, in order."""
 
     values: list[float]
-    usage: EmbeddingUsage
+    usage: pooled.Usage
 
 
 async def _scores(
@@ -179,7 +159,7 @@ async def _scores(
     embedder = replica.embedder
     if replica.served.info.task == "classify":
         scored = await embedder.score_pairs(pairs, caller, param=params[1], truncate=truncate, instruction=instruction)
-        return _Scores([item.values[0] for item in scored], _usage(scored))
+        return _Scores([item.values[0] for item in scored], pooled.usage_of(scored))
     if instruction is not None:
         raise bad_request("instruction: this model takes none", "instruction")
     queries = list(dict.fromkeys(query for query, _ in pairs))
@@ -187,7 +167,7 @@ async def _scores(
     right = await embedder.embed_texts([text for _, text in pairs], caller, param=params[1], truncate=truncate)
     vectors = dict(zip(queries, left, strict=True))
     values = [cosine(vectors[query].values, vector.values) for (query, _), vector in zip(pairs, right, strict=True)]
-    return _Scores(values, _usage([*left, *right]))
+    return _Scores(values, pooled.usage_of([*left, *right]))
 
 
 def _pairs(request: ScoreRequest) -> tuple[list[str], list[str]]:
@@ -209,8 +189,3 @@ def _document(document: str | dict[str, Any], index: int) -> str:
     if not isinstance(text, str):
         raise bad_request(f"documents[{index}].text: expected a string", f"documents[{index}].text")
     return text
-
-
-def _usage(vectors: Sequence[TextVector]) -> EmbeddingUsage:
-    total = sum(vector.num_tokens for vector in vectors)
-    return EmbeddingUsage(total, total)
