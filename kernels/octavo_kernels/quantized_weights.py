@@ -105,20 +105,38 @@ class Fp8Weight(QuantizedWeight):
         return (wide * spread[: wide.shape[0], : wide.shape[1]]).to(dtype)
 
 
+_SHRINKS = (0.95, 0.9, 0.85, 0.8)
+
+
 def quantize_int4(weight: torch.Tensor, group_size: int = 128, symmetric: bool = False) -> IntWeight:
-    """Round to nearest in groups. weight: [out, in], `in` a multiple of group_size. Raises ValueError otherwise."""
+    """Round to nearest in groups, whose extremes are cut off where that leaves less squared error.
+
+    weight: [out, in], `in` a multiple of group_size. Raises ValueError otherwise.
+    """
     grouped = _grouped(weight, group_size)
+    low, high = grouped.amin(-1, keepdim=True).clamp_max(0), grouped.amax(-1, keepdim=True).clamp_min(0)
+    best = _int4_grid(grouped, low, high, symmetric)
+    for shrink in _SHRINKS:
+        found = _int4_grid(grouped, low * shrink, high * shrink, symmetric)
+        better = found[3] < best[3]
+        best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+    codes, scales, zeros, _ = best
+    kept = None if symmetric else zeros.squeeze(-1)
+    return IntWeight(codes.to(torch.uint8).view(weight.shape), scales.squeeze(-1).half(), kept, 4)
+
+
+def _int4_grid(
+    grouped: torch.Tensor, low: torch.Tensor, high: torch.Tensor, symmetric: bool
+) -> tuple[torch.Tensor, ...]:
+    """(codes, scales, zeros, squared error) of groups between two values; only codes are as wide as the groups."""
     if symmetric:
-        scales = (grouped.abs().amax(-1) / 7).clamp_min(1e-10).half().float()
-        codes = (grouped / scales.unsqueeze(-1)).round() + 8
-        zeros = None
+        scales = (torch.maximum(-low, high) / 7).clamp_min(1e-7).half().float()
+        zeros = torch.full_like(scales, 8)
     else:
-        low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
         scales = ((high - low) / 15).clamp_min(1e-7).half().float()
-        zeros = (-low / scales).round().clamp(0, 15)
-        codes = (grouped / scales.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
-    codes = codes.clamp(0, 15).to(torch.uint8).view(weight.shape)
-    return IntWeight(codes, scales.half(), zeros, 4)
+        zeros = (-low / scales).round_().clamp_(0, 15)
+    codes = (grouped / scales).round_().add_(zeros).clamp_(0, 15)
+    return codes, scales, zeros, ((codes - zeros) * scales - grouped).square_().sum(-1, keepdim=True)
 
 
 def quantize_int8(weight: torch.Tensor, group_size: int = 0) -> IntWeight:

@@ -24,7 +24,8 @@ class OnTheFly(enum.StrEnum):
 
 
 def quantize(weight: torch.Tensor, kind: OnTheFly, device: torch.device) -> QuantizedWeight | None:
-    """Round to nearest; None where the width divides into no group, so that the weight stays dense.
+    """Round to nearest with scales that leave little squared error; None where the width divides into no group, so that
+    the weight stays dense.
 
     weight: [out, in]. On a CPU groups are GGML's blocks of 32, which the native kernels read; elsewhere the largest
     group of 128, 64 or 32 inputs that fits (int4), or a row (int8, fp8).
@@ -34,7 +35,7 @@ def quantize(weight: torch.Tensor, kind: OnTheFly, device: torch.device) -> Quan
         return quantize_fp8(weight)
     if device.type == "cpu":
         ggml_type = GGMLType.Q8_0 if kind is OnTheFly.INT8 else GGMLType.Q4_1
-        return quantize_to_ggml(weight, ggml_type) if columns % _GGML_BLOCK == 0 else None
+        return quantize_to_ggml(weight, ggml_type, fitted=True) if columns % _GGML_BLOCK == 0 else None
     if kind is OnTheFly.INT8:
         return quantize_int8(weight)
     group = next((size for size in _GROUPS if columns % size == 0), 0)
