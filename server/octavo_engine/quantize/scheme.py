@@ -13,7 +13,9 @@ from octavo_engine.errors import ConfigError
 from octavo_kernels.quantized_weights import IntWeight
 
 GROUP_SIZES = (128, 64, 32)
-SHRINK_STEPS = tuple(1.0 - 0.04 * step for step in range(10))
+SPANS = {4: tuple(1.06 - 0.02 * step for step in range(16)), 8: (1.0, 0.96, 0.92)}  # of the extremes, by bits
+WHOLE_SPAN = (1.0,)
+REFINEMENTS = 2
 CHUNK_WEIGHTS = 1 << 17
 
 
@@ -119,7 +121,8 @@ class Grid:
 def fit_grid(
     weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, *, cut_extremes: bool = True
 ) -> Grid:
-    """The grid with the least squared error over a few ways to cut off the extremes of each group.
+    """The grid with the least squared error over some ways to cut off the extremes of each group, and the scale that
+    then suits its codes best.
 
     weight: [out, in] float32. importance: [in], how much the error of each input counts (mean squared activation).
     Scales are rounded to bfloat16, as they are stored.
@@ -128,12 +131,11 @@ def fit_grid(
     size = scheme.group_size or columns
     grouped = weight.reshape(-1, size)
     counts = None if importance is None else importance.view(-1, size).repeat(rows, 1)
-    steps = SHRINK_STEPS if scheme.bits == 4 else SHRINK_STEPS[:3]
-    steps = steps if cut_extremes else steps[:1]
+    spans = SPANS[scheme.bits] if cut_extremes else WHOLE_SPAN
     chunk = max(CHUNK_WEIGHTS // size, 1)
     fitted = [
         _fit_chunk(
-            grouped[start : start + chunk], None if counts is None else counts[start : start + chunk], scheme, steps
+            grouped[start : start + chunk], None if counts is None else counts[start : start + chunk], scheme, spans
         )
         for start in range(0, grouped.shape[0], chunk)
     ]
@@ -145,7 +147,7 @@ def fit_grid(
 
 
 def _fit_chunk(
-    groups: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme, steps: Sequence[float]
+    groups: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme, spans: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros [n, 1] for groups [n, size]; a chunk is small enough to stay in the processor's cache."""
     half = 1 << (scheme.bits - 1)
@@ -153,14 +155,17 @@ def _fit_chunk(
     smallest, largest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
     extreme = torch.maximum(-smallest, largest)
     best_scales, best_zeros, best_error = extreme, torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
-    for shrink in steps:
-        if scheme.symmetric:
-            scales = _stored(extreme * (shrink / (half - 0.5 if scheme.bits == 4 else half - 1)))
+    for step in range(len(spans) + (REFINEMENTS if len(spans) > 1 else 0)):
+        if step >= len(spans):
+            zeros = best_zeros
+            scales = _suited_scales(groups, counts, best_scales, zeros, (low, high))
+        elif scheme.symmetric:
+            scales = _stored(extreme * (spans[step] / (half - 0.5 if scheme.bits == 4 else half - 1)))
             zeros = torch.zeros_like(scales)
         else:
-            scales = _stored((largest - smallest) * (shrink / (2 * half - 1)))
-            zeros = (-smallest * shrink / scales).round_().clamp_(low, high)
-        error = (groups / scales).round_().add_(zeros).clamp_(low, high).sub_(zeros).mul_(scales).sub_(groups).square_()
+            scales = _stored((largest - smallest) * (spans[step] / (2 * half - 1)))
+            zeros = (-smallest * spans[step] / scales).round_().clamp_(low, high)
+        error = _steps(groups, scales, zeros, (low, high)).mul_(scales).sub_(groups).square_()
         if counts is not None:
             error *= counts
         error = error.sum(-1, keepdim=True)
@@ -168,6 +173,26 @@ def _fit_chunk(
         best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
         best_error = torch.minimum(error, best_error)
     return best_scales, best_zeros
+
+
+def _steps(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
+    """Codes less their zero: how many scales from 0."""
+    return (groups / scales).round_().add_(zeros).clamp_(*bounds).sub_(zeros)
+
+
+def _suited_scales(
+    groups: torch.Tensor,
+    counts: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bounds: tuple[int, int],
+) -> torch.Tensor:
+    """The scales with the least squared error for the codes that `scales` give."""
+    steps = _steps(groups, scales, zeros, bounds)
+    weighted = steps if counts is None else steps * counts
+    return _stored(
+        (weighted * groups).sum(-1, keepdim=True) / (weighted * steps).sum(-1, keepdim=True).clamp_min(1e-12)
+    )
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
