@@ -59,7 +59,6 @@ class EngineCore:
     ) -> None:
         info = runner.info
         self._runner = runner
-        self._config = config
         self._clock = clock
         self._roofline = roofline
         self.model = msgspec.structs.replace(info, max_model_len=effective_max_model_len(info))

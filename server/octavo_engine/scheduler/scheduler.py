@@ -8,7 +8,6 @@ import heapq
 from octavo_engine.errors import QueueFullError
 from octavo_engine.kv.block_manager import BlockManager, PrefixMatch
 from octavo_engine.lora.slots import AdapterSlots
-from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.fairness import VirtualTokens
 from octavo_engine.scheduler.forecast import Forecast, OutputLengths
@@ -16,6 +15,7 @@ from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.preemption import CopyTime, Preemption
 from octavo_engine.scheduler.prefill import PrefillPlanner, pairs_of
 from octavo_engine.scheduler.sequence import Sequence, SequenceState
+from octavo_engine.scheduler.slices import decode_slice, prefill_slice, verifying_slice
 from octavo_engine.scheduler.step_time import StepTimeModel
 from octavo_engine.scheduler.waiting_queue import WaitingQueue
 from octavo_engine.speculation.speculator import Speculator
@@ -177,12 +177,12 @@ class Scheduler:
                     wanted.append((seq, count))
                     continue
                 sequences.append(seq)
-                slices.append(_decode_slice(seq))
+                slices.append(decode_slice(seq))
             else:
                 prefills.append(seq)
         for seq in self._draft(wanted):
             sequences.append(seq)
-            slices.append(_verifying_slice(seq))
+            slices.append(verifying_slice(seq))
         batch.decode_context = sum(piece.start for piece in slices)
         batch.num_tokens = sum(len(piece.token_ids) for piece in slices)
         budget = self._planner.budget(batch)
@@ -380,26 +380,5 @@ class Scheduler:
             if chunks[index]:
                 batch.prefill_pairs += pairs_of(prefills[index], chunks[index])
                 batch.sequences.append(prefills[index])
-                batch.slices.append(_prefill_slice(prefills[index], chunks[index]))
+                batch.slices.append(prefill_slice(prefills[index], chunks[index]))
         batch.num_tokens += sum(chunks)
-
-
-def _decode_slice(seq: Sequence) -> SequenceSlice:
-    """The last token, which a step in flight may still be choosing."""
-    start, blocks = seq.num_launched, seq.table.blocks
-    if seq.num_pending:
-        return SequenceSlice([0], start, blocks, 1, seq.adapter_slot, seq.pending_row)
-    return SequenceSlice(seq.tokens[start:], start, blocks, 1, seq.adapter_slot)
-
-
-def _verifying_slice(seq: Sequence) -> SequenceSlice:
-    """The last token and the guesses after it, with logits for every one of them."""
-    tokens = [seq.tokens[-1], *seq.drafted]
-    return SequenceSlice(tokens, seq.num_computed, seq.table.blocks, len(tokens), seq.adapter_slot)
-
-
-def _prefill_slice(seq: Sequence, num_tokens: int) -> SequenceSlice:
-    start = seq.num_launched
-    end = start + num_tokens
-    num_logits = num_tokens if seq.wants_prompt_logprobs else int(end == len(seq.tokens))
-    return SequenceSlice(seq.tokens[start:end], start, seq.table.blocks, num_logits, seq.adapter_slot)

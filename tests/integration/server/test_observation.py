@@ -85,6 +85,7 @@ async def test_metrics_carry_our_names_and_vllms(serve: Serve) -> None:
         assert values[f"{prefix}e2e_request_latency_seconds_count"] == 1
         assert values[f"{prefix}request_success_total"] == 1
         assert values[f"{prefix}prefix_cache_queries_total"] == 0
+    assert values["octavo_engine_steps_ahead_total"] == 0
     assert values["octavo_build_info"] == 1
     assert values["octavo_max_num_seqs"] == server.replica.settings.max_num_seqs
     assert values["octavo_max_model_len"] > 0
