@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from octavo_engine.llm import LLM, RequestOutput
 from octavo_engine.sampling_params import SamplingParams, StructuredOutput
@@ -25,9 +26,9 @@ SAMPLING = [
 ]
 
 
-def answers(path: Path, mode: str) -> list[RequestOutput]:
+def answers(path: Path, mode: str, device: str) -> list[RequestOutput]:
     llm = LLM(
-        str(path), device="cpu", dtype="float32", num_kv_blocks=64, max_num_batched_tokens=24, max_num_seqs=8,
+        str(path), device=device, dtype="float32", num_kv_blocks=64, max_num_batched_tokens=24, max_num_seqs=8,
         async_scheduling=mode,
     )  # fmt: skip
     found = llm.generate(PROMPTS * 2, SAMPLING * 2)
@@ -41,8 +42,12 @@ def logprobs(result: RequestOutput) -> list[float]:
     return [entry.logprob for entry in entries if entry is not None]
 
 
-def test_answers_are_equal_for_every_kind_of_request(smollm2_gguf: Path) -> None:
-    for ahead, plain in zip(answers(smollm2_gguf, "on"), answers(smollm2_gguf, "off"), strict=True):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_answers_are_equal_for_every_kind_of_request(device: str, smollm2_gguf: Path) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pairs = zip(answers(smollm2_gguf, "on", device), answers(smollm2_gguf, "off", device), strict=True)
+    for ahead, plain in pairs:
         one, other = ahead.outputs[0], plain.outputs[0]
         assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
         # Batches of another size add up in another order.
