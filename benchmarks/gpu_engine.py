@@ -6,18 +6,22 @@
 For each model and batch: the decode step through the runner with CUDA graphs, as tokens per second and as a share of
 the least time its weights and keys need at the copy bandwidth measured in this run; the same through the whole engine,
 scheduling and greedy sampling included, with steps one after the other and launched ahead; and a prefill of 8,192
-tokens as a share of the measured matrix rate. --peer adds transformers' continuous batching on the same checkpoint
-beside the engine: greedy, end of sequence ignored, same lengths; its decode rate is that of the tokens between a run of
-1 and a run of STEPS + 1 new tokens, so that neither its prefill nor its start counts. Exits 2 without a CUDA device.
+tokens as a share of the measured matrix rate. --peer adds transformers on the same checkpoint beside the engine, by the
+quicker of its continuous batching and a static batch (see peers/transformers_batching.py). Every row is written as soon
+as it is there. Exits 2 without a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +31,7 @@ import torch
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 16
+PEER = Path(__file__).parent / "peers" / "transformers_batching.py"
 STEPS = 64  # measured
 SPARE = 2 * STEPS  # tokens a sequence may grow by
 PREFILL = 8_192
@@ -61,6 +66,7 @@ class Row:
     tokens: int
     least_s: float
     peer: float = 0.0
+    peer_name: str = ""
 
 
 def main() -> None:
@@ -68,7 +74,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "llama-3-8b"], choices=sorted(ARCHITECTURES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--peer", action="store_true", help="also run transformers' continuous batching")
+    parser.add_argument("--peer", action="store_true", help="also run transformers")
+    parser.add_argument("--peer-limit-s", type=int, default=90, help="seconds for each run of transformers")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -80,15 +87,19 @@ def main() -> None:
     title = f"# Engine steps on {torch.cuda.get_device_name()}, {datetime.now(UTC).date().isoformat()}"
     speed = f"copy {limits.copy_bytes_s / 1e12:.2f} TB/s, product {limits.bf16_flops_s / 1e12:.0f} TFLOP/s"
     lines = [title, "", f"torch {torch.__version__}. Measured in this run: {speed}.", "", HEADER, "|" + "---|" * 10]
-    print("\n".join(lines), flush=True)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(arguments.output.open("w", buffering=1)) if arguments.output else None
+        for line in itertools.chain(lines, map(_line, _rows(arguments, limits))):
+            print(line, flush=True)
+            if output:
+                print(line, file=output)
+
+
+def _rows(arguments: argparse.Namespace, limits) -> Iterator[Row]:
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             _write_checkpoint(Path(folder), model)
-            for row in _measure(Path(folder), model, arguments, limits):
-                lines.append(_line(row))
-                print(lines[-1], flush=True)
-    if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
+            yield from _measure(Path(folder), model, arguments, limits)
 
 
 def _write_checkpoint(folder: Path, model: str) -> None:
@@ -107,7 +118,7 @@ def _write_checkpoint(folder: Path, model: str) -> None:
     torch.cuda.empty_cache()
 
 
-def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) -> list[Row]:
+def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) -> Iterator[Row]:
     from octavo_engine.config import EngineConfig
     from octavo_engine.loader.load import load_runner
     from octavo_engine.runner.interface import SequenceSlice
@@ -123,7 +134,6 @@ def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) ->
     runner.warm_up()
     info = runner.info
     sizes = ARCHITECTURES[model][1]
-    rows = []
     for batch in arguments.batches:
         each = -(-(context + SPARE) // BLOCK_SIZE)
         tables = [list(range(i * each, (i + 1) * each)) for i in range(batch)]
@@ -134,16 +144,15 @@ def _measure(folder: Path, model: str, arguments: argparse.Namespace, limits) ->
         seconds = _time(lambda i, step=step: step(context + i), STEPS)
         moved = _weight_bytes(info.weight_bytes, sizes, batch) + batch * context * info.kv_bytes_per_token
         least = moved / limits.copy_bytes_s
-        rows.append(Row(model, "decode step", batch, context, seconds, batch, least))
-        peer = _peer(folder, batch, context) if arguments.peer else 0.0
+        yield Row(model, "decode step", batch, context, seconds, batch, least)
+        peer, peer_name = _peer(folder, batch, context, arguments.peer_limit_s) if arguments.peer else (0.0, "")
         for mode in ("off", "on"):
             seconds = _engine_step(runner, msgspec.structs.replace(config, async_scheduling=mode), batch, context)
             what = "engine step" if mode == "off" else "engine step, async"
-            rows.append(Row(model, what, batch, context, seconds, batch, least, peer))
+            yield Row(model, what, batch, context, seconds, batch, least, peer, peer_name)
     table = list(range(PREFILL // BLOCK_SIZE))
     seconds = _time(lambda _: runner.forward([SequenceSlice([5] * PREFILL, 0, table)]), 3)
-    rows.append(Row(model, "prefill", 1, PREFILL, seconds, PREFILL, _prefill_flops(info, sizes) / limits.bf16_flops_s))
-    return rows
+    yield Row(model, "prefill", 1, PREFILL, seconds, PREFILL, _prefill_flops(info, sizes) / limits.bf16_flops_s)
 
 
 def _time(call, repeats: int) -> float:
@@ -212,34 +221,30 @@ def _prefill_flops(info, sizes: dict[str, int]) -> int:
     return 2 * used * PREFILL + attention
 
 
-def _peer(folder: Path, batch: int, context: int) -> float:
-    """Decoded tokens per second of transformers' continuous batching; 0 where it does not run, which is printed."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPE, device_map="cuda", attn_implementation="sdpa"
-    )
-    times = {}
-    try:
-        for new in (1, 1, STEPS + 1):  # the first run warms up
-            generation = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model.generate_batch(inputs=_prompts(batch, context), generation_config=generation)
-            torch.cuda.synchronize()
-            times[new] = time.perf_counter() - start
-    except (RuntimeError, ValueError, TypeError) as error:
-        print(f"transformers' continuous batching does not run here: {error}", file=sys.stderr)
-        return 0.0
-    finally:
-        del model
-        torch.cuda.empty_cache()
-    return batch * STEPS / max(1e-9, times[STEPS + 1] - times[1])
+def _peer(folder: Path, batch: int, context: int, limit_s: int) -> tuple[float, str]:
+    """Decoded tokens per second of transformers, by the quicker of its continuous batching and a static batch, and
+    which it was; (0, "") where neither ended in time, which is printed."""
+    found: dict[str, float] = {}
+    for method in ("continuous", "generate"):
+        command = [
+            sys.executable, str(PEER), str(folder), "--method", method, "--device", "cuda",
+            "--batch", str(batch), "--context", str(context), "--new-tokens", str(STEPS + 1),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=True)
+            found[method] = json.loads(done.stdout.splitlines()[-1])["tokens_per_s"]
+        except subprocess.TimeoutExpired:
+            print(f"transformers ({method}) with {batch} sequences did not end in {limit_s} s", file=sys.stderr)
+        except (subprocess.CalledProcessError, ValueError, LookupError) as error:
+            reason = getattr(error, "stderr", "") or str(error)
+            print(f"transformers ({method}) with {batch} sequences failed: {reason[-500:]}", file=sys.stderr)
+    best = max(found, key=lambda method: found[method], default="")
+    return found.get(best, 0.0), best
 
 
 def _line(row: Row) -> str:
     rate = row.tokens / row.seconds
-    peer = f"{row.peer:.0f} | {rate / row.peer:.2f}" if row.peer else "- | -"
+    peer = f"{row.peer:.0f} ({row.peer_name}) | {rate / row.peer:.2f}" if row.peer else "- | -"
     return (
         f"| {row.model} | {row.what} | {row.batch} | {row.context} | {row.seconds * 1e3:.2f} | {rate:.0f} "
         f"| {row.least_s * 1e3:.2f} | {row.least_s / row.seconds:.0%} | {peer} |"

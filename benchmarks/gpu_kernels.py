@@ -81,10 +81,10 @@ def main() -> None:
         wrong += not row.right
         lines.append(_line(row))
         print(lines[-1], flush=True)
+        if arguments.output:  # after each row: a run that is cut off keeps what it measured
+            arguments.output.write_text("\n".join(lines) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-    if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
     if wrong:
         sys.exit(f"gpu_kernels: {wrong} workloads differ from their references")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +21,7 @@ def tune(
     only: Annotated[str, typer.Option(help="Tune on workloads whose name contains this text.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder to write to instead of the user's cache.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile candidates beforehand.")] = 8,
+    limit_s: Annotated[int, typer.Option(min=0, help="Begin no workload after this many seconds; 0: tune all.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the workloads and exit.")] = False,
 ) -> None:
     """Measure kernel configurations on this GPU and keep the fastest.
@@ -25,7 +30,7 @@ def tune(
     while serving.
     """
     try:
-        import triton
+        import triton  # noqa: F401
     except ModuleNotFoundError as error:
         raise _refusal("Triton is not installed; pip install 'octavo[gpu]'") from error
     import torch
@@ -34,7 +39,7 @@ def tune(
         raise _refusal("PyTorch finds no CUDA device; run this on the machine that will serve")
     from octavo_kernels.triton import autotune, timing, tuning, workloads
 
-    chosen = [workload for workload in workloads.workloads() if only in workload.name]
+    chosen = sorted((workload for workload in workloads.workloads() if only in workload.name), key=_urgency)
     if not chosen:
         raise _refusal(f"no workload has {only!r} in its name; --dry-run lists them")
     if dry_run:
@@ -42,39 +47,44 @@ def tune(
         return
     name = torch.cuda.get_device_name()
     typer.echo(f"Tuning {len(chosen)} workloads on {name}")
-    _compile(chosen, jobs)
-    found = autotune.tune(chosen, torch.device("cuda"), lambda run: timing.time_call(run).median_s, _report)
     path = (output or tuning.user_dir()) / tuning.file_name(name)
-    merged = _merged(path, found)
-    tuning.write_table(path, name, {"torch": torch.__version__, "triton": triton.__version__}, merged)
-    typer.echo(f"{sum(len(keys) for keys in found.values())} configurations better than the defaults, in {path}")
-
-
-def _compile(chosen: list[Workload], jobs: int) -> None:
-    """Compile every candidate with `jobs` processes, each with a share of each workload's candidates."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    from rich.progress import track
-
-    tasks = [(workload.name, shard) for workload in chosen for shard in range(_SHARDS)]
+    end, better, versions = time.monotonic() + (limit_s or math.inf), 0, _versions()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        done = pool.map(_compile_shard, tasks)
-        total = sum(track(done, description="Compiling candidates", total=len(tasks)))
-    typer.echo(f"{total} candidates compiled")
+        for number, workload in enumerate(chosen):
+            if time.monotonic() > end:
+                typer.echo(f"{len(chosen) - number} of {len(chosen)} workloads were left out after {limit_s} s")
+                break
+            list(pool.map(_compile_shard, [(workload.name, shard, jobs) for shard in range(jobs)]))
+            found = autotune.tune([workload], torch.device("cuda"), lambda run: timing.time_call(run).median_s, _report)
+            better += sum(map(len, found.values()))
+            tuning.write_table(path, name, versions, _merged(path, found))  # kept if the rest is cut off
+    typer.echo(f"{better} configurations better than the defaults, in {path}")
 
 
-_SHARDS = 4
+def _urgency(workload: Workload) -> int:
+    """Kernels that were measured furthest from the card's limits come first, while there is time."""
+    return next((place for place, text in enumerate(_FURTHEST) if text in workload.name), len(_FURTHEST))
 
 
-def _compile_shard(task: tuple[str, int]) -> int:
+_FURTHEST = ("int4", "Q4_", "MXFP4", "Q8_0", "int8 ", "shared", "prefill", "silu_and_mul_quantize", "verify", "Q6_K")
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def _compile_shard(task: tuple[str, int, int]) -> int:
+    """One process's share of a workload's candidates: compiling takes far longer than timing."""
     import torch
 
     from octavo_kernels.triton import autotune, workloads
 
-    name, shard = task
+    name, shard, shards = task
     workload = next(workload for workload in workloads.workloads() if workload.name == name)
-    compiled = autotune.compile_candidates(workload, torch.device("cuda"), shard, _SHARDS)
+    compiled = autotune.compile_candidates(workload, torch.device("cuda"), shard, shards)
     torch.cuda.empty_cache()
     return compiled
 

@@ -17,6 +17,7 @@ from octavo_kernels.triton.environment import (
     sigmoid,
     tanh,
 )
+from octavo_kernels.triton.tuning import LaunchConfig, launch_config
 
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
@@ -119,9 +120,12 @@ def silu_and_mul_quantize(gate_up: torch.Tensor, dtype: torch.dtype) -> tuple[to
     out = torch.empty((rows, dim), dtype=dtype, device=gate_up.device)
     scale = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
     block = min(4096, triton.next_power_of_2(dim))
+    default = LaunchConfig(block_n=block, num_warps=_warps(block))
+    key = f"{str(dtype).removeprefix('torch.')}_{triton.next_power_of_2(dim)}"
+    config = launch_config("silu_and_mul_quantize", key, gate_up.device, default)
     _gated_quantize_kernel[(rows,)](
         gate_up, out, scale, gate_up.stride(0), dim, 0.0, 0.0,
-        KIND=SILU.value, QUANT=quantization_of(dtype), BLOCK=block, num_warps=_warps(block),
+        KIND=SILU.value, QUANT=quantization_of(dtype), BLOCK=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
     return out, scale
 

@@ -16,7 +16,8 @@ _SMALL_ERROR = 0.02  # of a step's time: below it an error is usual, however qui
 _READY_AFTER = 4
 _OVERRUN_WINDOW = 128
 _OVERRUN_QUANTILE = 0.99
-_MAX_OVERRUN = 1.2
+_FIRST_OVERRUN = 1.2
+_MAX_OVERRUN = 1.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,11 @@ class StepTimeModel:
     @property
     def prefill_overrun(self) -> float:
         """By what factor the longest steps with prefills outlast their prediction: a high quantile of the last ones
-        within [1, 1.2], 1.2 until there are enough of them. Beyond that it is the machine that wavers, whatever the
+        within [1, 1.4], 1.2 until there are enough of them. Beyond that it is the machine that wavers, whatever the
         chunks are."""
         ratios = self._sorted_overruns
         if len(ratios) < _OVERRUN_WINDOW // 4:
-            return _MAX_OVERRUN
+            return _FIRST_OVERRUN
         return min(_MAX_OVERRUN, max(1.0, ratios[int(_OVERRUN_QUANTILE * (len(ratios) - 1))]))
 
     def observe(self, load: StepLoad, seconds: float) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from octavo_cli import tune
 from octavo_cli.main import build_app
 from octavo_kernels import ops
 from octavo_kernels.triton import autotune, tuning
@@ -91,14 +92,35 @@ def test_the_search_keeps_the_fastest_candidate_and_reports_it(device):
             call()
         else:
             seen.append(tuning.launch_config(kernel, KEY, device, LaunchConfig()))
-        return 1.0 if seen[-1] != replace(seen[-1], block_n=128, num_stages=5, block_k=32) else 0.5
+        if seen[-1] != replace(seen[-1], block_n=128, num_stages=6, block_k=32):
+            return 1.0
+        return 0.25 if seen[-1].splits == 4 else 0.5
 
     findings = []
     table = autotune.tune([Workload("tiny", lambda device: Call(run, 1))], device, measure, findings.append)
     best = table["packed_gemm_m16"][KEY]
-    assert (best.block_n, best.num_stages, best.block_k) == (128, 5, 32)
+    assert (best.block_n, best.num_stages, best.block_k, best.splits) == (128, 6, 32, 4)
     assert findings[0].improved
-    assert findings[0].tried == len(autotune.candidates("packed_gemm_m16", asked[kernel, KEY]))
+    assert findings[0].tried == len(autotune.candidates("packed_gemm_m16", asked[kernel, KEY])) + 8
+
+
+def test_kernels_furthest_from_the_limits_are_tuned_first():
+    names = ["rms_norm 8192", "prefill 1 x 8k", "int4-g128 1 rows", "decode 64 x 4k, 3k shared", "sample 1 row"]
+    ordered = sorted((Workload(name, lambda device: Call(list, 1)) for name in names), key=tune._urgency)
+    assert [workload.name for workload in ordered] == [names[2], names[3], names[1], names[0], names[4]]
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("config", [LaunchConfig(block_n=64, num_warps=2), LaunchConfig(block_n=1024, num_warps=8)])
+def test_a_tuned_block_changes_no_quantized_activation(device, config):
+    x = torch.randn(5, 600, device=device)
+    with tuning.recording() as asked:
+        codes, scale = ops.silu_and_mul_quantize(x, torch.int8)
+    ((kernel, key),) = asked
+    with tuning.trial(kernel, key, config):
+        again = ops.silu_and_mul_quantize(x, torch.int8)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scale)
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):
