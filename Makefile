@@ -16,12 +16,13 @@ TESTS ?= tests
 # Where `make images` names the images to be.
 REGISTRY ?= ghcr.io/octavo-dev
 TAG ?= 0.1.0
+DOCKER_ARGS ?=
 
 BIN := $(VENV)/bin
 PACKAGES := operator/octavo_operator server/octavo_batches server/octavo_engine server/octavo_server server/octavo_gateway server/octavo_cli kernels/octavo_kernels
 NATIVE := $(wildcard CMakeLists.txt kernels/octavo_kernels/cpu/src/*)
 
-.PHONY: help demo test test-slow sanitize lint format bench crds chart images clean
+.PHONY: help demo test test-slow sanitize lint format bench crds chart locks images clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -76,11 +77,23 @@ chart: ## Check the Helm chart and print what it installs (needs helm)
 	@helm lint --strict charts/octavo
 	@helm template octavo charts/octavo --namespace octavo-system
 
+# torch for CPUs comes from PyTorch's own index, and brings nothing of CUDA.
+LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.12 --generate-hashes --no-header --no-annotate
+FROM_CUDA := $(shell sed -nE 's/^(torch|triton|(nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package \1/p' images/locks/engine-cuda.txt)
+
+locks: ## Pin what the images install, with hashes (needs uv)
+	$(LOCK) pyproject.toml --extra operator -o images/locks/operator.txt
+	$(LOCK) pyproject.toml --extra gateway -o images/locks/gateway.txt
+	$(LOCK) pyproject.toml --extra server --extra gpu -o images/locks/engine-cuda.txt
+	$(LOCK) pyproject.toml --extra server $(FROM_CUDA) -o images/locks/engine-cpu.txt
+	echo 'scikit-build-core>=0.11' | $(LOCK) - -o images/locks/build.txt
+
+# With buildx and a registry, DOCKER_ARGS="--sbom=true --provenance=mode=max --push" attaches an SBOM and a provenance.
 images: ## Build the container images, named $(REGISTRY)/octavo-* (needs docker)
-	docker build -f images/operator.Dockerfile -t $(REGISTRY)/octavo-operator:$(TAG) .
-	docker build -f images/gateway.Dockerfile -t $(REGISTRY)/octavo-gateway:$(TAG) .
-	docker build -f images/engine-cuda.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG) .
-	docker build -f images/engine-cpu.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG)-cpu .
+	docker build $(DOCKER_ARGS) -f images/operator.Dockerfile -t $(REGISTRY)/octavo-operator:$(TAG) .
+	docker build $(DOCKER_ARGS) -f images/gateway.Dockerfile -t $(REGISTRY)/octavo-gateway:$(TAG) .
+	docker build $(DOCKER_ARGS) -f images/engine-cuda.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG) .
+	docker build $(DOCKER_ARGS) -f images/engine-cpu.Dockerfile -t $(REGISTRY)/octavo-engine:$(TAG)-cpu .
 
 clean: ## Remove what was built (the model cache stays)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .cmake .ninja_* .skbuild-info.json \

@@ -4,7 +4,10 @@ FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential cmake ninja-build && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
-RUN python -m venv /opt/octavo && /opt/octavo/bin/pip install --no-cache-dir '.[server,gpu]'
+RUN python -m venv /build && /build/bin/pip install --no-cache-dir --require-hashes -r images/locks/build.txt \
+ && /build/bin/pip wheel --no-deps --no-build-isolation -w /wheels .
+RUN python -m venv /opt/octavo && /opt/octavo/bin/pip install --no-cache-dir --require-hashes -r images/locks/engine-cuda.txt \
+ && /opt/octavo/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 
 FROM python:3.12-slim
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 && rm -rf /var/lib/apt/lists/*

@@ -2,7 +2,10 @@
 FROM python:3.12-slim AS build
 WORKDIR /src
 COPY . .
-RUN python -m venv /opt/octavo && /opt/octavo/bin/pip install --no-cache-dir -C wheel.cmake=false '.[operator]'
+RUN python -m venv /build && /build/bin/pip install --no-cache-dir --require-hashes -r images/locks/build.txt \
+ && /build/bin/pip wheel --no-deps --no-build-isolation -C wheel.cmake=false -w /wheels .
+RUN python -m venv /opt/octavo && /opt/octavo/bin/pip install --no-cache-dir --require-hashes -r images/locks/operator.txt \
+ && /opt/octavo/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 
 FROM python:3.12-slim
 COPY --from=build /opt/octavo /opt/octavo

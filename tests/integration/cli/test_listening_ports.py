@@ -66,9 +66,7 @@ def test_the_gateway_listens_where_the_chart_says(tmp_path: Path) -> None:
     assert sorted(flags) == sorted(["--host=0.0.0.0", f"--port={ports['http']}", f"--metrics-port={ports['metrics']}"])
     own = {port: free_port() for port in ports.values()}
     admin = free_port()
-    given = [
-        flag.replace(str(port), str(number)) for flag in flags for port, number in own.items() if str(port) in flag
-    ]
+    given = [flag.replace(str(p), str(own[p])) for flag in flags for p in own if flag.endswith(f"={p}")]
     (tmp_path / "g.yaml").write_text(json.dumps({"models": []}))
     flags = ["--config", str(tmp_path / "g.yaml"), "--host=0.0.0.0", *given, f"--admin-port={admin}", "--workers=2"]
     ready = f"http://127.0.0.1:{own[ports['metrics']]}/health"
