@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -51,7 +50,11 @@ class ReplicaProcess:
     """A running replica; `address` is where it listens. Created by `spawn`."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, launch: Launch, port: int, sockets: Path | None = None
+        self,
+        process: asyncio.subprocess.Process,
+        launch: Launch,
+        port: int,
+        sockets: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
         self._process = process
         self._launch = launch
@@ -63,10 +66,11 @@ class ReplicaProcess:
     async def spawn(cls, launch: Launch) -> ReplicaProcess:
         """Start the child on a free port; it dies with this process, whatever happens to it."""
         port = free_port()
-        sockets = Path(tempfile.mkdtemp(prefix="octavo-kv-")) if launch.tells_kv_events else None
+        sockets = tempfile.TemporaryDirectory(prefix="octavo-kv-") if launch.tells_kv_events else None
         filled = {"{port}": str(port), "{host}": "127.0.0.1"}
         if sockets is not None:
-            filled |= {"{kv_events}": f"ipc://{sockets}/events", "{kv_replay}": f"ipc://{sockets}/replay"}
+            told = _addresses(sockets)
+            filled |= {"{kv_events}": told.events, "{kv_replay}": told.replay}
         argv = [_filled(word, filled) for word in launch.argv]
         launch.log_path.parent.mkdir(parents=True, exist_ok=True)
         with launch.log_path.open("ab") as log:
@@ -88,13 +92,15 @@ class ReplicaProcess:
     @property
     def cache_events(self) -> CacheEvents | None:
         """Where it tells what its prefix cache holds, if it does."""
-        if self._sockets is None:
-            return None
-        return CacheEvents(f"ipc://{self._sockets}/events", f"ipc://{self._sockets}/replay")
+        return None if self._sockets is None else _addresses(self._sockets)
 
     @property
     def exit_code(self) -> int | None:
-        return self._process.returncode
+        """How it ended, or None while it runs."""
+        code = self._process.returncode
+        if code is not None and self._sockets is not None:
+            self._sockets.cleanup()
+        return code
 
     async def probe(self, http: aiohttp.ClientSession, timeout_s: float) -> Probe:
         """Ask readiness first; liveness only matters when the replica is not ready."""
@@ -131,9 +137,9 @@ class ReplicaProcess:
 
     async def wait(self) -> int:
         """Its exit code, once it has ended."""
-        code = await self._process.wait()
-        if self._sockets is not None:
-            shutil.rmtree(self._sockets, ignore_errors=True)
+        await self._process.wait()
+        code = self.exit_code
+        assert code is not None  # noqa: S101 - it has ended
         return code
 
     def log_tail(self) -> list[str]:
@@ -151,6 +157,10 @@ def tail(path: Path) -> list[str]:
     except OSError:
         return []
     return [line for line in text.splitlines() if line.strip()]
+
+
+def _addresses(sockets: tempfile.TemporaryDirectory[str]) -> CacheEvents:
+    return CacheEvents(f"ipc://{sockets.name}/events", f"ipc://{sockets.name}/replay")
 
 
 def _filled(word: str, values: Mapping[str, str]) -> str:
