@@ -186,6 +186,24 @@ def test_the_gateway_gets_its_secrets_as_environment_and_a_bounded_spool() -> No
 
 
 @needs_helm
+def test_one_gateway_alone_keeps_files_and_batches() -> None:
+    (deployment,) = [
+        document
+        for document in helm_template("gateway.batches.claimName=batches,gateway.replicas=1")
+        if document["kind"] == "Deployment" and "gateway" in document["metadata"]["name"]
+    ]
+    pod = deployment["spec"]["template"]["spec"]
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}, "a volume of one node is not shared while it moves"
+    assert "--batch-folder=/batches" in pod["containers"][0]["args"]
+    assert {"name": "batches", "persistentVolumeClaim": {"claimName": "batches"}} in pod["volumes"]
+    assert {"name": "batches", "mountPath": "/batches"} in pod["containers"][0]["volumeMounts"]
+    assert pod["securityContext"]["fsGroup"]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        helm_template("gateway.batches.claimName=batches,gateway.replicas=2")
+    assert "set gateway.replicas to 1" in refused.value.stderr
+
+
+@needs_helm
 def test_the_webhook_is_off_unless_asked_for_and_then_trusts_the_certificate_it_serves() -> None:
     assert not any("webhook" in json.dumps(d["metadata"]["name"]) for d in helm_template())
     by_kind = {d["kind"]: d for d in helm_template("webhook.enabled=true") if "webhook" in d["metadata"]["name"]}
