@@ -8,6 +8,7 @@ import json
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -60,7 +61,7 @@ class BatchRunner:
     """One task for each open batch; used from one event loop, in one process of all that share the store.
 
     Answers 429 and 503 are waited out; those of `unsure` (a replica that died) are tried again a few times. `ask`
-    raises `PausedError` where no more work is taken. `concurrency` says how many requests of a batch may run at a time.
+    raises `PausedError` where no more work is taken.
     """
 
     def __init__(
@@ -69,17 +70,25 @@ class BatchRunner:
         ask: Ask,
         *,
         unsure: frozenset[int] = frozenset(),
-        concurrency: Callable[[BatchRecord], int] = lambda _: CONCURRENCY,
+        max_running: int | None = None,
+        max_running_of_tenant: int | None = None,
     ) -> None:
         self._store = store
         self._ask = ask
         self._unsure = unsure
-        self._concurrency = concurrency
+        self._max_running = max_running
+        self._max_running_of_tenant = max_running_of_tenant
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._running: Counter[str] = Counter()  # by tenant
 
     def resume(self) -> None:
-        """Take up what is open and does not run here."""
+        """Take up what is open and does not run here, the oldest first, as far as bounds allow."""
         for record in self._store.open_batches():
+            if self._max_running is not None and len(self._tasks) >= self._max_running:
+                return
+            of_tenant = self._running[record.tenant]
+            if self._max_running_of_tenant is not None and of_tenant >= self._max_running_of_tenant:
+                continue
             if record.id not in self._tasks:
                 self.start(record)
 
@@ -87,7 +96,15 @@ class BatchRunner:
         """Run a batch to its end, from wherever it stands."""
         task = asyncio.get_running_loop().create_task(self._run(record))
         self._tasks[record.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(record.id, None))
+        self._running[record.tenant] += 1
+
+        def on_end(ended: asyncio.Task[None]) -> None:
+            del self._tasks[record.id]
+            self._running[record.tenant] -= 1
+            if not ended.cancelled() and ended.exception() is not None:
+                logger.error("batch %s stands still: %r", record.id, ended.exception())
+
+        task.add_done_callback(on_end)
 
     async def close(self) -> None:
         """Leave every batch as it is."""
@@ -146,7 +163,7 @@ class BatchRunner:
                     except PausedError:
                         paused = True  # what is under way is finished
 
-            await _all(work() for _ in range(max(1, self._concurrency(record))))
+            await _all(work() for _ in range(CONCURRENCY))
         if paused:
             raise PausedError
 

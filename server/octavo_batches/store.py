@@ -17,6 +17,7 @@ import msgspec
 from octavo_batches.errors import BatchError, StoreError
 from octavo_batches.records import OPEN, BatchRecord, FileRecord
 
+_PARTIAL_S = 86_400.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER, bytes INTEGER NOT NULL,
@@ -78,9 +79,13 @@ class BatchStore:
         is_result, file_id = bool(file_id), file_id or f"file-{uuid.uuid4().hex}"
         path = self._folder / "files" / file_id
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as sink:
-            shutil.copyfileobj(content, sink)
-            size = sink.tell()
+        try:
+            with partial.open("wb") as sink:
+                shutil.copyfileobj(content, sink)
+                size = sink.tell()
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         now, retention_s = int(time.time()), self.limits.retention_s
         record = FileRecord(
             id=file_id,
@@ -190,6 +195,9 @@ class BatchStore:
 
     def purge(self, now: float) -> int:
         """Delete files whose time is over, and batches that ended as long ago; how many."""
+        for partial in (self._folder / "files").glob("*.partial"):
+            if partial.stat().st_mtime < now - _PARTIAL_S:
+                partial.unlink(missing_ok=True)  # of a process that was killed while it copied
         if self.limits.retention_s is None:
             return 0
         with self._lock, self._transaction():

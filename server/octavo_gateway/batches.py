@@ -23,7 +23,7 @@ from octavo_batches.errors import BatchError, StoreError
 from octavo_batches.in_process import post
 from octavo_batches.lines import BatchRequest
 from octavo_batches.records import BatchRecord
-from octavo_batches.runner import CONCURRENCY, Answer, BatchRunner, PausedError
+from octavo_batches.runner import Answer, BatchRunner, PausedError
 from octavo_batches.store import BatchStore, StoreLimits
 from octavo_gateway.errors import (
     BadRequestError,
@@ -45,6 +45,8 @@ log = logging.getLogger("octavo.gateway.batches")
 BATCH_PATHS = ("/v1/files", "/v1/batches")
 UNSURE = frozenset({502, 504})  # a replica died; the line is tried again
 MAX_FILES, MAX_OPEN_BATCHES, MAX_LINES = 1_000, 100, 50_000
+MAX_RUNNING, MAX_RUNNING_OF_TENANT = 64, 4  # others wait for their turn
+MAX_LINES_AT_A_TIME, MAX_LINES_OF_TENANT = 256, 32
 POLL_S = 1.0
 PURGE_EVERY_S = 60.0
 _CHUNK_BYTES = 256 * 1024
@@ -71,7 +73,15 @@ class GatewayBatches:
         except (StoreError, OSError) as error:
             raise ConfigError(f"batch_folder: {error}") from error
         self._gateway = gateway
-        self._runner = BatchRunner(self._store, self._ask, unsure=UNSURE, concurrency=self._concurrency)
+        self._runner = BatchRunner(
+            self._store,
+            self._ask,
+            unsure=UNSURE,
+            max_running=MAX_RUNNING,
+            max_running_of_tenant=MAX_RUNNING_OF_TENANT,
+        )
+        self._slots = asyncio.Semaphore(MAX_LINES_AT_A_TIME)
+        self._tenant_slots: dict[str, tuple[int, asyncio.Semaphore]] = {}
         self._created = asyncio.Event()
         self._api = BatchApi(self._store, lambda _: self._created.set())
 
@@ -107,20 +117,25 @@ class GatewayBatches:
     # ---- a line
 
     async def _ask(self, record: BatchRecord, request: BatchRequest, on_answer: Callable[[Answer], None]) -> None:
-        if self._gateway.leaving:
-            raise PausedError
         body = {name: value for name, value in request.body.items() if name != "priority"}
         line = blake2s(request.custom_id.encode(), digest_size=8).hexdigest()
         named = {"x-request-id": f"{record.id}:{line}"}  # the same for every try, in the ledger and in logs
         inside = {BATCH: record, CLIENT: _NoClient(asyncio.get_running_loop())}
-        await post(self._gateway, request.url, json.dumps(body).encode(), named, on_answer, inside)
+        async with self._slots_of(record.tenant), self._slots:
+            if self._gateway.leaving:
+                raise PausedError
+            await post(self._gateway, request.url, json.dumps(body).encode(), named, on_answer, inside)
 
-    def _concurrency(self, record: BatchRecord) -> int:
-        """Half of what the tenant may have at a time, so that its people are served beside its batch."""
+    def _slots_of(self, name: str) -> asyncio.Semaphore:
+        """Half of what the tenant may have at a time, so that its people are served beside its batches."""
         directory = self._gateway.accounts.directory
-        tenant = directory.tenants.get(record.tenant) if directory is not None else None
+        tenant = directory.tenants.get(name) if directory is not None else None
         allowed = tenant.limits.max_concurrent_requests if tenant is not None else None
-        return CONCURRENCY if allowed is None else min(CONCURRENCY, allowed // 2)
+        count = MAX_LINES_OF_TENANT if allowed is None else max(1, min(MAX_LINES_OF_TENANT, allowed // 2))
+        known = self._tenant_slots.get(name)
+        if known is None or known[0] != count:
+            known = self._tenant_slots[name] = (count, asyncio.Semaphore(count))
+        return known[1]
 
     # ---- the routes
 

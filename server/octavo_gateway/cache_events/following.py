@@ -106,7 +106,11 @@ class _Following:
         self._asked_at = -RESYNC_EVERY_S
 
     async def run(self) -> None:
-        events = _connect(self._context, zmq.SUB, self.where.events)
+        try:
+            events = _connect(self._context, zmq.SUB, self.where.events)
+        except zmq.ZMQError as error:
+            log.error("replica %s: its KV events cannot be followed (%s)", self._id, error)
+            return
         events.subscribe(b"")
         try:
             while True:
@@ -167,7 +171,7 @@ class _Following:
                     self._apply(update)
             except TimeoutError:
                 problem = f"no answer within {SNAPSHOT_TIMEOUT_S:g} s"
-            except MalformedEventError as error:
+            except (MalformedEventError, zmq.ZMQError) as error:
                 problem = str(error)
             if self._feed.needs is None:
                 return

@@ -23,6 +23,7 @@ from fakes.gateway_site import site
 from fakes.openai_replica import OpenAIReplica
 from octavo_batches.api import BatchApi, CreateBatch
 from octavo_batches.store import BatchStore, StoreLimits
+from octavo_gateway.batches import MAX_RUNNING_OF_TENANT
 from octavo_gateway.tenancy import KeyRecord, Limits, Tenant, TenantDirectory, hash_key, new_key
 from octavo_gateway.usage import Ledger
 
@@ -147,14 +148,33 @@ async def test_a_batch_leaves_room_for_its_tenants_people_and_waits_for_limits(t
         open_door(entry(replica), directory=directory(limits), batch_folder=str(tmp_path)) as door,
         client_of(door.url) as client,
     ):
-        batch = await start(client, lines(40))
+        batch, second = await start(client, lines(40)), await start(client, lines(40))
         await until(lambda: replica.running > 0)
         for _ in range(5):
             answer = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
             assert answer.choices
-        batch = await ended(client, batch.id)
-    assert (batch.request_counts.completed, batch.request_counts.failed) == (40, 0)
+        batch, second = await ended(client, batch.id), await ended(client, second.id)
+    for counts in (batch.request_counts, second.request_counts):
+        assert (counts.completed, counts.failed) == (40, 0)
     assert replica.peak_running <= 3, "half of what the tenant may have at a time, and one that is waited for"
+
+
+async def test_a_tenants_batches_run_some_at_a_time_and_all_of_them_in_the_end(tmp_path: Path) -> None:
+    async with (
+        OpenAIReplica(token_delay=0.005).serve() as replica,
+        open_door(entry(replica), batch_folder=str(tmp_path)) as door,
+        client_of(door.url) as client,
+    ):
+        made = [await start(client, lines(10)) for _ in range(9)]
+        batches = door.server.app.batches
+        assert batches is not None
+        most = 0
+        for batch in made:
+            while (await client.batches.retrieve(batch.id)).status not in ENDED:
+                most = max(most, len(batches._runner._tasks))
+        statuses = {(await client.batches.retrieve(batch.id)).status for batch in made}
+    assert statuses == {"completed"}
+    assert most <= MAX_RUNNING_OF_TENANT
 
 
 async def test_a_replica_that_dies_costs_no_line(tmp_path: Path) -> None:
