@@ -35,7 +35,19 @@ def addresses(port: int, file: Path) -> list[str]:
         "http://169.254.169.254/latest/meta-data/", f"ftp://{host}/x", f"gopher://{host}/_x", f"file://{file}",
         f"file:{file}", str(file), f"file://localhost{file}", f"![x](http://{host}/x.png)", f"<img src='http://{host}/'>",
         f"data:text/html,<script src='http://{host}'>", f"hf://{host}/x", f"s3://{host}/x", f"unix:{file}",
+        f"http:{host}/x", f"http:/{host}/x", f"http:///{host}/x", f" http://{host}/x", f"\thttp://{host}/x", f"ht\ntp://{host}",
+        f"http://{host}\x00.example.com/", f"http://017700000001:{port}/", f"http://0177.0.0.1:{port}/", f"http://127.0.1:{port}",
+        f"http://0x7f.1:{port}/", f"http://127.0.0.1.nip.io:{port}/", f"http://localtest.me:{port}/", f"http://①②⑦.⓪.⓪.①:{port}/",
+        f"http://127。0。0。1:{port}/", f"http://[::]:{port}/", f"http://[0:0:0:0:0:ffff:7f00:1]:{port}/", f"http://LOCALHOST.:{port}/",
+        f"http://a:b@c:d@{host}/", f"http://{host}?@example.com", f"http://example.com#{host}", f"http://{host}%2f..%2fx",
+        f"http://[fe80::1%25lo]:{port}/", "http://metadata.google.internal/computeMetadata/v1/", "http://100.100.100.200/latest",
+        f"ws://{host}/", f"dict://{host}/x", f"ldap://{host}/x", f"jar:http://{host}!/x", f"view-source:http://{host}/",
+        f"FILE://{file}", f"file:///{host}/../..{file}",
     ]  # fmt: skip
+
+
+def test_there_are_sixty_addresses(tmp_path: Path) -> None:
+    assert len(set(addresses(1, tmp_path))) >= 60
 
 
 def bodies(address: str) -> list[dict[str, Any]]:

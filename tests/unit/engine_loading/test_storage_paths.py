@@ -119,6 +119,24 @@ ESCAPES = [
     "\u202ex",
     "x" * 300,
     "/".join(["d" * 200] * 10),
+    *(
+        form.format(step)
+        for step in ("..", "../..", "..\\..", "/etc", "//host/share", "C:\\x", "\\\\host\\x")
+        for form in (
+            "{}/etc/passwd",
+            "a/{}/b",
+            "a/b/{}",
+            "{}",
+            "models/{}/../x",
+            "./{}",
+            "{}/./x",
+            "{}//x",
+            "a\x00{}/..",
+            "{}\r\n/..",
+            "{}/.. ",
+            "\ufeff{}/../x",
+        )
+    ),
 ]
 
 
@@ -126,6 +144,10 @@ ESCAPES = [
 def test_names_that_could_leave_their_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelLoadError, match="is refused"):
         safe_join(tmp_path, name)
+
+
+def test_the_corpus_has_a_hundred_names() -> None:
+    assert len(set(ESCAPES)) >= 100
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.gguf", "..a", "a..b", "日本.gguf", "-x", "a b"])

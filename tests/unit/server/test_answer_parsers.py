@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -297,23 +298,39 @@ def test_only_one_call_when_parallel_calls_are_off() -> None:
     assert len(parsed(AnswerParser(None, HermesParser(NAMES), max_calls=1), [text])[2]) == 1
 
 
-PIECES = st.sampled_from([
+PIECES = [
     "<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "text", "{", "}", '"', "\\", "<", WEATHER, ADD,
     ";", "<|python_tag|>", "ü", "[", "]", ",", "[TOOL_CALLS]", "<|tool_call|>", "<|/tool_call|>",
     "<|start|>assistant", "<|channel|>analysis", "<|channel|>commentary to=functions.add ", "<|channel|>final",
     "<|constrain|>json", "<|message|>", "<|end|>", "<|call|>", "<|return|>", " to=functions.get_weather", "{}",
     "```", "```tool_code\n", "```json\n", "`", "add(a=1)", "[get_weather(city='x')]", "print(add(a=1))",
-])  # fmt: skip
+]  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.lists(PIECES, max_size=8).map("".join),
+    st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
     st.lists(st.integers(0, 400), max_size=12),
     st.sampled_from(sorted(TOOL_PARSERS)),
     st.booleans(),
 )
 def test_streamed_equals_whole_for_any_chunking(text: str, cuts: list[int], tools: str, starts: bool) -> None:
+    assert_streamed_equals_whole(text, cuts, tools, starts)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+def test_each_of_many_outputs_is_the_same_in_fifty_chunkings(count: int) -> None:
+    rng = Random(count)
+    for number in range(count):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
+        for tools in sorted(TOOL_PARSERS):
+            for _ in range(50):
+                cuts = [rng.randint(0, len(text)) for _ in range(rng.randint(0, len(text)))]
+                assert_streamed_equals_whole(text, cuts, tools, number % 2 == 0)
+
+
+def assert_streamed_equals_whole(text: str, cuts: list[int], tools: str, starts: bool) -> None:
     def parser() -> AnswerParser:
         if tools == "harmony":
             return AnswerParser(HarmonyParser(NAMES, "<|channel|>final<|message|>" if starts else ""))
@@ -326,7 +343,7 @@ def test_streamed_equals_whole_for_any_chunking(text: str, cuts: list[int], tool
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(PIECES, max_size=8).map("".join))
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
 def test_every_call_is_a_known_tool_with_an_object_as_arguments(text: str) -> None:
     for factory in TOOL_PARSERS.values():
         for call in parsed(AnswerParser(None, factory(NAMES)), [text])[2]:
