@@ -59,10 +59,12 @@ class HarmonyParser:
 
     def _read_header(self, finished: bool) -> bool:
         """Read up to the message's body, or leave what is no header as a body; False when more text is needed."""
-        self._buffer = self._buffer.lstrip()
-        for end in ENDS:
-            self._buffer = self._buffer.removeprefix(end)
-        text = self._buffer
+        text = ""
+        while text != self._buffer:  # what stands between two messages, however it came in pieces
+            text = self._buffer
+            self._buffer = self._buffer.lstrip()
+            for end in ENDS:
+                self._buffer = self._buffer.removeprefix(end)
         if not text or (not finished and any(tag.startswith(text) for tag in (*_OPENINGS, *ENDS))):
             return False
         header, tag, body = text.partition(MESSAGE)
