@@ -52,7 +52,8 @@ def quantize(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale; 0 for a whole row. Left out: 128, 64 or 32, the largest that fits."
+            help="Inputs that share a scale; 0: a whole row. Left out: 32 for small models, else the largest of 128, "
+            "64 and 32 that fits."
         ),
     ] = None,
     asymmetric: Annotated[
@@ -73,8 +74,13 @@ def quantize(
         list[str] | None, typer.Option(help="Keep layers whose name contains this; may be repeated.")
     ] = None,
     sensitive: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of the weights, those 4 bits hurt most, to keep in 8 bits.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.99,
+            help="Share of the weights, those 4 bits hurt most, to keep in 8. Left out: 0.2 of small models.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Version or Git revision of the model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -77,7 +77,7 @@ def test_transformers_and_the_engine_read_the_same_model(source: Path, options: 
 
 
 def test_the_projections_that_rounding_hurts_most_get_eight_bits(source: Path, tmp_path: Path) -> None:
-    even, even_report = quantized(source, method=Method.RTN, bits=4, output=tmp_path / "even")
+    even, even_report = quantized(source, method=Method.RTN, bits=4, sensitive_share=0.0, output=tmp_path / "even")
     output, report = quantized(source, method=Method.RTN, bits=4, sensitive_share=0.3)
     config = json.loads((output / "config.json").read_text())["quantization_config"]["config_groups"]
     named = config["group_1"]["targets"]
@@ -108,6 +108,14 @@ def test_shares_that_make_no_sense_are_refused(source: Path, options: dict, mess
         quantized(source, method=Method.RTN, **options)
 
 
+def test_small_models_keep_some_projections_in_eight_bits_where_the_format_can(source: Path, tmp_path: Path) -> None:
+    _, packed = quantized(source, method=Method.RTN, bits=4)
+    _, older = quantized(source, method=Method.RTN, bits=4, format=Format.GPTQ, output=tmp_path / "gptq")
+
+    assert (packed.scheme, packed.num_in_8_bits > 0) == ("W4A16-g32", True)
+    assert (older.scheme, older.num_in_8_bits) == ("W4A16-g32", 0)
+
+
 def test_zero_points_reach_the_engine(source: Path) -> None:
     output, _ = quantized(source, method=Method.RTN, bits=4, symmetric=False)
     exact = reference_logits(hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), [[5, 6, 7, 8, 9]])
@@ -116,7 +124,7 @@ def test_zero_points_reach_the_engine(source: Path) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_gptq_format_holds_the_same_weights(source: Path, symmetric: bool, tmp_path: Path) -> None:
-    options = {"method": Method.RTN, "bits": 4, "symmetric": symmetric}
+    options = {"method": Method.RTN, "bits": 4, "symmetric": symmetric, "sensitive_share": 0.0}
     packed, _ = quantized(source, **options)
     older, _ = quantized(source, **options, format=Format.GPTQ, output=tmp_path / "gptq")
     prompts = random_prompts((9, 30))

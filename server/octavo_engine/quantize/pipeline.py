@@ -22,7 +22,7 @@ from octavo_engine.quantize.observed import ObservingLoader, Projection
 from octavo_engine.quantize.perplexity import perplexity
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scaling import awq_scale, smoothquant_scale
-from octavo_engine.quantize.scheme import EXACT, Method, Scheme, as_int_weight, choose_scheme, fit_grid
+from octavo_engine.quantize.scheme import EXACT, Method, Scheme, as_int_weight, choose_scheme, fit_grid, is_narrow
 from octavo_engine.quantize.sensitivity import most_sensitive
 from octavo_engine.quantize.statistics import InputStatistics
 from octavo_engine.quantize.writer import output_tensors, write_checkpoint
@@ -34,13 +34,15 @@ OnProgress = Callable[[str, float, str], None]
 """Called with the phase (resolve, load, before, quantize, after, write), a fraction in [0, 1] and a detail."""
 
 STORED_DTYPE = torch.bfloat16
+NARROW_SHARE = 0.2
 REPORT_FILE = "quantization_report.json"
 
 
 class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to quantize and how. group_size None: the largest of 128, 64, 32 that fits. Texts None: Octavo's own.
+    """What to quantize and how. Texts None: Octavo's own.
 
-    sensitive_share: of the weights, those that four bits hurt most get eight.
+    group_size None: see `choose_scheme`. sensitive_share: of the weights, those that four bits hurt most get
+    eight; None: `NARROW_SHARE` of narrow layers where the format can hold both.
     """
 
     model: str
@@ -55,7 +57,7 @@ class QuantizeOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_windows: int = 64
     window_tokens: int = 512
     ignore: tuple[str, ...] = ()
-    sensitive_share: float = 0.0
+    sensitive_share: float | None = None
     device: str = "auto"
     revision: str | None = None
 
@@ -84,10 +86,10 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
         options.symmetric,
         (item.weight.shape[1] for item in targets),
     )
-    _check_share(options.sensitive_share, scheme)
+    share = _share(options, scheme, targets)
     kept = [name for item in loader.projections if item not in targets for name in item.rows]
     rows = [count for item in targets for count in item.rows.values()]
-    sensitive = most_sensitive(model, targets, windows, scheme, options.sensitive_share, device)
+    sensitive = most_sensitive(model, targets, windows, scheme, share, device)
     schemes = {id(item): EXACT if id(item) in sensitive else scheme for item in targets}
     exactly = [name for item in targets if id(item) in sensitive for name in item.rows]
     layout = choose_layout(options.format, scheme, rows, kept, exactly)
@@ -121,11 +123,16 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
     return report
 
 
-def _check_share(share: float, scheme: Scheme) -> None:
+def _share(options: QuantizeOptions, scheme: Scheme, targets: Sequence[Projection]) -> float:
+    share = options.sensitive_share
+    if share is None:
+        mixes = scheme.bits == 4 and options.format is Format.COMPRESSED_TENSORS
+        return NARROW_SHARE if mixes and is_narrow(item.weight.shape[1] for item in targets) else 0.0
     if not 0 <= share < 1:
         raise ConfigError(f"sensitive_share: must be from 0 to below 1, got {share}")
     if share and scheme.bits != 4:
         raise ConfigError("sensitive_share: only for 4 bits; the others have 8 already")
+    return share
 
 
 def _build(checkpoint: Checkpoint, loader: ObservingLoader, max_positions: int) -> Decoder:

@@ -13,6 +13,7 @@ from octavo_engine.errors import ConfigError
 from octavo_kernels.quantized_weights import IntWeight
 
 GROUP_SIZES = (128, 64, 32)
+NARROW = 2_048  # inputs: models with narrower layers are small, and four bits cost them most
 SPANS = {4: tuple(1.06 - 0.02 * step for step in range(16)), 8: (1.0, 0.96, 0.92)}  # of the extremes, by bits
 WHOLE_SPAN = (1.0,)
 REFINEMENTS = 2
@@ -54,12 +55,18 @@ EXACT = Scheme(8, 0, symmetric=True)
 """What projections get that four bits would hurt most."""
 
 
+def is_narrow(in_features: Iterable[int]) -> bool:
+    """Whether a model with such projections gets more exact defaults."""
+    return min(in_features, default=NARROW) < NARROW
+
+
 def choose_scheme(
     method: Method, bits: int, group_size: int | None, symmetric: bool, in_features: Iterable[int]
 ) -> Scheme:
-    """The scheme that fits every projection; raises `ConfigError`. `group_size` None takes the largest that divides.
+    """The scheme that fits every projection; raises `ConfigError`.
 
-    SmoothQuant means W8A8 with one scale a row. Eight bits alone take one scale a row unless a group size is given.
+    `group_size` None takes the largest that divides, or 32 for narrow layers. SmoothQuant means W8A8 with one scale a
+    row. Eight bits alone take one scale a row unless a group size is given.
     """
     if bits not in (4, 8):
         raise ConfigError(f"bits: must be 4 or 8, got {bits}")
@@ -71,9 +78,10 @@ def choose_scheme(
         raise ConfigError("asymmetric: only for 4 bits; 8 bits gain nothing from zero points")
     if group_size == 0 or (group_size is None and bits == 8):
         return Scheme(bits, 0, symmetric)
-    common = math.gcd(*in_features)
+    widths = tuple(in_features)
+    common = math.gcd(*widths)
     if group_size is None:
-        fitting = [size for size in GROUP_SIZES if common % size == 0]
+        fitting = [size for size in (GROUP_SIZES[-1:] if is_narrow(widths) else GROUP_SIZES) if common % size == 0]
         if not fitting:
             raise ConfigError(f"group_size: none of {GROUP_SIZES} divides the model's widths; use --group-size 0")
         return Scheme(bits, fitting[0], symmetric)
@@ -151,48 +159,49 @@ def _fit_chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros [n, 1] for groups [n, size]; a chunk is small enough to stay in the processor's cache."""
     half = 1 << (scheme.bits - 1)
-    low, high = (-half, half - 1) if scheme.symmetric else (0, 2 * half - 1)
+    best = _BestGrid(groups, counts, (-half, half - 1) if scheme.symmetric else (0, 2 * half - 1))
     smallest, largest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
     extreme = torch.maximum(-smallest, largest)
-    best_scales, best_zeros, best_error = extreme, torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
-    for step in range(len(spans) + (REFINEMENTS if len(spans) > 1 else 0)):
-        if step >= len(spans):
-            zeros = best_zeros
-            scales = _suited_scales(groups, counts, best_scales, zeros, (low, high))
-        elif scheme.symmetric:
-            scales = _stored(extreme * (spans[step] / (half - 0.5 if scheme.bits == 4 else half - 1)))
-            zeros = torch.zeros_like(scales)
+    for span in spans:
+        if scheme.symmetric:
+            scales = _stored(extreme * (span / (half - 0.5 if scheme.bits == 4 else half - 1)))
+            best.consider(scales, torch.zeros_like(scales))
         else:
-            scales = _stored((largest - smallest) * (spans[step] / (2 * half - 1)))
-            zeros = (-smallest * spans[step] / scales).round_().clamp_(low, high)
-        error = _steps(groups, scales, zeros, (low, high)).mul_(scales).sub_(groups).square_()
-        if counts is not None:
-            error *= counts
+            scales = _stored((largest - smallest) * (span / (2 * half - 1)))
+            best.consider(scales, (-smallest * span / scales).round_().clamp_(0, 2 * half - 1))
+    if len(spans) > 1:
+        for _ in range(REFINEMENTS):
+            best.consider(best.suited_scales(), best.zeros)
+    return best.scales, best.zeros
+
+
+class _BestGrid:
+    """The scales and zeros [n, 1] with the least squared error that were considered for groups [n, size]."""
+
+    def __init__(self, groups: torch.Tensor, counts: torch.Tensor | None, bounds: tuple[int, int]) -> None:
+        self._groups, self._counts, self._bounds = groups, counts, bounds
+        self.scales = self.zeros = groups.new_zeros(len(groups), 1)
+        self._error = groups.new_full((len(groups), 1), torch.inf)
+
+    def consider(self, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+        error = self._steps(scales, zeros).mul_(scales).sub_(self._groups).square_()
+        if self._counts is not None:
+            error *= self._counts
         error = error.sum(-1, keepdim=True)
-        better = error < best_error
-        best_scales, best_zeros = torch.where(better, scales, best_scales), torch.where(better, zeros, best_zeros)
-        best_error = torch.minimum(error, best_error)
-    return best_scales, best_zeros
+        better = error < self._error
+        self.scales, self.zeros = torch.where(better, scales, self.scales), torch.where(better, zeros, self.zeros)
+        self._error = torch.minimum(error, self._error)
 
+    def suited_scales(self) -> torch.Tensor:
+        """What suits the codes that the best scales give best, by least squares."""
+        steps = self._steps(self.scales, self.zeros)
+        weighted = steps if self._counts is None else steps * self._counts
+        spread = (weighted * steps).sum(-1, keepdim=True).clamp_min(1e-12)
+        return _stored((weighted * self._groups).sum(-1, keepdim=True) / spread)
 
-def _steps(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
-    """Codes less their zero: how many scales from 0."""
-    return (groups / scales).round_().add_(zeros).clamp_(*bounds).sub_(zeros)
-
-
-def _suited_scales(
-    groups: torch.Tensor,
-    counts: torch.Tensor | None,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    bounds: tuple[int, int],
-) -> torch.Tensor:
-    """The scales with the least squared error for the codes that `scales` give."""
-    steps = _steps(groups, scales, zeros, bounds)
-    weighted = steps if counts is None else steps * counts
-    return _stored(
-        (weighted * groups).sum(-1, keepdim=True) / (weighted * steps).sum(-1, keepdim=True).clamp_min(1e-12)
-    )
+    def _steps(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Codes less their zero: how many scales from 0."""
+        return (self._groups / scales).round_().add_(zeros).clamp_(*self._bounds).sub_(zeros)
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:

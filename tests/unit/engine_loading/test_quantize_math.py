@@ -91,7 +91,8 @@ def test_zeros_are_exact() -> None:
 @pytest.mark.parametrize(
     ("method", "bits", "group", "symmetric", "expected"),
     [
-        (Method.GPTQ, 4, None, True, Scheme(4, 64, True)),
+        (Method.GPTQ, 4, None, True, Scheme(4, 32, True)),
+        (Method.GPTQ, 4, 64, True, Scheme(4, 64, True)),
         (Method.RTN, 4, 32, False, Scheme(4, 32, False)),
         (Method.RTN, 8, None, True, Scheme(8, 0, True)),
         (Method.RTN, 4, 0, True, Scheme(4, 0, True)),
@@ -116,6 +117,11 @@ def test_a_scheme_is_chosen_that_fits_every_width(method, bits, group, symmetric
 def test_an_impossible_scheme_names_the_setting(method, bits, group, symmetric, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_scheme(method, bits, group, symmetric, [576, 1536])
+
+
+def test_wide_layers_take_large_groups_without_zero_points() -> None:
+    assert choose_scheme(Method.AWQ_GPTQ, 4, None, True, [4096, 14_336]) == Scheme(4, 128, True)
+    assert choose_scheme(Method.AWQ_GPTQ, 4, None, True, [2_048, 8_256]) == Scheme(4, 64, True)
 
 
 def test_widths_no_group_divides_are_refused_with_the_way_out() -> None:
