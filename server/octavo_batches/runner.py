@@ -171,18 +171,25 @@ class BatchRunner:
         """A full line is waited for, and so is a limit."""
         wait_s, failures = 0.5, 0
         last, kept = _NO_ANSWER, False
+        broken: Exception | None = None
 
         def on_answer(answer: Answer) -> None:
-            nonlocal last, kept
+            nonlocal last, kept, broken
             last = answer
             unsure = answer.status in self._unsure and failures + 1 < FAILED_TRIES
-            if answer.status not in _BUSY and not unsure:
-                kept = True
+            if answer.status in _BUSY or unsure:
+                return
+            try:
                 progress.keep(request, answer)
+                kept = True
+            except Exception as error:  # which is the batch's, and not of the application that answers
+                broken = error
 
         while True:
             last = _NO_ANSWER
             await self._ask(record, request, on_answer)
+            if broken is not None:
+                raise broken
             if kept:
                 return
             if _is_cancelled():  # an application that takes it for a client's leaving does not raise it again

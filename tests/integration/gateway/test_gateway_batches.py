@@ -190,6 +190,23 @@ async def test_a_replica_that_dies_costs_no_line(tmp_path: Path) -> None:
     assert (batch.request_counts.completed, batch.request_counts.failed) == (20, 0)
 
 
+async def test_a_batch_whose_results_cannot_be_kept_fails_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(self: object, request: object, answer: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("octavo_batches.runner._Progress.keep", no_space)
+    async with (
+        OpenAIReplica().serve() as replica,
+        open_door(entry(replica), batch_folder=str(tmp_path)) as door,
+        client_of(door.url) as client,
+    ):
+        batch = await ended(client, (await start(client, lines(5))).id)
+    assert batch.status == "failed"
+    assert batch.errors.data[0].code == "storage"
+
+
 async def test_a_cancelled_batch_keeps_what_it_has(tmp_path: Path) -> None:
     async with (
         OpenAIReplica(token_delay=0.02).serve() as replica,
