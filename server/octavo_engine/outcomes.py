@@ -59,8 +59,8 @@ class Outcomes:
         without speculation, for greedy and for random sequences.
         """
         drafted = seq.drafted
-        logprobs = logprobs or [None] * len(token_ids)
         if drafted:
+            logprobs = logprobs or [None] * len(token_ids)
             num_accepted = 0
             while num_accepted < len(drafted) and token_ids[num_accepted] == drafted[num_accepted]:
                 num_accepted += 1
@@ -74,7 +74,7 @@ class Outcomes:
             self._scheduler.advance(seq, 1 + num_accepted)
             seq.num_launched = seq.num_computed
             token_ids, logprobs = token_ids[num_accepted:], logprobs[num_accepted:]
-        self._append(seq, token_ids[0], logprobs[0])
+        self._append(seq, token_ids[0], logprobs[0] if logprobs else None)
 
     def finish(self, seq: Sequence, reason: FinishReason, error: OctavoError | None = None) -> None:
         """End a sequence without a new token. The caller gets an `InvalidRequestError` as such."""

@@ -206,11 +206,10 @@ class Scheduler:
         """A step over this batch is on its way; until it has `landed`, nothing it writes is given to others."""
         for seq, piece in zip(batch.sequences, batch.slices, strict=True):
             seq.num_in_flight += 1
-            seq.num_launched = piece.start + len(piece.token_ids)
-            if piece.num_logits and seq.num_launched == seq.length:
+            end = seq.num_launched = piece.start + len(piece.token_ids)
+            if piece.num_logits and end == len(seq.tokens) + seq.num_pending:
                 batch.choosing.append(seq)
-        for seq in batch.choosing:
-            seq.num_pending += 1
+                seq.num_pending += 1
 
     def landed(self, batch: Batch) -> None:
         """The step is over, whatever came of it."""
@@ -218,7 +217,7 @@ class Scheduler:
             seq.num_pending -= 1
         for seq in batch.sequences:
             seq.num_in_flight -= 1
-            if seq.state is SequenceState.FINISHED and not seq.num_in_flight:
+            if not seq.num_in_flight and seq.state is SequenceState.FINISHED:
                 self._let_go(seq)
 
     def _num_guesses(self, seq: Sequence, num_drafting: int) -> int:
@@ -273,7 +272,8 @@ class Scheduler:
     def _reserve_decode_blocks(self) -> bool:
         """Give each running sequence the block its next token needs; True if that took a preemption."""
         preempted = False
-        for seq in list(self._running.values()):
+        short = [seq for seq in self._running.values() if seq.table.capacity < len(seq.tokens) + seq.num_pending]
+        for seq in short:
             while seq.state is SequenceState.RUNNING and self._grows(seq):
                 if self.blocks.grow(seq.table, seq.length):
                     break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Chosen:
         return Results(self.choices, sampled, [part.wait() for part in self.prompts])
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Choices:
     """Which rows of a step's logits are wanted.
 
@@ -57,12 +57,12 @@ class Choices:
     after the other; one that verifies guesses has a row for each of them and one more.
     """
 
-    num_logits: int = 0
-    rows: list[int] = field(default_factory=list)
-    states: list[SamplerState] = field(default_factory=list)
-    ahead: list[int] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
-    prompts: list[PromptRows] = field(default_factory=list)
+    num_logits: int
+    rows: list[int]
+    states: list[SamplerState]
+    ahead: list[int]
+    sequences: list[Sequence]
+    prompts: list[PromptRows]
 
     def choose(self, sampler: Sampler, logits: torch.Tensor) -> Chosen:
         """logits: [num_logits, vocab_size]."""
@@ -78,25 +78,30 @@ def choices_of(batch: Batch) -> Choices:
 
     Sets where each sequence's token will be found, `pending_row`.
     """
-    choices = Choices()
+    rows: list[int] = []
+    states: list[SamplerState] = []
+    ahead: list[int] = []
+    sequences: list[Sequence] = []
+    prompts: list[PromptRows] = []
+    end_row = 0
     for seq, piece in zip(batch.sequences, batch.slices, strict=True):
-        first_row = choices.num_logits
-        choices.num_logits += piece.num_logits
-        if seq.state is not SequenceState.RUNNING or not piece.num_logits:
+        first_row, end_row = end_row, end_row + piece.num_logits
+        if first_row == end_row or seq.state is not SequenceState.RUNNING:
             continue
         end = piece.start + len(piece.token_ids)
         if seq.wants_prompt_logprobs:
             targets = seq.tokens[piece.start + 1 : min(end + 1, seq.num_prompt_tokens)]
-            choices.prompts.append(PromptRows(seq, targets, first_row, is_start=piece.start == 0))
-        if end != len(seq.tokens) + len(seq.drafted):
+            prompts.append(PromptRows(seq, targets, first_row, is_start=piece.start == 0))
+        num_drafted = len(seq.drafted)
+        if end != len(seq.tokens) + num_drafted:
             continue
-        count = 1 + len(seq.drafted)
-        seq.pending_row = len(choices.rows)
-        choices.rows.extend(range(choices.num_logits - count, choices.num_logits))
-        choices.states.extend([seq.sampler] * count)
-        choices.ahead.extend(range(count))
-        choices.sequences.append(seq)
-    return choices
+        seq.pending_row = len(rows)
+        sequences.append(seq)
+        for guess in range(1 + num_drafted):
+            rows.append(end_row - 1 - num_drafted + guess)
+            states.append(seq.sampler)
+            ahead.append(guess)
+    return Choices(end_row, rows, states, ahead, sequences, prompts)
 
 
 def _prompt_logprobs(part: PromptRows, logits: torch.Tensor) -> LogprobsOnTheWay:

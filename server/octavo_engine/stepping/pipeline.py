@@ -64,6 +64,7 @@ class StepPipeline:
         self._sampler = Sampler()
         self._in_flight: deque[Step] = deque()  # a step leaves when it is over, even if a round was interrupted
         self._collected_s = 0.0
+        self._settled = False  # since the last batch was scheduled
         self.num_ahead = 0
         self._waits: Counter[WaitReason] = Counter()
 
@@ -80,21 +81,24 @@ class StepPipeline:
 
     def make_ready(self) -> None:
         """Before the next batch is scheduled: wait for what is in flight if that has to be over."""
-        if not self._in_flight:
-            return
-        unready = self._stages is None and any(step.chosen is None for step in self._in_flight)
-        reason = WaitReason.INTERRUPTION if unready else self._scheduler.reason_to_wait()
-        if reason is not None:
-            self.settle(reason)
+        if self._in_flight:
+            unready = self._stages is None and any(step.chosen is None for step in self._in_flight)
+            reason = WaitReason.INTERRUPTION if unready else self._scheduler.reason_to_wait()
+            if reason is not None:
+                self.settle(reason)
+        self._settled = False
 
     def settle(self, reason: WaitReason) -> None:
         """Wait until nothing is in flight, and take in what comes of it."""
         if self._in_flight:
             self._waits[reason] += 1
+            self._settled = True
         self._collect_all_but(0)
 
     def advance(self, batch: Batch) -> None:
         """Launch a batch, if it is not empty, and take in the oldest step. Raises `StepFailedError`."""
+        if self._settled:
+            batch = still_running(batch)
         if self._stages is not None:
             self._advance_stages(batch, self._stages)
             return
@@ -108,7 +112,6 @@ class StepPipeline:
             self._collect_all_but(0)
 
     def _advance_stages(self, batch: Batch, stages: StagedRunner) -> None:
-        batch = still_running(batch)  # without what ended while blocks were moved
         if batch.slices:
             started = self._clock()
             begun = self._queue.submit(partial(stages.begin, batch.slices))
@@ -118,10 +121,6 @@ class StepPipeline:
 
     def _launch(self, batch: Batch) -> None:
         before = self._in_flight[-1].chosen if self._in_flight else None
-        if before is None:  # what was in flight when the batch was scheduled is over by now
-            batch = still_running(batch)
-            if not batch.slices:
-                return
 
         def forward() -> torch.Tensor:
             tokens = None if before is None else before.result().tokens
@@ -193,10 +192,12 @@ class StepPipeline:
                 self._scheduler.advance(seq, len(piece.token_ids))
         for part, entries in zip(results.choices.prompts, results.prompts, strict=True):
             part.seq.prompt_logprobs = [None, *entries] if part.is_start else [*part.seq.prompt_logprobs, *entries]
-        sampled, row = results.sampled, 0
+        if results.sampled is None:
+            return
+        token_ids, logprobs = results.sampled.token_ids, results.sampled.logprobs
+        row = 0
         for seq in results.choices.sequences:
-            rows = slice(row, row + 1 + len(seq.drafted))
-            row = rows.stop
-            if seq.state is SequenceState.RUNNING and sampled is not None:
-                logprobs = None if sampled.logprobs is None else sampled.logprobs[rows]
-                self._outcomes.append_verified(seq, sampled.token_ids[rows], logprobs)
+            first, row = row, row + 1 + len(seq.drafted)
+            if seq.state is SequenceState.RUNNING:
+                reported = None if logprobs is None else logprobs[first:row]
+                self._outcomes.append_verified(seq, token_ids[first:row], reported)
