@@ -161,7 +161,7 @@ def measure(engine: Engine, repetition: int, others: float) -> None:
         for attempt in range(ATTEMPTS):
             wait_for_quiet(engine, others)
             watch = Watch(engine)
-            value = work(engine, repetition + 1 + 1000 * attempt)
+            value = work(engine, repetition + 1 + 500_009 * attempt)
             tries.append((watch.others(), value))
             if tries[-1][0] <= others:
                 break
