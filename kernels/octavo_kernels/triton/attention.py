@@ -256,7 +256,7 @@ def _config(problem: Problem, part: Part) -> LaunchConfig:
     if part.max_query_len <= SHORT_QUERY:
         rows = max(rows, min(128, triton.next_power_of_2(group * part.max_query_len)))
         default = _decode_default(head_dim, bits, rows)
-        # Drafts to verify and the shared part of a cascade have more rows than a decode: measured apart.
+        # Drafts to verify, and what a few sequences share, have more rows than a decode: measured apart.
         kernel = "paged_attention_decode" if part.decode else f"paged_attention_short_m{rows}"
         return launch_config(kernel, key, device, default)
     default = _prefill_default(head_dim, bits, rows)

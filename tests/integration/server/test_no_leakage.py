@@ -1,4 +1,4 @@
-"""Many tenants at once, with aborts, too little memory and a shared prefix: nobody gets a token of anybody else."""
+"""Many tenants at once, with aborts, adapters, too little memory, a shared prefix: each gets what it gets alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import transformers as hf
 
 from fakes.asgi_client import asgi_call
 from fakes.eventually import eventually
+from models.lora_adapters import write_adapter
 from models.tiny_checkpoints import SIZES, write_checkpoint, write_tokenizer
 from octavo_engine.config import EngineConfig
 from octavo_engine.llm import LLM
@@ -26,6 +27,7 @@ from octavo_server.settings import ServeSettings
 
 SHARED = [7, 8, 9, 10, 11, 12, 13, 14] * 3
 NUM_TOKENS = 6
+ADAPTERS = ("a", "b", "c")  # one more than can run at once
 
 
 class Crowd:
@@ -35,16 +37,18 @@ class Crowd:
         self.app = app
         self.engine = engine
         self._alone = LLM(str(folder), device="cpu", dtype="float32", block_size=4, num_kv_blocks=64, num_threads=1,
-                          enable_prefix_caching=False)  # fmt: skip
+                          enable_prefix_caching=False, enable_lora=True, lora_modules=adapters(folder))  # fmt: skip
 
-    def alone(self, prompts: list[list[int]]) -> list[list[int]]:
+    def alone(self, prompts: list[list[int]], names: list[str]) -> list[list[int]]:
+        """What each prompt gets from the base model ("") or an adapter."""
         sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-        return [self._alone.generate([prompt], sampling)[0].outputs[0].token_ids for prompt in prompts]
+        each = zip(prompts, names, strict=True)
+        return [self._alone.generate([prompt], sampling, adapter=name)[0].outputs[0].token_ids for prompt, name in each]
 
-    async def ask(self, prompt: list[int], tenant: str, **fields: Any) -> tuple[list[int], int]:
+    async def ask(self, prompt: list[int], tenant: str, adapter: str = "", **fields: Any) -> tuple[list[int], int]:
         """The tokens, and how many of the prompt came from the cache."""
-        body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True,
-                "return_token_ids": True, **fields}  # fmt: skip
+        body = {"model": adapter or "base", "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0,
+                "ignore_eos": True, "return_token_ids": True, **fields}  # fmt: skip
         headers = {"x-octavo-tenant": tenant}
         status, _, answer = await asgi_call(self.app, "POST", "/v1/completions", json.dumps(body).encode(), headers)
         assert status == 200, answer
@@ -52,14 +56,21 @@ class Crowd:
         return value["choices"][0]["token_ids"], value["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+def adapters(folder: Path) -> dict[str, str]:
+    return {name: str(folder / name) for name in ADAPTERS}
+
+
 @pytest.fixture
 async def crowd(tmp_path: Path) -> AsyncIterator[Crowd]:
-    write_checkpoint(tmp_path, hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
+    base = write_checkpoint(tmp_path, hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
     write_tokenizer(tmp_path)
+    for seed, name in enumerate(ADAPTERS):
+        write_adapter(base, tmp_path / name, seed, target_modules=["q_proj", "v_proj", "down_proj"])
     config = EngineConfig(model=str(tmp_path), device="cpu", dtype="float32", block_size=4, num_kv_blocks=96,
-                          max_num_seqs=16, num_threads=1, num_speculative_tokens=2)  # fmt: skip
+                          max_num_seqs=16, num_threads=1, num_speculative_tokens=2, enable_lora=True,
+                          max_loras=len(ADAPTERS) - 1, lora_modules=adapters(tmp_path))  # fmt: skip
     engine = EngineProcessClient(config)
-    replica = Replica(ServeSettings(model="fake"), engine, load_tokenizer)
+    replica = Replica(ServeSettings(model="fake", served_model_names=("base",)), engine, load_tokenizer)
     await replica.start()
     yield Crowd(tmp_path, build_app(replica), engine)
     await replica.close(5.0)
@@ -69,17 +80,18 @@ async def run_crowd(crowd: Crowd, count: int) -> None:
     rng = random.Random(count)
     secrets = [[rng.randrange(3, 131) for _ in range(rng.randint(4, 20))] for _ in range(count)]
     prompts = [[*SHARED[: rng.randrange(0, len(SHARED))], *secret] for secret in secrets]
-    expected = await asyncio.to_thread(crowd.alone, prompts)
+    names = [rng.choice(["", *ADAPTERS]) for _ in range(count)]
+    expected = await asyncio.to_thread(crowd.alone, prompts, names)
 
     async def one(index: int) -> None:
         tenant = f"tenant-{index % 7}"
         if index % 4 == 0:  # leaves in the middle
-            leaving = asyncio.create_task(crowd.ask(prompts[index], tenant, max_tokens=60))
+            leaving = asyncio.create_task(crowd.ask(prompts[index], tenant, names[index], max_tokens=60))
             await asyncio.wait([leaving], timeout=rng.random() * 0.05)
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             return
-        found, _ = await crowd.ask(prompts[index], tenant)
+        found, _ = await crowd.ask(prompts[index], tenant, names[index])
         assert found == expected[index], "another's tokens, or another's cache"
 
     for start in range(0, count, 50):
