@@ -34,7 +34,7 @@ def compare(folder: Path, family: str, ranks: dict[str, int], **sizes: int) -> N
     found = mixed_logits(together, PROMPTS, SLOTS)
 
     for ours, theirs in zip(found, expected, strict=True):
-        assert relative_error(ours, theirs) < 1e-5
+        assert relative_error(ours, theirs) < 1e-4
     plain = mixed_logits(together, PROMPTS, [None] * 4)
     assert all(relative_error(found[i], plain[i]) > 1e-2 for i in range(3)), "the adapters change nothing"
 
