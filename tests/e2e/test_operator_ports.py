@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from e2e import control_plane
 from e2e.control_plane import ControlPlane
 from fakes.listening import listening
 from fakes.replica_process import free_port
 
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(bool(control_plane.missing_reason()), reason=control_plane.missing_reason()),
+]
 
 
 def test_an_operator_listens_at_its_health_port_alone(plane: ControlPlane, tmp_path: Path) -> None:
