@@ -247,8 +247,7 @@ class EngineProcessClient:
         if self._process is None:
             return
         if self._dead is None:
-            with contextlib.suppress(zmq.Again):  # killed a moment ago: nobody hears any more
-                self._send(Shutdown())
+            self._send(Shutdown())
         await self._stop(timeout_s)
 
     # ------------------------------------------------------------ requests
@@ -281,7 +280,7 @@ class EngineProcessClient:
         except (OverflowError, UnicodeEncodeError) as error:
             raise InvalidRequestError(f"a field of the request cannot be sent to the engine: {error}") from error
         stream = self._streams[request.request_id] = OutputStream()
-        self._commands.send(message, zmq.NOBLOCK)
+        self._send_encoded(message)
         return stream
 
     def _close_stream(self, request_id: str, finished: bool) -> None:
@@ -306,7 +305,12 @@ class EngineProcessClient:
         return f"ipc://{self._directory}/{name}"
 
     def _send(self, command: Command) -> None:
-        self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
+        self._send_encoded(self._encoder.encode(command))
+
+    def _send_encoded(self, message: bytes) -> None:
+        # Killed a moment ago: nobody hears any more, and `_on_exit` is about to end every stream with the cause.
+        with contextlib.suppress(zmq.Again):
+            self._commands.send(message, zmq.NOBLOCK)
 
     async def _read_events(self) -> None:
         while True:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import OctavoError, QueueFullError
+from octavo_engine.errors import QueueFullError
 from octavo_engine.messages import AddRequest, EmbedRequest, EngineStats, LoadProgress, ModelInfo, SequenceOutput
 from octavo_engine.process.data_parallel import DataParallelClient
 from octavo_engine.prompt import check_prompt
@@ -34,7 +34,7 @@ class OfflineEngines:
     ) -> None:
         self._client = DataParallelClient(config, load)
         self._room = config.data_parallel_size * (config.max_num_seqs + QUEUED_EACH)
-        self._outputs: queue.SimpleQueue[SequenceOutput | OctavoError] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[SequenceOutput | Exception] = queue.SimpleQueue()
         self._running: dict[str, Future[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="octavo-engines", daemon=True)
@@ -81,7 +81,7 @@ class OfflineEngines:
             found.append(self._outputs.get())
         outputs = []
         for item in found:
-            if isinstance(item, OctavoError):
+            if isinstance(item, Exception):
                 raise item
             if item.finish_reason is not None:
                 self._running.pop(item.request_id, None)
@@ -122,13 +122,13 @@ class OfflineEngines:
         await self._told(run)
 
     async def _told(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a request to its end and tell its error; a full queue is waited for."""
+        """Run a request to its end and tell its error, whatever it is; a full queue is waited for."""
         while True:
             try:
                 return await run()
             except QueueFullError as error:
                 await asyncio.sleep(min(error.retry_after_s, 1.0))
-            except OctavoError as error:
+            except Exception as error:  # an error that is not told would leave `step` waiting
                 return self._outputs.put(error)
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:

@@ -229,6 +229,15 @@ async def test_a_killed_engine_ends_every_request_within_seconds() -> None:
             await collect(client, "late", [1])
 
 
+async def test_what_is_asked_of_an_engine_killed_a_moment_ago_ends_with_the_cause() -> None:
+    async with running() as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        time.sleep(0.5)  # noqa: ASYNC251  (the socket has lost its peer, and this loop has not heard of the end)
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await collect(client, "a", [1, 2])
+
+
 async def test_an_engine_that_exits_is_reported_with_its_code() -> None:
     async with running() as client:
         with pytest.raises(EngineDeadError, match="exit code 7"):
