@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,14 @@ class TextParser(Protocol):
     """Takes text as it comes. `finished` releases what was held back; nothing is pushed after it."""
 
     def push(self, text: str, finished: bool) -> list[Event]: ...
+
+
+def stepped(step: Callable[[list[Event], bool], bool], finished: bool) -> list[Event]:
+    """Events of a parser's steps, taken until one returns False for want of text."""
+    events: list[Event] = []
+    while step(events, finished):
+        continue
+    return merged(events)
 
 
 def merged(events: list[Event]) -> list[Event]:

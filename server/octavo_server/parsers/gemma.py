@@ -12,9 +12,9 @@ import json
 import re
 from collections.abc import Collection
 
-from octavo_server.parsers.events import Call, Content, Event, TextParser, held_suffix, merged
+from octavo_server.parsers.events import Call, Content, Event, TextParser, held_suffix, stepped
 from octavo_server.parsers.json_list import JsonListParser
-from octavo_server.parsers.tool_calls import Llama3JsonParser, call_of, read_call
+from octavo_server.parsers.tool_calls import Llama3JsonParser, call_in, call_of
 
 FENCE = "```"
 LANGUAGES = ("tool_code", "tool_call", "json")
@@ -37,10 +37,7 @@ class GemmaParser:
         if self._whole is not None:
             return self._whole.push(text, finished)
         self._buffer += text
-        events: list[Event] = []
-        while self._step(events, finished):
-            continue
-        return merged(events)
+        return stepped(self._step, finished)
 
     def _step(self, events: list[Event], finished: bool) -> bool:
         """One transition; False when more text is needed."""
@@ -114,7 +111,7 @@ def _from_json(text: str, names: Collection[str]) -> list[Call | None]:
     except (ValueError, RecursionError):
         return []
     items = value if isinstance(value, list) else [value]
-    return [read_call(json.dumps(item), "parameters", names) for item in items]
+    return [call_in(item, "parameters", names) for item in items]
 
 
 def _from_python(text: str, names: Collection[str]) -> list[Call | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection
 
-from octavo_server.parsers.events import Content, Event, merged
+from octavo_server.parsers.events import Content, Event, stepped
 from octavo_server.parsers.json_objects import ObjectScan
 from octavo_server.parsers.tool_calls import read_call
 
@@ -36,10 +36,7 @@ class JsonListParser:
 
     def push(self, text: str, finished: bool) -> list[Event]:
         self._buffer += text
-        events: list[Event] = []
-        while self._step(events, finished):
-            continue
-        return merged(events)
+        return stepped(self._step, finished)
 
     def _step(self, events: list[Event], finished: bool) -> bool:
         """One transition; False when more text is needed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from octavo_server.parsers.events import Call, Content, Event, held_suffix, merged
+from octavo_server.parsers.events import Call, Content, Event, held_suffix, merged, stepped
 from octavo_server.parsers.json_objects import ObjectScan
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -26,10 +26,7 @@ class HermesParser:
 
     def push(self, text: str, finished: bool) -> list[Event]:
         self._buffer += text
-        events: list[Event] = []
-        while self._step(events, finished):
-            continue
-        return merged(events)
+        return stepped(self._step, finished)
 
     def _step(self, events: list[Event], finished: bool) -> bool:
         """One transition; False when more text is needed."""
@@ -124,11 +121,16 @@ class Llama3JsonParser:
 
 
 def read_call(text: str, arguments_key: str, names: Collection[str]) -> Call | None:
-    """The call an object describes, or None when it describes none of the tools."""
+    """The call that an object's JSON text describes, or None when it describes none of the tools."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    return call_in(value, arguments_key, names)
+
+
+def call_in(value: object, arguments_key: str, names: Collection[str]) -> Call | None:
+    """The call an object describes, or None when it describes none of the tools."""
     if not isinstance(value, dict):
         return None
     arguments = value.get(arguments_key, value.get("arguments", value.get("parameters", {})))
