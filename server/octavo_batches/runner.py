@@ -221,11 +221,10 @@ class BatchRunner:
 
     def _store_results(self, record: BatchRecord) -> None:
         """Two files of the tenant's: lines that succeeded, and those that failed. Doing it again changes nothing."""
-        for name, failed in (("output", False), ("error", True)):
-            with tempfile.TemporaryFile() as lines:
-                for line in _results(self._store.results_path(record)):
-                    if _failed(line) is failed:
-                        lines.write(line)
+        with tempfile.TemporaryFile() as succeeded, tempfile.TemporaryFile() as failed:
+            for line in _results(self._store.results_path(record)):
+                (failed if _failed(line) else succeeded).write(line)
+            for name, lines in (("output", succeeded), ("error", failed)):
                 if lines.tell():
                     lines.seek(0)
                     file_id = f"file-{record.id.removeprefix('batch_')}-{name}"
