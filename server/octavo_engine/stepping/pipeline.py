@@ -191,7 +191,9 @@ class StepPipeline:
             if seq.state is SequenceState.RUNNING and not seq.drafted:
                 self._scheduler.advance(seq, len(piece.token_ids))
         for part, entries in zip(results.choices.prompts, results.prompts, strict=True):
-            part.seq.prompt_logprobs = [None, *entries] if part.is_start else [*part.seq.prompt_logprobs, *entries]
+            if part.is_start:
+                part.seq.prompt_logprobs = [None]
+            part.seq.prompt_logprobs.extend(entries)
         if results.sampled is None:
             return
         token_ids, logprobs = results.sampled.token_ids, results.sampled.logprobs
