@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -179,27 +180,21 @@ class KubeClient:
         body: Object | list[Object] | None = None,
         content_type: str = "application/json",
     ) -> Object:
+        call = f"{method} {path}"
         self.calls += 1
         if method != "GET":
             self.writes += 1
         with api_call(self.tracer, method, path):
-            return await self._persistently(f"{method} {path}", method, path, params, body, content_type)
+            once = partial(self._once, call, method, path, params, body, content_type)
+            return await self._persistently(call, method, once)
 
-    async def _persistently(
-        self,
-        call: str,
-        method: str,
-        path: str,
-        params: Mapping[str, str] | None,
-        body: Object | list[Object] | None,
-        content_type: str,
-    ) -> Object:
+    async def _persistently(self, call: str, method: str, once: Callable[[], Awaitable[Object]]) -> Object:
         error = ApiError(call, 0, "not tried")
         for attempt in range(ATTEMPTS):
             if method != "GET" and not self._may_write():
                 raise ApiError(call, 0, "not written: this operator does not hold the lease any more")
             try:
-                return await self._once(call, method, path, params, body, content_type)
+                return await once()
             except _Throttled as throttled:
                 error, delay = throttled.error, throttled.delay_s
             except (aiohttp.ClientError, TimeoutError, OSError) as cause:
