@@ -62,8 +62,9 @@ class Site:
             [*COMMAND, *flags, "--port", str(self.port), "--no-access-log", *self.flags],
             stderr=subprocess.DEVNULL,
         )
-        async with aiohttp.ClientSession() as http:
+        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
             while True:
+                assert self.gateway.poll() is None, f"the gateway ended with {self.gateway.returncode}"
                 with contextlib.suppress(aiohttp.ClientError):
                     async with http.get(f"{self.url}/v1/models") as response:
                         if (await response.json()).get("data"):
@@ -73,7 +74,20 @@ class Site:
     async def end_gateway(self, number: signal.Signals) -> int:
         assert self.gateway is not None
         self.gateway.send_signal(number)
-        return await asyncio.to_thread(self.gateway.wait)
+        code = await asyncio.to_thread(self.gateway.wait)
+        await self._left()
+        return code
+
+    async def _left(self) -> None:
+        """Wait for workers that outlive a killed parent: they end what they began, and hold the address until then."""
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                except ConnectionRefusedError:
+                    return
+                writer.close()
+                await asyncio.sleep(0.05)
 
     async def replace_replica(self, index: int) -> None:
         """SIGKILL, and a new process at the same address."""
