@@ -36,6 +36,12 @@ class Listeners:
         others = [_bind(settings.host, _port(first), "port", reuse_port=True) for _ in range(settings.workers - 1)]
         return [cls(settings, public, *side_doors) for public in (first, *others)]
 
+    def close(self) -> None:
+        """Leave the addresses; connections that were accepted stay."""
+        for listener in (self.public, self.admin, self.metrics):
+            if listener is not None:
+                listener.close()
+
     @property
     def port(self) -> int:
         return _port(self.public)

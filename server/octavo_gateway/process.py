@@ -72,7 +72,7 @@ async def run_gateway(
 async def _serve(
     server: GatewayServer, followers: list[asyncio.Task[None]], say: Callable[[str], None], seat: Seat | None
 ) -> None:
-    stop = _stop_on_signals() if seat is None else _stop_with_parent(seat)
+    stop = _stop_on_signals() if seat is None else _stop_with_parent(seat, server)
     ends: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait()), *followers]
     if seat is None:
         await server.accept()  # its probes say how far it is
@@ -133,13 +133,15 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _stop_with_parent(seat: Seat) -> asyncio.Event:
-    """A worker drains when it is told to, and when its parent is gone."""
+def _stop_with_parent(seat: Seat, server: GatewayServer) -> asyncio.Event:
+    """A worker drains when it is told to, and when its parent is gone: then it leaves its place to another gateway."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_end_of_parent() -> None:
         loop.remove_reader(seat.life)
+        server.make_room()
+        seat.clear()
         stop.set()
 
     loop.add_reader(seat.life, on_end_of_parent)

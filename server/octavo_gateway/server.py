@@ -22,6 +22,7 @@ from octavo_gateway.settings import GatewaySettings
 from octavo_gateway.tenancy import TenantDirectory
 from octavo_gateway.tenancy.follow import TenantFollower, tenant_follower
 from octavo_gateway.usage import Ledger, PriceTable
+from octavo_gateway.usage.journal import JournalInUseError
 from octavo_gateway.usage.ledger import DATABASE
 from octavo_gateway.workers.seat import Seat
 
@@ -134,6 +135,16 @@ class GatewayServer:
             await asyncio.gather(*(server.listening.wait() for server, _ in self._servers))
         log.info("gateway listens at %s", self.address)
 
+    def make_room(self) -> None:
+        """Listen no longer and let another gateway begin in the same place, while this one ends what it has begun."""
+        for server, _ in self._servers:
+            for listening in server.servers:
+                listening.close()
+        if self.listeners is not None:
+            self.listeners.close()
+        if self._own_ledger is not None:
+            self._own_ledger.make_room()
+
     async def stop(self, drain_timeout_s: float | None = None) -> None:
         """Drain: say not ready, serve on for the propagation time, refuse new requests, finish the running ones."""
         if self.listeners is None:
@@ -160,19 +171,28 @@ class GatewayServer:
 
 
 def _open_ledger(settings: GatewaySettings, seat: Seat | None) -> Ledger | None:
-    """Workers keep journals of their own and share the database."""
+    """Workers keep journals of their own and share the database.
+
+    Where one of a killed gateway still ends its requests, its successor takes a folder beside it.
+    """
     if settings.ledger is None:
         return None
     folder = Path(settings.ledger)
-    if seat is None or seat.index == 0:
-        _deliver_left_behind(settings, folder, seat.count if seat is not None else 1)
-        return Ledger(folder, settings.ledger_url, spool_bytes=settings.ledger_spool_bytes)
-    return Ledger(
-        folder / f"worker-{seat.index}",
-        settings.ledger_url,
-        database=folder / DATABASE,
-        spool_bytes=settings.ledger_spool_bytes,
-    )
+    index, count = (0, 1) if seat is None else (seat.index, seat.count)
+    if index == 0:
+        _deliver_left_behind(settings, folder, count)
+    while True:
+        try:
+            return Ledger(
+                folder / f"worker-{index}" if index else folder,
+                settings.ledger_url,
+                database=folder / DATABASE,
+                spool_bytes=settings.ledger_spool_bytes,
+            )
+        except JournalInUseError as error:
+            if not error.leaving:
+                raise
+            index += count
 
 
 def _deliver_left_behind(settings: GatewaySettings, folder: Path, count: int) -> None:
@@ -180,9 +200,10 @@ def _deliver_left_behind(settings: GatewaySettings, folder: Path, count: int) ->
     for own in folder.glob("worker-*"):
         number = own.name.removeprefix("worker-")
         if own.is_dir() and number.isdigit() and int(number) >= count:
-            ledger = Ledger(own, settings.ledger_url, database=folder / DATABASE)
-            ledger.take_unfinished()
-            ledger.close()
+            with contextlib.suppress(JournalInUseError):  # whoever uses it delivers
+                ledger = Ledger(own, settings.ledger_url, database=folder / DATABASE)
+                ledger.take_unfinished()
+                ledger.close()
 
 
 def _config(app: App, settings: GatewaySettings) -> uvicorn.Config:

@@ -74,20 +74,7 @@ class Site:
     async def end_gateway(self, number: signal.Signals) -> int:
         assert self.gateway is not None
         self.gateway.send_signal(number)
-        code = await asyncio.to_thread(self.gateway.wait)
-        await self._left()
-        return code
-
-    async def _left(self) -> None:
-        """Wait for workers that outlive a killed parent: they end what they began, and hold the address until then."""
-        async with asyncio.timeout(60):
-            while True:
-                try:
-                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                except ConnectionRefusedError:
-                    return
-                writer.close()
-                await asyncio.sleep(0.05)
+        return await asyncio.to_thread(self.gateway.wait)
 
     async def replace_replica(self, index: int) -> None:
         """SIGKILL, and a new process at the same address."""

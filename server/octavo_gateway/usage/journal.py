@@ -17,6 +17,17 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 """A segment that grows beyond this (because the database is away) is followed by another."""
 
 
+LEAVING = b"leaving"
+
+
+class JournalInUseError(LedgerError):
+    """The folder belongs to another process, which is about to end if `leaving`."""
+
+    def __init__(self, folder: Path, leaving: bool) -> None:
+        super().__init__(f"usage ledger {folder}: another gateway uses this folder; give each its own")
+        self.leaving = leaving
+
+
 class Journal:
     """One folder, one process. `write` may be called from any thread; all else from one at a time."""
 
@@ -78,6 +89,10 @@ class Journal:
             self._full.remove(segment)
             self._bytes -= size
 
+    def say_leaving(self) -> None:
+        """For whoever wants the folder from now on."""
+        os.write(self._lock_file, LEAVING)
+
     def close(self) -> None:
         """Let go of the folder; what was not dropped is there for the next process."""
         os.close(self._segment)
@@ -113,8 +128,10 @@ def _acquire(folder: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        leaving = os.read(lock, len(LEAVING)) == LEAVING
         os.close(lock)
-        raise LedgerError(f"usage ledger {folder}: another gateway uses this folder; give each its own") from None
+        raise JournalInUseError(folder, leaving) from None
+    os.ftruncate(lock, 0)
     return lock
 
 

@@ -103,6 +103,10 @@ class Ledger:
             taken, self._unfinished = list(self._unfinished.values()), {}
             return taken
 
+    def make_room(self) -> None:
+        """Tell a successor that this process is about to end, so that it takes another folder instead of failing."""
+        self._journal.say_leaving()
+
     def close(self) -> None:
         """Move the rest and let go of the folder; with the database away, the next process goes on from the journal."""
         self._stop.set()

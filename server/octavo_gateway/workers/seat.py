@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,3 +24,7 @@ class Seat:
 
     def tell_ready(self) -> None:
         os.write(self.news, b".")
+
+    def clear(self) -> None:
+        """Remove the folder in the parent's stead; the peers are leaving, too."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -20,6 +20,7 @@ import pytest
 from fakes.gateway_door import HELLO
 from fakes.openai_replica import OpenAIReplica
 from fakes.redis_server import SERVER, WHY_NOT, redis_server
+from fakes.replica_process import free_port
 from octavo_gateway.tenancy import hash_key, new_key
 from octavo_gateway.tenancy.keys import format_hash
 from octavo_gateway.usage import read_usage
@@ -71,6 +72,12 @@ class Workers:
 
 def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+async def ended(pids: list[int]) -> None:
+    async with asyncio.timeout(30):
+        while any(Path(f"/proc/{pid}/stat").exists() for pid in pids):  # noqa: ASYNC240
+            await asyncio.sleep(0.05)
 
 
 def kept(pids: list[int]) -> list[str]:
@@ -203,9 +210,35 @@ async def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         orphans = gateway.pids
         gateway.process.kill()
         await gateway.process.wait()
-        async with asyncio.timeout(30):
-            while any(Path(f"/proc/{pid}/stat").exists() for pid in orphans):  # noqa: ASYNC240
-                await asyncio.sleep(0.05)
+        await ended(orphans)
+
+
+async def test_a_killed_gateway_is_replaced_at_its_address_while_its_workers_finish_their_streams(
+    tmp_path: Path,
+) -> None:
+    replica = OpenAIReplica("r", tokens=100, token_delay=0.2)
+    flags = ["--ledger", str(tmp_path / "ledger"), "--admin-port", "0", "--metrics-port", str(free_port())]
+    secret = {"OCTAVO_GATEWAY_ADMIN_TOKEN": "x" * 32}
+    async with replica.serve(), workers(tmp_path, replica, *flags, environment=secret) as killed:
+        port, orphans = killed.url.rpartition(":")[2], killed.pids
+        streams = [asyncio.ensure_future(killed.post(STREAM)) for _ in range(9)]
+        while replica.running < 9:
+            await asyncio.sleep(0.02)
+        killed.process.kill()
+        while killed.process.returncode is None:  # `wait` waits for the pipe that its workers hold, too
+            await asyncio.sleep(0.02)
+        async with workers(tmp_path, replica, *flags, "--port", port, environment=secret) as successor:
+            assert not any(stream.done() for stream in streams)
+            replica.token_delay = 0.0
+            answers = [await successor.post(HELLO) for _ in range(9)]
+            answers += await asyncio.gather(*streams)
+            await ended(orphans)
+            assert await successor.stop() == 0
+
+    assert [status for status, _ in answers] == [200] * 18
+    assert all(text.endswith("data: [DONE]\n\n") for _, text in answers[9:])
+    (row,) = read_usage(tmp_path / "ledger" / "usage.sqlite")
+    assert (row.requests, row.output_tokens) == (18, 18 * 100)
 
 
 async def test_without_redis_each_worker_gives_out_its_part_and_a_revoked_key_is_refused_by_all(
