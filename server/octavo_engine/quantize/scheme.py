@@ -18,6 +18,7 @@ SPANS = {4: tuple(1.06 - 0.02 * step for step in range(16)), 8: (1.0, 0.96, 0.92
 WHOLE_SPAN = (1.0,)
 REFINEMENTS = 2
 CHUNK_WEIGHTS = 1 << 17
+SMALLEST_SCALE = 1e-9
 
 
 class Method(enum.StrEnum):
@@ -162,9 +163,11 @@ def _fit_chunk(
     best = _BestGrid(groups, counts, (-half, half - 1) if scheme.symmetric else (0, 2 * half - 1))
     smallest, largest = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
     extreme = torch.maximum(-smallest, largest)
+    if scheme.bits == 4:  # there is one more code below 0 than above: a negative scale gives it to the larger side
+        extreme = torch.where(largest > -smallest, -extreme, extreme)
     for span in spans:
         if scheme.symmetric:
-            scales = _stored(extreme * (span / (half - 0.5 if scheme.bits == 4 else half - 1)))
+            scales = _stored(extreme * (span / (half if scheme.bits == 4 else half - 1)))
             best.consider(scales, torch.zeros_like(scales))
         else:
             scales = _stored((largest - smallest) * (span / (2 * half - 1)))
@@ -205,7 +208,7 @@ class _BestGrid:
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
-    return scales.clamp_min(1e-9).bfloat16().float()
+    return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales).bfloat16().float()
 
 
 def as_int_weight(codes: torch.Tensor, grid: Grid, scheme: Scheme) -> IntWeight:

@@ -74,6 +74,17 @@ def test_rounding_never_errs_by_more_than_the_range_of_the_group(
     assert ((rounded - weight).abs() <= weight.abs().amax(1, keepdim=True) * 0.5 + 1e-6).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_larger_side_of_a_group_gets_the_code_that_the_other_has_not(sign: int) -> None:
+    weight = torch.arange(-7, 9).repeat(2).float().unsqueeze(0) * sign
+
+    grid = fit_grid(weight, Scheme(4, 32, symmetric=True))
+
+    assert torch.equal(grid.rounded(weight), weight)
+    assert torch.sign(grid.scales).item() == -sign
+    assert torch.equal(as_int_weight(grid.codes(weight), grid, Scheme(4, 32, symmetric=True)).dequantize(), weight)
+
+
 def test_cutting_off_extremes_lowers_the_error() -> None:
     weight = _weight()
     weight[:, 0] *= 12
