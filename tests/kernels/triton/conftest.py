@@ -1,19 +1,14 @@
 """Triton kernels against their references: on a CUDA device where there is one, else under Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, hence at import of this file. It multiplies bfloat16
-operands as if they were integers, so these tests keep to float16 and float32.
+The interpreter multiplies bfloat16 operands as if they were integers, so these tests keep to float16 and float32.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.reference.kv_cache import quantize_kv
