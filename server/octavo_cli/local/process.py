@@ -98,8 +98,8 @@ class ReplicaProcess:
     def exit_code(self) -> int | None:
         """How it ended, or None while it runs."""
         code = self._process.returncode
-        if code is not None and self._sockets is not None:
-            self._sockets.cleanup()
+        if code is not None:
+            self._remove_sockets()
         return code
 
     async def probe(self, http: aiohttp.ClientSession, timeout_s: float) -> Probe:
@@ -123,8 +123,9 @@ class ReplicaProcess:
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL the replica and whatever it started."""
+        """SIGKILL the replica and whatever it started; this process may end before it is seen to be gone."""
         self._signal(signal.SIGKILL)
+        self._remove_sockets()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.returncode is not None:
@@ -134,6 +135,10 @@ class ReplicaProcess:
                 os.killpg(self._process.pid, number)
             else:
                 self._process.send_signal(number)
+
+    def _remove_sockets(self) -> None:
+        if self._sockets is not None:
+            self._sockets.cleanup()
 
     async def wait(self) -> int:
         """Its exit code, once it has ended."""

@@ -141,3 +141,16 @@ async def test_sockets_of_kv_events_are_the_users_own_and_go_with_the_replica(tm
     assert await process.wait() == 0
     assert process.log_tail()[-1].split() == [told.events, told.replay]
     assert not folder.exists()
+
+
+async def test_sockets_are_gone_once_a_replica_was_killed_even_if_nobody_sees_its_end(tmp_path: Path) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    process = await ReplicaProcess.spawn(Launch(sleep, {}, "/", "/", tmp_path / "log", tells_kv_events=True))
+    assert process.cache_events is not None
+    folder = Path(process.cache_events.events.removeprefix("ipc://")).parent
+    assert folder.exists()
+
+    process.kill()
+
+    assert not folder.exists()
+    assert await process.wait() == -signal.SIGKILL
