@@ -33,13 +33,15 @@ def build_step(
 
     sampled: as in `ModelRunner.forward`; its rows are copied on the device. Raises `ValueError` as `check_slices` does.
     """
+    check_slices(slices, block_size)
+    if all(len(piece.token_ids) == 1 == piece.num_logits for piece in slices):
+        return _build_decodes(slices, block_size, device, sampled)
     order = sorted(range(len(slices)), key=lambda i: len(slices[i].token_ids) != 1)
     ordered = [slices[i] for i in order]
     query_lens = np.array([len(s.token_ids) for s in ordered], dtype=np.int64)
     starts = np.array([s.start for s in ordered], dtype=np.int64)
     ends = np.cumsum(query_lens)
     seq_lens = starts + query_lens
-    check_slices(ordered, block_size)
     tables = _block_tables(ordered, seq_lens, block_size)
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
     owner = np.repeat(np.arange(len(ordered)), query_lens)
@@ -67,6 +69,35 @@ def build_step(
         max_seq_len=int(seq_lens.max()),
     )
     return StepInputs(token_ids, batch, logits_rows, _adapter_slots(ordered, query_lens, device))
+
+
+def _build_decodes(
+    slices: Sequence[SequenceSlice], block_size: int, device: torch.device, sampled: torch.Tensor | None
+) -> StepInputs:
+    """The same for one token of each sequence, in few calls: at one sequence they are a tenth of a CPU's step, because
+    reading the weights has driven all that they touch out of the processor's caches."""
+    rows, starts = range(len(slices)), [s.start for s in slices]
+    slots = [s.block_table[p // block_size] * block_size + p % block_size for s, p in zip(slices, starts, strict=True)]
+    wide = np.array(([s.token_ids[0] for s in slices], starts, slots, rows), dtype=np.int64)
+    lengths = np.array(starts, dtype=np.int32) + 1
+    query_start_loc = np.arange(len(slices) + 1, dtype=np.int32)
+    tables = _block_tables(slices, lengths, block_size)
+    longs, bounds, seq_lens, block_tables = to_device((wide, query_start_loc, lengths, tables), device)
+    token_ids, positions, slot_mapping, logits_indices = longs.unbind()
+    if sampled is not None:
+        _fill_in(token_ids, slices, query_start_loc[1:], sampled)
+    batch = AttentionBatch(
+        positions=positions,
+        slot_mapping=slot_mapping,
+        query_start_loc=bounds,
+        seq_lens=seq_lens,
+        block_tables=block_tables,
+        num_decodes=len(slices),
+        max_query_len=1,
+        max_seq_len=max(starts) + 1,
+    )
+    adapter_slots = _adapter_slots(slices, np.ones(len(slices), dtype=np.int64), device)
+    return StepInputs(token_ids, batch, logits_indices, adapter_slots)
 
 
 def check_slices(slices: Sequence[SequenceSlice], block_size: int) -> None:
@@ -134,6 +165,8 @@ def token_types(prompts: Sequence[Sequence[int]], second_starts: Sequence[int]) 
 
 
 def _block_tables(slices: Sequence[SequenceSlice], seq_lens: Array, block_size: int) -> Array:
+    if len(slices) == 1:
+        return np.array([slices[0].block_table[: -(-int(seq_lens[0]) // block_size)]], dtype=np.int32)
     used = -(-seq_lens // block_size)
     ids = _flat((s.block_table[:n] for s, n in zip(slices, used.tolist(), strict=True)), int(used.sum()), np.int32)
     tables = np.zeros((len(slices), int(used.max())), dtype=np.int32)

@@ -12,7 +12,7 @@ import torch
 from octavo_engine.errors import InvalidRequestError, RequestFailedError
 from octavo_engine.messages import TokenLogprobs
 from octavo_engine.sampler.argmax import row_max
-from octavo_engine.sampler.device import sample_on_device
+from octavo_engine.sampler.device import DeviceSampling
 from octavo_engine.sampler.filters import sample_rows
 from octavo_engine.sampler.logprobs import LogprobsOnTheWay
 from octavo_engine.sampler.noise import uniform
@@ -63,6 +63,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self.num_waits = 0
+        self._on_device = DeviceSampling()
 
     def sample(
         self, logits: torch.Tensor, states: Sequence[SamplerState], ahead: Sequence[int] | None = None
@@ -94,7 +95,7 @@ class Sampler:
     ) -> torch.Tensor:
         """One kernel for the whole batch where there is one, so that greedy and random rows cost one call."""
         indices = [state.num_output_tokens + (ahead[i] if ahead else 0) for i, state in enumerate(states)]
-        tokens = sample_on_device(logits, [s.params for s in states], [s.seed for s in states], indices)
+        tokens = self._on_device.sample(logits, [s.params for s in states], [s.seed for s in states], indices)
         if tokens is None:
             best, tokens = row_max(logits)
             failure = torch.where(best == float("-inf"), ALL_EXCLUDED, NOT_FINITE)

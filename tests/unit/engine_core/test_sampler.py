@@ -147,6 +147,17 @@ def test_greedy_and_random_rows_share_a_batch() -> None:
     assert sampled.logprobs is None
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_sampler_chooses_as_a_new_one_whatever_batches_it_has_seen(data: st.DataObject) -> None:
+    known = [state(seed=seed, temperature=t) for seed, t in ((1, 0.0), (1, 0.9), (2, 0.9), (3, 1.5))]
+    sampler = Sampler()
+    for step in range(4):
+        batch = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=4))
+        raw = logits(len(batch), seed=step)
+        assert sampler.sample(raw.clone(), batch).token_ids == Sampler().sample(raw.clone(), batch).token_ids
+
+
 def test_a_row_of_nan_or_infinity_fails_alone() -> None:
     raw = logits(4)
     raw[1, 5] = float("nan")

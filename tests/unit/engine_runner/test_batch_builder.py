@@ -20,12 +20,14 @@ CPU = torch.device("cpu")
 def batches(draw: st.DrawFn) -> list[SequenceSlice]:
     """Slices of distinct tokens over distinct blocks."""
     slices, token, block = [], 1000, 0
+    decodes = draw(st.booleans())
     for _ in range(draw(st.integers(1, 6))):
-        start, length = draw(st.integers(0, 20)), draw(st.integers(1, 9))
+        start, length = draw(st.integers(0, 20)), 1 if decodes else draw(st.integers(1, 9))
         spare = draw(st.integers(0, 2))
         blocks = -(-(start + length) // BLOCK) + spare
         tokens = list(range(token, token + length))
-        slices.append(SequenceSlice(tokens, start, list(range(block, block + blocks)), draw(st.integers(0, length))))
+        num_logits = 1 if decodes else draw(st.integers(0, length))
+        slices.append(SequenceSlice(tokens, start, list(range(block, block + blocks)), num_logits))
         token, block = token + length, block + blocks
     return slices
 
