@@ -29,6 +29,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import aiohttp
@@ -68,8 +69,9 @@ def main() -> None:
 async def measure(seconds: float) -> str:
     async with serving() as (process, url, grpc_target):
         engine_before = engine_of(process.pid)
-        tally = multiprocessing.get_context("spawn").Queue()
-        loading = multiprocessing.get_context("spawn").Process(target=load_main, args=(url, tally), daemon=True)
+        spawn = multiprocessing.get_context("spawn")
+        told, tell = spawn.Pipe(duplex=False)
+        loading = spawn.Process(target=load_main, args=(url, tell), daemon=True)
         loading.start()
         try:
             await queue_is_full(url)
@@ -85,10 +87,8 @@ async def measure(seconds: float) -> str:
             noticed_s = await stopped_engine(engine_before, url)
         finally:
             loading.terminate()
+            counts: Counter[str] = await asyncio.to_thread(told.recv)
             loading.join()
-        counts: Counter[str] = Counter()
-        while not tally.empty():
-            counts[tally.get()] += 1
     return report(seconds, probes, depths, counts, same_engine, noticed_s)
 
 
@@ -143,17 +143,25 @@ def engine_of(pid: int) -> int:
 # ------------------------------------------------------------------ the load, in a process of its own
 
 
-def load_main(url: str, tally: multiprocessing.Queue[str]) -> None:
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(load(url, tally))
+def load_main(url: str, tell: Connection) -> None:
+    tell.send(asyncio.run(load(url)))
 
 
-async def load(url: str, tally: multiprocessing.Queue[str]) -> None:
+async def load(url: str) -> Counter[str]:
+    """What became of the requests until SIGTERM."""
+    counts: Counter[str] = Counter()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()) as http:
-        await asyncio.gather(*(client(http, url, random.Random(number), tally) for number in range(CLIENTS)))
+        clients = [asyncio.create_task(client(http, url, random.Random(n), counts)) for n in range(CLIENTS)]
+        await stop.wait()
+        for each in clients:
+            each.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+    return counts
 
 
-async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, tally: multiprocessing.Queue[str]) -> None:
+async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, counts: Counter[str]) -> None:
     """One request after the other; a refused one is sent again after a moment."""
     for number in itertools.count():
         long = (number + rng.randrange(4)) % 4 == 0
@@ -163,10 +171,10 @@ async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, tall
             async with http.post(f"{url}/v1/completions", json=body) as response:
                 text = await response.text()
                 whole = response.status == 200 and text.endswith("data: [DONE]\n\n") and '"error"' not in text
-                tally.put("answered" if whole else f"status {response.status}")
+                counts["answered" if whole else f"status {response.status}"] += 1
                 refused = response.status == 429
         except aiohttp.ClientError as error:
-            tally.put(type(error).__name__)
+            counts[type(error).__name__] += 1
             refused = True
         if refused:
             await asyncio.sleep(rng.uniform(0.2, 1.0))

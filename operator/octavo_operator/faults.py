@@ -91,7 +91,7 @@ _LOG_FAULTS: tuple[tuple[str, str, str], ...] = (
     (r"\b429\b|too many requests|rate limit", "ModelRateLimited", "make a ModelCache, which downloads once"),
     (r"\b404\b|not found|no such (file|model|repo)|does not exist", "ModelNotFound",
      "check spec.model.storageUri and spec.model.revision"),
-    (r"out of memory|does not fit|not enough memory|no room for|kv cache.*(small|memory)", "DoesNotFit",
+    (r"out of memory|do(es)? not fit|not enough memory|no room for|kv cache.*(small|memory)", "DoesNotFit",
      "lower spec.model.maxModelLen, quantize, or ask for more memory"),
     (r"quantiz", "QuantizationUnsupported", "choose another spec.model.quantization"),
     (r"unsupported (architecture|model)|unknown architecture", "ModelUnsupported", "choose another runtime or model"),
@@ -108,9 +108,10 @@ def _engine_fault(pod: PodView) -> Fault | None:
     if pod.exit_reason == "OOMKilled":
         hint = "raise spec.resources.limits.memory or lower spec.engine.kvCacheMemory"
         return Fault("ModelReady", "OOMKilled", f"{pod.name} used more memory than its limit; {hint}")
-    for pattern, reason, hint in _LOG_FAULTS:
-        if re.search(pattern, pod.exit_message, re.IGNORECASE):
-            return Fault("ModelReady", reason, f"{pod.name}: {line}; {hint}")
+    told = meaning_of(pod.exit_message)
+    if told is not None:
+        reason, hint = told
+        return Fault("ModelReady", reason, f"{pod.name}: {line}; {hint}")
     times = f"ended {pod.restarts} times" if pod.restarts > 1 else "ended"
     if pod.exit_code in (137, 143) and not line:
         hint = "it was killed; see its events for failed probes and spec.runtime's startup time"
@@ -125,6 +126,12 @@ def _probe_fault(pod: PodView) -> Fault | None:
         message = f"{pod.name} runs but its readiness probe fails; see kubectl describe pod {pod.name}"
         return Fault("ModelReady", "ReadinessProbeFailed", message)
     return None
+
+
+def meaning_of(log: str) -> tuple[str, str] | None:
+    """(reason, hint) of what an engine said before it ended, where that is known."""
+    found = (item for item in _LOG_FAULTS if re.search(item[0], log, re.IGNORECASE))
+    return next(((reason, hint) for _, reason, hint in found), None)
 
 
 def last_line(text: str) -> str:

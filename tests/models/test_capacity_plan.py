@@ -91,7 +91,7 @@ def test_every_architecture_is_measured_as_it_loads(name: str, tmp_path: Path) -
 # ------------------------------------------------------------------ models no test machine holds
 
 
-def _sparse(path: Path, config: Any) -> list[tuple[str, int]]:
+def write_sparse_checkpoint(path: Path, config: Any) -> list[tuple[str, int]]:
     """A checkpoint with a true header and no data: holes of a file read as zeros. Returns (name, numbers)."""
     path.mkdir(exist_ok=True)
     with torch.device("meta"):
@@ -163,7 +163,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
     @functools.cache
     def write(name: str) -> tuple[Path, list[tuple[str, int]]]:
-        return root / name, _sparse(root / name, MODELS[name])
+        return root / name, write_sparse_checkpoint(root / name, MODELS[name])
 
     return write
 

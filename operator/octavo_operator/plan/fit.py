@@ -6,6 +6,7 @@ what it measured takes the estimate's place in the status.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ USABLE = 0.92  # of an accelerator's memory; the rest is the driver's, or lost t
 CONTEXT_BYTES = {True: GIB, False: 400 * 1024**2}  # of a process, with and without an accelerator
 DEFAULT_STEP_TOKENS = 8_192
 MAX_FIXES = 3
+_TENTH = GIB // 10  # of a GiB, as memory is told
 _SMALLER = (WeightQuantization.FP8, WeightQuantization.INT8, WeightQuantization.INT4)
 # Bytes that remain of 16-bit weights: codes and their scales, as Octavo's own engine stores them.
 _WEIGHT_SHARE = {WeightQuantization.FP8: 0.505, WeightQuantization.INT8: 0.535, WeightQuantization.INT4: 0.315}
@@ -84,8 +86,11 @@ def estimate_fit(service: InferenceService, resources: Resources, supports: Supp
         room = (_usable(setting) - wanted.weights - wanted.overhead) // wanted.per_token
         message = f"{told}; the cache will hold about {_rounded(room):,} tokens"
         return Fit(True, message, wanted.weights, wanted.request)
-    fixes = [text for changed, text in _fixes(setting, wanted, supports, shape) if fits(changed)][:MAX_FIXES]
-    advice = "; or ".join(fixes) or "use accelerators with more memory, or more of them"
+    fixes: dict[str, str] = {}  # by the field to set
+    for changed, text in _fixes(setting, wanted, supports, shape, on_accelerator):
+        if fits(changed):
+            fixes.setdefault(text.partition(":")[0], text)
+    advice = "; or ".join([*fixes.values()][:MAX_FIXES]) or "use accelerators with more memory, or more of them"
     return Fit(False, f"needs {_gib(wanted.total)}: {told}; {advice}", wanted.weights, wanted.request)
 
 
@@ -102,7 +107,9 @@ def _need(of: _Setting, shape: ModelShape, step_tokens: int, on_accelerator: boo
     return _Need(weights, overhead, per_token * of.longest, per_token)
 
 
-def _fixes(setting: _Setting, need: _Need, supports: Supports, shape: ModelShape) -> Sequence[tuple[_Setting, str]]:
+def _fixes(
+    setting: _Setting, need: _Need, supports: Supports, shape: ModelShape, on_accelerator: bool
+) -> Sequence[tuple[_Setting, str]]:
     """Changes that may make it fit, the smallest first."""
     fixes: list[tuple[_Setting, str]] = []
     for cache in supports.kv_cache_quantization:
@@ -116,7 +123,10 @@ def _fixes(setting: _Setting, need: _Need, supports: Supports, shape: ModelShape
     if setting.weights in (WeightQuantization.AUTO, WeightQuantization.NONE) and not shape.quantized:
         smaller = (w for w in _SMALLER if w in supports.quantization)
         fixes += [(replace(setting, weights=w), f"set spec.model.quantization.weights: {w.value}") for w in smaller]
-    if supports.tensor_parallel and setting.ranks == 1:
+    if not on_accelerator:
+        enough = math.ceil(need.total / USABLE / _TENTH) * _TENTH
+        fixes.append((replace(setting, memory=enough), f"set spec.resources.limits.memory: {_gib(enough)}"))
+    elif supports.tensor_parallel and setting.ranks == 1:
         wider = ((n, f"set spec.parallelism.tensor: {n}, with as many accelerators") for n in (2, 4, 8))
         fixes += [(replace(setting, ranks=ranks), text) for ranks, text in wider]
     return fixes

@@ -54,14 +54,15 @@ def num_host_blocks(config: EngineConfig, model: ModelInfo, free_bytes: int) -> 
     """Blocks that fit `kv_host_memory_bytes`; raises `ConfigError` where the machine has less memory free than that."""
     if config.kv_host_memory_bytes > free_bytes:
         raise ConfigError(
-            f"kv_host_memory_bytes: {config.kv_host_memory_bytes / GIB:.2f} GiB are asked for, "
+            f"kv_host_memory_bytes: {config.kv_host_memory_bytes / GIB:.2f} GiB do not fit, "
             f"{free_bytes / GIB:.2f} GiB are free; lower it or give the replica more memory"
         )
     needed = model.kv_bytes_per_token * model.kv_block_size * config.num_ranks
     blocks = config.kv_host_memory_bytes // needed
     if blocks < 1:
         raise ConfigError(
-            f"kv_host_memory_bytes: one block needs {needed} bytes, {config.kv_host_memory_bytes} were given"
+            f"kv_host_memory_bytes: a block of {needed} bytes does not fit {config.kv_host_memory_bytes}; "
+            "give at least as many, or 0 for none"
         )
     return blocks
 

@@ -370,7 +370,7 @@ class EngineProcessClient:
         process.join()
         self._exited.set()
         # A last message, such as the reason, may still lie in the socket: read it before naming the exit code.
-        asyncio.get_running_loop().call_later(0.2, self._die, _describe_exit(process.exitcode))
+        asyncio.get_running_loop().call_later(0.2, self._die, describe_exit(process.exitcode))
 
     def _die(self, message: str, kind: str = "EngineDeadError") -> None:
         if self._dead is not None:
@@ -418,7 +418,7 @@ def _raise_rejection(output: SequenceOutput) -> None:
         raise RequestFailedError(message)
 
 
-def _describe_exit(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
     if code is not None and code < 0:
         hint = "; was it out of memory?" if code == -signal.SIGKILL else ""
         return f"the engine process was killed by {signal.Signals(-code).name}{hint}"

@@ -231,7 +231,7 @@ def test_events_name_the_medium() -> None:
     assert on_host <= {key for event in removed if event.medium == "GPU" for key in event.block_hashes}
 
 
-@pytest.mark.parametrize(("given", "complaint"), [(1, "one block needs"), (10**15, "are free")])
+@pytest.mark.parametrize(("given", "complaint"), [(1, "does not fit 1;"), (10**15, "are free")])
 def test_host_memory_that_cannot_be_had_is_refused(given: int, complaint: str) -> None:
     config = EngineConfig(model="m", kv_host_memory_bytes=given)
     with pytest.raises(ConfigError, match=complaint):

@@ -90,13 +90,13 @@ def test_known_models_on_known_accelerators(
     assert "weights" in fit.message
 
 
-def test_what_does_not_fit_is_told_with_three_changes_that_make_it_fit() -> None:
+def test_what_does_not_fit_is_told_with_changes_that_make_it_fit() -> None:
     fit = planned(shape(LLAMA_8B, LLAMA_8B_BYTES), **gpu("NVIDIA-L4"), model={"maxModelLen": 131_072}).fit
     assert fit is not None
     first, *_ = fit.message.split(";")
     assert first.startswith("needs ")
     assert "of 22.1Gi usable" in fit.message
-    assert fit.message.count("set spec.") == 3
+    assert fit.message.count("set spec.") == 2
     shorter = int(fit.message.split("maxModelLen: ")[1].split(";")[0].split()[0])
     again = planned(shape(LLAMA_8B, LLAMA_8B_BYTES), **gpu("NVIDIA-L4"), model={"maxModelLen": shorter}).fit
     assert again is not None
