@@ -55,6 +55,14 @@ class Probed:
     refused_at: list[float] = field(default_factory=list)
 
 
+@dataclass
+class Load:
+    """What became of the clients' requests; refusal_s: how long each 429 took."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    refusal_s: list[float] = field(default_factory=list)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -77,19 +85,21 @@ async def measure(seconds: float) -> str:
             await queue_is_full(url)
             probes = {path: Probed() for path in (*PATHS, GRPC)}
             depths: list[float] = []
+            memory_before = resident_mib(process.pid, engine_before)
             stop = time.monotonic() + seconds
             await asyncio.gather(
                 *(probe_http(url + path, probes[path], stop) for path in PATHS),
                 probe_grpc(grpc_target, probes[GRPC], stop),
                 watch_queue(url, depths, stop),
             )
+            memory_after = resident_mib(process.pid, engine_before)
             same_engine = engine_of(process.pid) == engine_before
             noticed_s = await stopped_engine(engine_before, url)
         finally:
             loading.terminate()
-            counts: Counter[str] = await asyncio.to_thread(told.recv)
+            load: Load = await asyncio.to_thread(told.recv)
             loading.join()
-    return report(seconds, probes, depths, counts, same_engine, noticed_s)
+    return report(seconds, probes, depths, load, (memory_before, memory_after), same_engine, noticed_s)
 
 
 # ------------------------------------------------------------------ the replica
@@ -140,42 +150,52 @@ def engine_of(pid: int) -> int:
     return int(max(children, key=ticks))
 
 
+def resident_mib(*pids: int) -> float:
+    """Memory of the processes together."""
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 # ------------------------------------------------------------------ the load, in a process of its own
 
 
 def load_main(url: str, tell: Connection) -> None:
-    tell.send(asyncio.run(load(url)))
+    tell.send(asyncio.run(press(url)))
 
 
-async def load(url: str) -> Counter[str]:
-    """What became of the requests until SIGTERM."""
-    counts: Counter[str] = Counter()
+async def press(url: str) -> Load:
+    """All clients until SIGTERM."""
+    load = Load()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()) as http:
-        clients = [asyncio.create_task(client(http, url, random.Random(n), counts)) for n in range(CLIENTS)]
+        clients = [asyncio.create_task(client(http, url, random.Random(n), load)) for n in range(CLIENTS)]
         await stop.wait()
         for each in clients:
             each.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
-    return counts
+    return load
 
 
-async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, counts: Counter[str]) -> None:
+async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, load: Load) -> None:
     """One request after the other; a refused one is sent again after a moment."""
     for number in itertools.count():
         long = (number + rng.randrange(4)) % 4 == 0
         prompt = [rng.randrange(100, 40_000) for _ in range(LONG_PROMPT if long else rng.randrange(8, 200))]
         body = {"prompt": prompt, "max_tokens": 32 if long else 200, "ignore_eos": True, "stream": True}
+        began = time.monotonic()
         try:
             async with http.post(f"{url}/v1/completions", json=body) as response:
                 text = await response.text()
                 whole = response.status == 200 and text.endswith("data: [DONE]\n\n") and '"error"' not in text
-                counts["answered" if whole else f"status {response.status}"] += 1
-                refused = response.status == 429
+                refused = response.status == 429 and "retry-after" in response.headers
         except aiohttp.ClientError as error:
-            counts[type(error).__name__] += 1
-            refused = True
+            load.counts[type(error).__name__] += 1
+            await asyncio.sleep(1)
+            continue
+        if refused:
+            load.refusal_s.append(time.monotonic() - began)
+        load.counts["answered" if whole else "refused" if refused else f"ended otherwise ({response.status})"] += 1
         if refused:
             await asyncio.sleep(rng.uniform(0.2, 1.0))
 
@@ -259,7 +279,8 @@ def report(
     seconds: float,
     probes: dict[str, Probed],
     depths: list[float],
-    counts: Counter[str],
+    load: Load,
+    memory: tuple[float, float],
     same_engine: bool,
     noticed_s: float,
 ) -> str:
@@ -274,19 +295,28 @@ def report(
         "| probe | asked | said no or nothing | p50 | p99 | max |",
         "|---|---|---|---|---|---|",
     ]
-    for name, probed in probes.items():
-        *_, p99 = statistics.quantiles(probed.times, n=100)
-        middle, most = statistics.median(probed.times), max(probed.times)
-        times = " | ".join(f"{1e3 * value:.0f}" for value in (middle, p99, most))
-        lines.append(f"| `{name}` | {len(probed.times):,} | {len(probed.refused_at)} | {times} |")
-    told = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+    lines += [
+        f"| `{name}` | {len(probed.times):,} | {len(probed.refused_at)} | {spread(probed.times)} |"
+        for name, probed in probes.items()
+    ]
+    lines.append(f"| a request that gets 429 | {len(load.refusal_s):,} | | {spread(load.refusal_s)} |")
+    told = ", ".join(f"{count:,} {name}" for name, count in load.counts.most_common())
     lines += [
         "",
-        f"Queue while it was probed: {statistics.mean(depths):.1f} waiting on average, {min(depths):.0f} at least. "
-        f"Requests: {told}. The engine's process {'stayed the same' if same_engine else 'was replaced'}. Stopped with "
-        f"SIGSTOP, it was not ready after {noticed_s:.1f} s.",
+        f"Waiting while it was probed: {statistics.mean(depths):.1f} on average, {min(depths):.0f} to "
+        f"{max(depths):.0f} (free places of the batch count as none). Requests in that time and around it: {told}; "
+        "each refusal had a Retry-After. Server and engine together held "
+        f"{memory[0]:,.0f} MiB before and {memory[1]:,.0f} MiB after, of it up to 1,024 of "
+        "KV cache that were used by then. The engine's process "
+        f"{'stayed the same' if same_engine else 'was replaced'}. Stopped with SIGSTOP, it was not ready after "
+        f"{noticed_s:.1f} s.",
     ]
     return "\n".join(lines)
+
+
+def spread(times: list[float]) -> str:
+    *_, p99 = statistics.quantiles(times, n=100)
+    return " | ".join(f"{1e3 * value:.0f}" for value in (statistics.median(times), p99, max(times)))
 
 
 if __name__ == "__main__":

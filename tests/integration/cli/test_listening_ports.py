@@ -92,6 +92,14 @@ def test_an_engine_listens_at_the_ports_of_its_pod(checkpoint: Path, tmp_path: P
         assert listening(pid) == {("0.0.0.0", port) for port in ports.values()}
 
 
+def test_a_killed_engine_gives_its_ports_back_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port()
+    arguments = ["serve", "--model", str(checkpoint), "--port", str(port), "--grpc-port", str(free_port())]
+    for start in ("first", "second"):
+        with running([*arguments, "--device", "cpu"], f"http://127.0.0.1:{port}/health/ready", tmp_path / start):
+            pass  # ended by SIGKILL
+
+
 def _container(**spec: Any) -> dict[str, Any]:
     service = parse(
         InferenceService,
