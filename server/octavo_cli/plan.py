@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Annotated, Any
 
@@ -14,8 +13,8 @@ from rich.table import Table
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import ConfigError, OctavoError
-from octavo_engine.planning.capacity import DevicePlan, DoesNotFitError, plan_with_fixes
-from octavo_engine.planning.measuring import Footprint, measure
+from octavo_engine.planning.capacity import DevicePlan, DoesNotFitError
+from octavo_engine.planning.checkpoint_plan import plan_checkpoint
 from octavo_engine.runner.machine import choose_device, free_memory_bytes
 from octavo_engine.storage import resolve
 from octavo_operator.plan.accelerators import find_product
@@ -72,22 +71,7 @@ def _plan(config: EngineConfig, gpu: str | None) -> DevicePlan:
     path = resolve(config.model)
     device = choose_device(config.device) if gpu is None else torch.device("cuda")
     memory = free_memory_bytes(device) if gpu is None else gpu_memory_bytes(gpu)
-
-    @functools.cache
-    def footprint(quantization: str, kv_cache_dtype: str, max_model_len: int, tensor: int) -> Footprint:
-        changed = msgspec.structs.replace(
-            config,
-            quantization=quantization,
-            kv_cache_dtype=kv_cache_dtype,
-            max_model_len=max_model_len,
-            tensor_parallel_size=tensor,
-        )
-        return measure(path, changed, device, elsewhere=device.type == "cuda")
-
-    def measured(of: EngineConfig) -> Footprint:
-        return footprint(of.quantization, of.kv_cache_dtype, of.max_model_len, of.tensor_parallel_size)
-
-    return plan_with_fixes(path.name, config, measured, device.type, memory)
+    return plan_checkpoint(path, config, device, memory, elsewhere=device.type == "cuda")
 
 
 def gpu_memory_bytes(name: str) -> int:

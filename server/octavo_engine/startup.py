@@ -41,10 +41,13 @@ def _load_adapters(core: EngineCore, config: EngineConfig) -> None:
 
 def _load(config: EngineConfig, on_progress: OnProgress) -> tuple[ModelRunner, ModelRunner | None]:
     """(model, draft model if there is one)."""
-    if config.speculative_model:
-        from octavo_engine.loader.draft import load_with_draft
+    from octavo_engine.planning.shortage import shortage_explained
 
-        return load_with_draft(config, on_progress)
-    from octavo_engine.loader.load import load_runner
+    with shortage_explained(config):
+        if config.speculative_model:
+            from octavo_engine.loader.draft import load_with_draft
 
-    return load_runner(config, on_progress), None
+            return load_with_draft(config, on_progress)
+        from octavo_engine.loader.load import load_runner
+
+        return load_runner(config, on_progress), None

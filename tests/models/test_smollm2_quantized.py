@@ -1,8 +1,9 @@
-"""How much perplexity quantizing costs on a real model, with the texts that come with Octavo."""
+"""How much perplexity quantizing costs on a real model, on the text that comes with Octavo and on Python's manual."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def test_perplexity_stays_within_its_bound(smollm2_gguf: Path, tmp_path: Path, o
 
     assert report.perplexity_change < bound
     assert "Paris" in completion(tmp_path / "out")
+
+
+def test_four_bits_stay_within_their_bound_on_text_of_another_kind(smollm2_gguf: Path, tmp_path: Path) -> None:
+    manual = tmp_path / "manual.txt"
+    manual.write_text("\n\n".join(topics[name] for name in ("with", "try", "async", "numbers"))[:6_500])
+
+    report = quantized(smollm2_gguf, tmp_path / "out", evaluation=manual)
+
+    assert report.evaluation_tokens > 1_400
+    assert report.perplexity_change < 0.05
 
 
 @torch.inference_mode()
