@@ -21,6 +21,9 @@ _CPU_ALLOCATOR = "can't allocate memory"  # torch has no exception of its own fo
 @contextmanager
 def shortage_explained(config: EngineConfig) -> Iterator[None]:
     """Turn an allocation that fails inside the block into a `ConfigError` with need, have and what to change."""
+    if config.num_ranks > 1:  # other processes allocate, too, and say so in their own words
+        yield
+        return
     device = choose_device(config.device)
     memory_bytes = free_memory_bytes(device)
     try:
