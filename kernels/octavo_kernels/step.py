@@ -5,7 +5,7 @@ joins it) returns a `DecoderPlan`: plain structs of weights and numbers. A backe
 compiler:
 
     @register_step_compiler("cpu")
-    def compile_step(plan: DecoderPlan) -> CompiledStep: ...   # raises UnsupportedPlanError(reason)
+    def compile_step(plan: DecoderPlan) -> AdaptedStep: ...   # raises UnsupportedPlanError(reason)
 
 The runner asks `compile_step(plan)` once after the weights are loaded and packed and the KV cache is allocated, and
 otherwise runs the model's own layers, op by op. Both must give the same logits.
@@ -96,6 +96,30 @@ class UnsupportedPlanError(Exception):
     """A backend cannot compile this plan; the message says which part."""
 
 
+class Projection(enum.Enum):
+    """A layer's projections, fused as in `DecoderLayerPlan`, that adapters may change."""
+
+    QKV = 0
+    OUTPUT = 1
+    GATE_UP = 2
+    DOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankChange:
+    """What an adapter adds to outputs first .. first + rows - 1 of a projection: scale * up @ (down @ x).
+
+    down: [rank, in_features]; up: [rows, rank].
+    """
+
+    layer: int
+    projection: Projection
+    first: int
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+
 class CompiledStep(Protocol):
     """Runs one step natively."""
 
@@ -110,7 +134,25 @@ class CompiledStep(Protocol):
         logits are wanted. Writes the caches and returns [L, vocab_size] float32."""
 
 
-StepCompiler = Callable[[DecoderPlan], CompiledStep]
+class AdaptedStep(CompiledStep, Protocol):
+    """A step whose tokens may each have an adapter of their own, kept in numbered slots."""
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[PagedKVCache],
+        logits_indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """adapter_slots: [T] int32, -1 for a token without adapter, None for a batch without. An empty slot changes
+        nothing."""
+
+    def place_adapter(self, slot: int, changes: Sequence[LowRankChange]) -> None:
+        """Put an adapter into a slot, in place of what was there. Raises `ValueError` for shapes that do not fit."""
+
+
+StepCompiler = Callable[[DecoderPlan], AdaptedStep]
 _compilers: dict[str, StepCompiler] = {}
 
 
@@ -124,7 +166,7 @@ def register_step_compiler(backend: str) -> Callable[[StepCompiler], StepCompile
     return add
 
 
-def compile_step(plan: DecoderPlan) -> tuple[str, CompiledStep] | None:
+def compile_step(plan: DecoderPlan) -> tuple[str, AdaptedStep] | None:
     """(backend, step) from the first backend of the plan's device that can compile it, or None."""
     for name in backend_order(plan.final_norm.device.type):
         if not load_backend(name).available or name not in _compilers:

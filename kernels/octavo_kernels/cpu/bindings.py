@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo_kernels.registry import BackendUnavailableError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ENV_LIBRARY = "OCTAVO_CPU_LIBRARY"  # another build of the library, such as one with sanitizers
 LIBRARY_PATH = Path(os.environ.get(ENV_LIBRARY) or Path(__file__).with_name("_octavo_cpu.so"))
 
@@ -88,6 +88,7 @@ class Batch(Structure):
         ("query_start_loc", c_void_p),
         ("seq_lens", c_void_p),
         ("block_tables", c_void_p),
+        ("adapter_slots", c_void_p),
     )
 
 
@@ -157,6 +158,20 @@ class Model(Structure):
     )
 
 
+class LowRank(Structure):
+    """`oct_low_rank`."""
+
+    _fields_ = (
+        ("layer", c_int32),
+        ("place", c_int32),
+        ("first", c_int64),
+        ("scale", c_float),
+        ("reserved_f", c_float),
+        ("down", Matrix),
+        ("up", Matrix),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "oct_abi_version": (c_int, ()),
     "oct_select_isa": (c_char_p, (c_char_p,)),
@@ -184,6 +199,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "oct_step_create": (c_void_p, (POINTER(Model),)),
     "oct_step_destroy": (None, (c_void_p,)),
     "oct_step_run": (c_int, (c_void_p, POINTER(Batch), c_void_p, c_void_p, c_int64, c_void_p)),
+    "oct_step_place_adapter": (c_int, (c_void_p, c_int64, c_void_p, c_int64)),
     "oct_step_profile": (None, (c_void_p, c_int, POINTER(c_int64), c_int)),
     "oct_last_error": (c_char_p, ()),
 }

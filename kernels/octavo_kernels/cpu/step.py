@@ -10,10 +10,21 @@ import torch
 
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
 from octavo_kernels.cpu.attention import fill_batch, kv_struct
-from octavo_kernels.cpu.bindings import MAX_PARTS, Attention, KVCache, Layer, Matrix, Model, check, native
+from octavo_kernels.cpu.bindings import (
+    MAX_PARTS,
+    Attention,
+    KVCache,
+    Layer,
+    LowRank,
+    Matrix,
+    Model,
+    NativeError,
+    check,
+    native,
+)
 from octavo_kernels.cpu.bindings import Batch as NativeBatch
 from octavo_kernels.cpu.weights import PackedWeight, pack
-from octavo_kernels.step import Activation, DecoderLayerPlan, DecoderPlan, UnsupportedPlanError
+from octavo_kernels.step import Activation, DecoderLayerPlan, DecoderPlan, LowRankChange, UnsupportedPlanError
 from octavo_kernels.weights import Weight
 
 PHASES = ("embedding", "norms", "qkv", "rope", "attention", "output", "gate_up", "down", "lm_head")
@@ -25,6 +36,8 @@ class NativeStep:
     def __init__(self, plan: DecoderPlan) -> None:
         self._builder = _PlanBuilder(plan)  # keeps the tensors that the structs point to alive
         self._vocab_size = plan.vocab_size
+        self._dtype = plan.dtype
+        self._adapters: dict[int, list[PackedWeight]] = {}  # what the slots' structs point to
         self._head_shape = (plan.num_kv_heads, plan.head_dim)
         self._num_layers = len(plan.layers)
         handle = native.oct_step_create(ctypes.byref(self._builder.model))
@@ -42,11 +55,16 @@ class NativeStep:
         batch: AttentionBatch,
         caches: Sequence[PagedKVCache],
         logits_indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `octavo_kernels.step.CompiledStep`. One thread at a time."""
+        """See `octavo_kernels.step.AdaptedStep`. One thread at a time."""
         if caches is not self._caches:
             self._use_caches(caches)
         held = fill_batch(self._batch, batch, caches[0], token_ids)
+        slots = None if adapter_slots is None else adapter_slots.to(torch.int32).contiguous()
+        if slots is not None and slots.shape != batch.positions.shape:
+            raise ValueError(f"{slots.numel()} adapter slots for {batch.num_tokens} tokens")
+        self._batch.adapter_slots = None if slots is None else slots.data_ptr()
         wanted = logits_indices.contiguous()
         count = wanted.shape[0]
         logits = torch.empty(count, self._vocab_size)
@@ -60,8 +78,24 @@ class NativeStep:
                 logits.data_ptr(),
             )
         )
-        del held
+        del held, slots
         return logits
+
+    def place_adapter(self, slot: int, changes: Sequence[LowRankChange]) -> None:
+        """See `octavo_kernels.step.AdaptedStep`. Not while a step runs."""
+        kept: list[PackedWeight] = []
+        structs = (LowRank * len(changes))()
+        for struct, change in zip(structs, changes, strict=True):
+            struct.layer, struct.place, struct.first = change.layer, change.projection.value, change.first
+            struct.scale = change.scale
+            down, up = (_pack_factor(factor) for factor in (change.down, change.up))
+            struct.down, struct.up = down.multiplied_with(self._dtype), up.matrix  # packed for float32
+            kept += (down, up)
+        try:
+            check(native.oct_step_place_adapter(self._handle, slot, structs, len(structs)))
+        except NativeError as error:
+            raise ValueError(str(error)) from error
+        self._adapters[slot] = kept
 
     def profile(self, on: bool) -> dict[str, float]:
         """Seconds in each phase since the last call, seen by the first thread; switches the measuring on or off."""
@@ -77,6 +111,14 @@ class NativeStep:
                 raise ValueError(f"cache {i}: shape {tuple(cache.key.shape)} does not fit heads {self._head_shape}")
             self._cache_structs[i] = kv_struct(cache)
         self._caches = caches
+
+
+def _pack_factor(factor: torch.Tensor) -> PackedWeight:
+    """One matrix of an adapter; float16 has no native layout and is widened."""
+    packed = pack(factor.float() if factor.dtype == torch.float16 else factor)
+    if packed is None:
+        raise ValueError(f"an adapter's matrix of shape {list(factor.shape)} and type {factor.dtype} cannot be packed")
+    return packed
 
 
 class _PlanBuilder:

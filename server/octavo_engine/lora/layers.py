@@ -18,6 +18,7 @@ from octavo_engine.models.decoder import Decoder, Layer
 from octavo_engine.models.interface import Model
 from octavo_engine.parallel.sections import Rows, Section, as_rows, held_size, stored_size, whole
 from octavo_kernels import ops
+from octavo_kernels.step import LowRankChange, Projection
 
 NO_ADAPTER = -1
 _LEAST_TOKENS = 1_024  # more than any step of the warm-up has
@@ -113,14 +114,16 @@ class AdaptedModel:
             raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
         self.targets: dict[str, AdapterTarget] = {}
         self._stacks: dict[str, AdapterStack] = {}
+        self._where: dict[str, tuple[int, Projection]] = {}
         self._shape = (max_loras, max_rank)
         self._device = base.final_norm.weight.device
         self._dtype = dtype
         self.active = ActiveSlots(max_num_tokens, self._device)
         self.model = copy.copy(base)
         for index in range(base.config.num_layers):
-            for place in _places(base, index).values():
+            for projection, place in _places(base, index).items():
                 for module, rows in place.outputs.items():
+                    self._where[module] = (index, projection)
                     self.targets[module] = AdapterTarget(place.inputs.size, stored_size(rows))
         held = base.rank.layers(base.config.num_layers)
         self.model.layers = tuple(
@@ -141,7 +144,14 @@ class AdaptedModel:
         for module, stack in self._stacks.items():
             stack.place(slot, adapter, module)
 
-    def _adapted(self, base: Decoder, layer: Layer, places: dict[str, _Place]) -> Layer:
+    def changes(self, adapter: Adapter) -> list[LowRankChange]:
+        """An adapter for a step that runs natively and keeps its matrices itself; on one device only."""
+        return [
+            LowRankChange(*self._where[module], self._stacks[module].first, change.down, change.up, change.scale)
+            for module, change in adapter.changes.items()
+        ]
+
+    def _adapted(self, base: Decoder, layer: Layer, places: dict[Projection, _Place]) -> Layer:
         attention = getattr(layer, "attention", None)
         if not isinstance(attention, Attention) or not dataclasses.is_dataclass(layer) or isinstance(layer, type):
             raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
@@ -150,16 +160,16 @@ class AdaptedModel:
         changed: dict[str, Any] = {
             "attention": dataclasses.replace(
                 attention,
-                qkv=self._linear(attention.qkv, places["qkv"]),
-                output=self._linear(attention.output, places["output"]),
+                qkv=self._linear(attention.qkv, places[Projection.QKV]),
+                output=self._linear(attention.output, places[Projection.OUTPUT]),
             )
         }
         mlp = getattr(layer, "mlp", None)
         if isinstance(mlp, GatedMLP):
             changed["mlp"] = dataclasses.replace(
                 mlp,
-                gate_up=self._linear(mlp.gate_up, places["gate_up"]),
-                down=self._linear(mlp.down, places["down"]),
+                gate_up=self._linear(mlp.gate_up, places[Projection.GATE_UP]),
+                down=self._linear(mlp.down, places[Projection.DOWN]),
             )
         return dataclasses.replace(layer, **changed)
 
@@ -183,18 +193,20 @@ class AdaptedModel:
         return AdaptedLinear(base.parts, base.bias, base.reduce, stacks=tuple(stacks), active=self.active)
 
 
-def _places(base: Decoder, index: int) -> dict[str, _Place]:
+def _places(base: Decoder, index: int) -> dict[Projection, _Place]:
     """What adapters may change in a layer, also in one that another stage holds. Experts have no adapters."""
     config, rank = base.config, base.rank
     prefix, hidden = f"model.layers.{index}", whole(config.hidden_size)
     queries, _ = rank.heads(config.num_heads, config.num_kv_heads)
     places = {
-        "qkv": _Place(base.qkv_outputs(f"{prefix}.self_attn"), hidden),
-        "output": _Place({f"{prefix}.self_attn.o_proj": as_rows(config.hidden_size)}, queries * config.head_dim),
+        Projection.QKV: _Place(base.qkv_outputs(f"{prefix}.self_attn"), hidden),
+        Projection.OUTPUT: _Place(
+            {f"{prefix}.self_attn.o_proj": as_rows(config.hidden_size)}, queries * config.head_dim
+        ),
     }
     if config.layers[index].moe is None:
         name = f"{prefix}.{base.mlp_name}"
-        places["gate_up"] = _Place(base.gate_up_outputs(name), hidden)
+        places[Projection.GATE_UP] = _Place(base.gate_up_outputs(name), hidden)
         down = {f"{name}.down_proj": as_rows(config.hidden_size)}
-        places["down"] = _Place(down, rank.share(config.intermediate_size))
+        places[Projection.DOWN] = _Place(down, rank.share(config.intermediate_size))
     return places

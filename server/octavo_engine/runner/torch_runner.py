@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -20,12 +19,11 @@ from octavo_engine.runner.batch_builder import build_packed, build_step, token_t
 from octavo_engine.runner.cuda_graphs import DecodeGraphs, capture_cuda_graph
 from octavo_engine.runner.host_cache import HostCache
 from octavo_engine.runner.interface import SequenceSlice
-from octavo_engine.runner.machine import torch_threads
 from octavo_engine.runner.pair_batch import with_token_types
 from octavo_engine.runner.pooling import Pool
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
-from octavo_kernels.step import CompiledStep, compile_step
+from octavo_kernels.step import AdaptedStep, CompiledStep, compile_step
 
 # (cached tokens, new tokens). GPU kernels are compiled for each kind of step when it is first met: a decode, short and
 # long prompts, a chunk after a long prefix, drafts to verify after one.
@@ -51,6 +49,7 @@ class TorchModelRunner:
         self._caches: list[PagedKVCache] = []
         self._host_cache = HostCache([])
         self._step: CompiledStep | None = None
+        self._native: AdaptedStep | None = None  # the same, where a backend compiled the model's plan
         self._step_backend = ""
         self._adapted = adapted
         self._adapted_step: CompiledStep | None = None
@@ -95,19 +94,20 @@ class TorchModelRunner:
         if not slices:
             return self._nothing()
         inputs = build_step(slices, self._info.kv_block_size, self._device, sampled)
-        model, step = self.model, self._step
-        if inputs.adapter_slots is not None:
-            if self._adapted is None:
-                raise InvalidRequestError("model: this engine runs without adapters", "model")
-            self._adapted.active.set(inputs.adapter_slots)
+        model, step, slots = self.model, self._step, inputs.adapter_slots
+        if slots is not None and self._adapted is None:
+            raise InvalidRequestError("model: this engine runs without adapters", "model")
+        if self._native is not None:
+            return self._native(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices, slots)
+        if slots is not None and self._adapted is not None:
+            self._adapted.active.set(slots)
             model, step = self._adapted.model, self._adapted_step
         if step is not None:
             return step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
-        with torch_threads(1) if model is not self.model and self._step is not None else nullcontext():
-            hidden = model.forward(inputs.token_ids, inputs.batch, self._caches)
-            if not self.model.rank.is_last_stage:
-                return self._nothing()
-            return model.logits(hidden[inputs.logits_indices])
+        hidden = model.forward(inputs.token_ids, inputs.batch, self._caches)
+        if not self.model.rank.is_last_stage:
+            return self._nothing()
+        return model.logits(hidden[inputs.logits_indices])
 
     def read_adapter(self, name: str, path: Path, max_rank: int) -> Adapter:
         if self._adapted is None:
@@ -116,7 +116,11 @@ class TorchModelRunner:
 
     @torch.inference_mode()
     def place_adapter(self, slot: int, adapter: Adapter) -> None:
-        if self._adapted is not None:
+        if self._adapted is None:
+            return
+        if self._native is not None:
+            self._native.place_adapter(slot, self._adapted.changes(adapter))
+        else:
             self._adapted.place(slot, adapter)
 
     @torch.inference_mode()
@@ -166,12 +170,12 @@ class TorchModelRunner:
     def _compile(self) -> None:
         plan = self.model.plan()
         compiled = compile_step(plan) if plan is not None else None
-        self._step = compiled[1] if compiled else None
+        self._step = self._native = compiled[1] if compiled else None
         self._step_backend = ""
         if compiled is not None:
             detail = registry.load_backend(compiled[0]).detail
             self._step_backend = f"{compiled[0]} (whole step; {detail})"
-        if compiled is not None and self._device.type == "cpu" and self._adapted is None:
+        if compiled is not None and self._device.type == "cpu":
             # Little is left to torch, and its threads spin after each parallel op, on cores that the step wants next.
             torch.set_num_threads(1)
         alone = self._info.num_ranks == 1  # graphs would have to record what ranks say to each other

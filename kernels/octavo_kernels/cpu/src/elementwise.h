@@ -78,9 +78,9 @@ OCT_INLINE float inverse_rms(const float* x, int64_t dim, float eps) {
 }
 
 static void prepare(const float* x, int64_t stride, int64_t dim, const float* norm, float eps, const Tile& tile,
-                    int kinds, const Activations& out) {
+                    const int32_t* rows, int kinds, const Activations& out) {
   for (int m = 0; m < tile.size; m++) {
-    const float* row = x + (tile.start + m) * stride;
+    const float* row = x + (rows ? rows[tile.start + m] : tile.start + m) * stride;
     VF factor = f_set(norm ? inverse_rms(row, dim, eps) : 1.0f);
     for (int64_t block = 0; block < out.columns / kBlock; block++) {
       int64_t i = block * kBlock;

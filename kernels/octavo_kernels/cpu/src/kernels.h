@@ -32,13 +32,14 @@ constexpr int kActInt8 = 1 << OCT_ACT_INT8;
 constexpr int kActBf16 = 1 << OCT_ACT_BF16;
 
 struct Output {
-  float* data;  // element [token][row] at data[(token - first_token) * stride + row - first_row]
+  float* data;  // element [token][row] at data[(rows ? rows[token] : token - first_token) * stride + row - first_row]
   int64_t stride;
   const float* bias;  // [rows] or null
   bool accumulate;    // add to what is there
   int64_t first_token;
   int64_t first_row;
   float soft_cap = 0;  // cap * tanh(value / cap) unless 0; without bias and accumulate
+  const int32_t* rows = nullptr;  // where each token's result goes
 };
 
 // Queries of one sequence that attend together: tokens first .. first + count - 1 of the batch, one KV head's group.
@@ -60,9 +61,10 @@ struct KernelTable {
   // Panels [begin, end) of the matrix for tiles [tile_begin, tile_end).
   void (*linear)(const oct_matrix& w, int64_t begin, int64_t end, const Activations& x, const Tile* tiles,
                  int64_t tile_begin, int64_t tile_end, const Output& out);
-  // RMSNorm (weight may be null: none) of the tile's tokens x[t * stride ..] into the layouts of `kinds`.
+  // RMSNorm (weight may be null: none) of the tile's tokens x[t * stride ..] into the layouts of `kinds`; token t of
+  // the tile is row rows[t] of x unless null.
   void (*prepare)(const float* x, int64_t stride, int64_t dim, const float* norm, float eps, const Tile& tile,
-                  int kinds, const Activations& out);
+                  const int32_t* rows, int kinds, const Activations& out);
   // act(gate) * up for `tile`'s tokens, columns [column, column + 32), from [token][32] buffers into activations.
   void (*gate)(const float* gate, const float* up, bool gelu, const Tile& tile, int64_t column, int kinds,
                const Activations& out);

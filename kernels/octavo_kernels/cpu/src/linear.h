@@ -169,7 +169,8 @@ OCT_INLINE VI dot4_of(VI acc, VB u, const int8_t* a) {
 }
 
 OCT_INLINE void store_rows(const Output& out, int64_t row, int64_t rows, int64_t token, VF value) {
-  float* p = out.data + (token - out.first_token) * out.stride + (row - out.first_row);
+  int64_t line = out.rows ? out.rows[token] : token - out.first_token;
+  float* p = out.data + line * out.stride + (row - out.first_row);
   value = f_capped(value, out.soft_cap);
   if (rows - row >= kPanel) {
     if (out.bias) value = f_add(value, f_load(out.bias + row));

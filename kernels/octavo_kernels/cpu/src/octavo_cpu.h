@@ -6,7 +6,7 @@
 extern "C" {
 #endif
 
-#define OCT_ABI_VERSION 3
+#define OCT_ABI_VERSION 4
 
 #pragma GCC visibility push(default)
 
@@ -70,6 +70,7 @@ typedef struct oct_batch {
   const int32_t* query_start_loc;
   const int32_t* seq_lens;
   const int32_t* block_tables;
+  const int32_t* adapter_slots;  // of each token, below 0: none; or null
 } oct_batch;
 
 typedef struct oct_attention {  // what attention needs to know of a layer
@@ -124,6 +125,18 @@ typedef struct oct_model {
   float final_soft_cap;  // cap * tanh(logits / cap), 0: none
 } oct_model;
 
+// What an adapter adds to a projection of a layer: out[first ..] += scale * up @ (down @ x).
+enum oct_place { OCT_IN_QKV = 0, OCT_IN_OUTPUT = 1, OCT_IN_GATE_UP = 2, OCT_IN_DOWN = 3 };
+typedef struct oct_low_rank {
+  int32_t layer;
+  int32_t place;
+  int64_t first;  // row of the fused projection; in gate_up a multiple of 32
+  float scale;
+  float reserved_f;
+  oct_matrix down;  // [rank, inputs]
+  oct_matrix up;    // [rows, rank], multiplied with float32
+} oct_low_rank;
+
 int oct_abi_version(void);
 // Best usable instruction set, at most `limit` (a name, or null); returns its name, null if `limit` is not a name.
 const char* oct_select_isa(const char* limit);
@@ -166,6 +179,8 @@ void oct_step_destroy(void* step);
 // Runs the decoder; logits: [num_logits, vocab_size].
 int oct_step_run(void* step, const oct_batch* batch, const oct_kv_cache* caches, const int64_t* logits_indices,
                  int64_t num_logits, float* logits);
+// Puts an adapter into a slot in place of what was there; its matrices must outlive their use. count 0 empties the slot.
+int oct_step_place_adapter(void* step, int64_t slot, const oct_low_rank* changes, int64_t count);
 // Nanoseconds spent in each kind of phase since the last call, while profiling is on (see step.cpp for the kinds).
 void oct_step_profile(void* step, int on, int64_t* nanoseconds, int count);
 

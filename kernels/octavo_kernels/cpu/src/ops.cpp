@@ -51,14 +51,17 @@ extern "C" int oct_linear(const oct_matrix* matrix, const float* x, int64_t toke
     const KernelTable& table = kernels();
     const oct_matrix& w = *matrix;
     std::vector<Tile> tiles;
-    cut_tiles(tokens, table.max_tile, tiles);
+    cut_tiles(0, tokens, table.max_tile, tiles);
     static thread_local ActivationBuffer buffer;
     int kinds = 1 << w.activations;
-    const Activations& acts = buffer.ensure(tokens, w.columns, kinds);
+    buffer.ensure(tokens, w.columns, kinds);
+    Activations acts = buffer.view(tokens, w.columns);
     Output to{out, w.rows, bias, false, 0, 0};
     int64_t num_tiles = (int64_t)tiles.size(), panels = panels_of(w), at_once = 32;
     auto body = [&](Member& member) {
-      member.each(num_tiles, [&](int64_t i) { table.prepare(x, columns, columns, nullptr, 0, tiles[i], kinds, acts); });
+      member.each(num_tiles, [&](int64_t i) {
+        table.prepare(x, columns, columns, nullptr, 0, tiles[i], nullptr, kinds, acts);
+      });
       member.barrier();
       member.each(panels * ((num_tiles + at_once - 1) / at_once), [&](int64_t i) {
         int64_t first = i / panels * at_once, last = std::min(num_tiles, first + at_once);

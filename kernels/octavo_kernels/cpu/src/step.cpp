@@ -1,303 +1,13 @@
-// A whole decoder step on the team of threads: every member walks through the same phases, barriers between them.
-#include <chrono>
-#include <cstring>
+// The C interface of whole steps: what callers pass in is checked here, before any kernel trusts it.
+#include "step.h"
+
 #include <exception>
 
-#include "attention_plan.h"
-#include "dispatch.h"
 #include "errors.h"
-#include "pool.h"
-#include "workspace.h"
 
 namespace {
 
-constexpr int64_t kPrivateTokens = 2;    // up to here every member prepares activations for itself: no barrier
-constexpr int64_t kTilesAtOnce = 32;     // tiles that share one pass over a panel: their activations stay in L2
-constexpr int64_t kMaxGatedTokens = 8;   // the largest tile
-
-enum Phase { kEmbed, kPrepare, kQkv, kRope, kAttend, kOutput, kGateUp, kDown, kLogits, kNumPhases };
-
-struct Layer : oct_layer {
-  int qkv_kinds, output_kinds, gate_up_kinds, down_kinds;
-  int64_t qkv_rows;
-};
-
-struct Private {  // of one member
-  ActivationBuffer acts;
-  Buffer<float> scratch;
-};
-
-int kind_of(const oct_matrix& w) { return 1 << w.activations; }
-int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-class Step {
- public:
-  explicit Step(const oct_model& model) : model_(model), table_(kernels()) {
-    for (int64_t i = 0; i < model.num_layers; i++) {
-      Layer layer{};
-      static_cast<oct_layer&>(layer) = model.layers[i];
-      for (int p = 0; p < layer.num_qkv; p++) {
-        layer.qkv_kinds |= kind_of(layer.qkv[p]);
-        layer.qkv_rows += layer.qkv[p].rows;
-      }
-      for (int p = 0; p < layer.num_gate_up; p++) layer.gate_up_kinds |= kind_of(layer.gate_up[p]);
-      layer.output_kinds = kind_of(layer.output);
-      layer.down_kinds = kind_of(layer.down);
-      norms_blocks_ |= layer.attention_out_norm || layer.mlp_out_norm;
-      qkv_stride_ = std::max(qkv_stride_, padded(layer.qkv_rows, kPanel));
-      attn_stride_ = std::max<int64_t>(attn_stride_, (int64_t)layer.attention.num_heads * layer.attention.head_dim);
-      hidden_kinds_ |= layer.qkv_kinds | layer.output_kinds | layer.gate_up_kinds | layer.down_kinds;
-      layers_.push_back(layer);
-    }
-    hidden_kinds_ |= kind_of(model.lm_head);
-    model_.layers = nullptr;
-  }
-
-  void run(const oct_batch& batch, const oct_kv_cache* caches, const int64_t* wanted, int64_t num_wanted,
-           float* logits) {
-    batch_ = batch;
-    caches_ = caches;
-    wanted_ = wanted;
-    num_wanted_ = num_wanted;
-    logits_ = logits;
-    reserve();
-    auto body = [this](Member& member) { walk(member); };
-    run_team(body);
-  }
-
-  const oct_model& model() const { return model_; }
-  const oct_attention& attention() const { return layers_[0].attention; }
-  bool profiling = false;
-  int64_t spent[kNumPhases] = {0};
-
- private:
-  oct_model model_;
-  const KernelTable& table_;
-  std::vector<Layer> layers_;
-  int64_t qkv_stride_ = 0, attn_stride_ = 0;
-  int hidden_kinds_ = 0;
-
-  oct_batch batch_{};
-  const oct_kv_cache* caches_ = nullptr;
-  const int64_t* wanted_ = nullptr;
-  int64_t num_wanted_ = 0;
-  float* logits_ = nullptr;
-  std::vector<Tile> tiles_, logit_tiles_;
-  AttentionPlan plan_;
-  bool norms_blocks_ = false;  // some layer norms what joins the residual stream
-  Buffer<float> x_, block_, qkv_, attn_, last_, partials_;
-  ActivationBuffer shared_, down_;
-  std::vector<Private> private_;
-  std::chrono::steady_clock::time_point mark_;
-
-  void reserve() {
-    int64_t tokens = batch_.num_tokens, threads = team_size(), widest = std::max(model_.hidden_size, attn_stride_);
-    int64_t rows = std::max(tokens, num_wanted_);
-    cut_tiles(tokens, table_.max_tile, tiles_);
-    cut_tiles(num_wanted_, table_.max_tile, logit_tiles_);
-    const oct_attention& a = attention();
-    plan_.build(batch_, a.num_heads, a.num_kv_heads, (int)threads);
-    int64_t group = a.num_heads / a.num_kv_heads;
-    x_.ensure(tokens * model_.hidden_size);
-    if (norms_blocks_) block_.ensure(tokens * model_.hidden_size);
-    qkv_.ensure(tokens * qkv_stride_);
-    attn_.ensure(tokens * attn_stride_);
-    last_.ensure(num_wanted_ * model_.hidden_size);
-    partials_.ensure(plan_.num_partials * group * (a.head_dim + 2));
-    shared_.ensure(rows, widest, hidden_kinds_);
-    down_.ensure(tokens, model_.intermediate_size, hidden_kinds_);
-    if ((int64_t)private_.size() < threads) private_.resize(threads);
-    int64_t scratch = plan_.max_rows * (2 * a.head_dim + kPrefillKeys + 2) + 2 * a.head_dim * kPrefillKeys;
-    for (Private& own : private_) {
-      own.acts.ensure(std::min(rows, kPrivateTokens), widest, hidden_kinds_);
-      own.scratch.ensure(std::max(scratch, group * a.head_dim));
-    }
-  }
-
-  void count(Member& member, Phase phase) {
-    if (!profiling || member.id != 0) return;
-    auto now = std::chrono::steady_clock::now();
-    spent[phase] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - mark_).count();
-    mark_ = now;
-  }
-
-  void walk(Member& member) {
-    if (member.id == 0) mark_ = std::chrono::steady_clock::now();
-    int64_t hidden = model_.hidden_size;
-    member.each(batch_.num_tokens, [&](int64_t t) {
-      table_.unpack_row(model_.embedding, batch_.token_ids[t], hidden, model_.embedding_scale, x_.get() + t * hidden);
-    });
-    member.barrier();
-    count(member, kEmbed);
-    for (size_t i = 0; i < layers_.size(); i++) {
-      attention_half(member, layers_[i], caches_[i]);
-      mlp_half(member, layers_[i]);
-    }
-    if (num_wanted_ > 0) lm_head(member);
-  }
-
-  // Norm and layout of the activations a product needs: alone for a few tokens, together for many.
-  const Activations& prepare(Member& member, const float* x, int64_t stride, int64_t dim, const float* norm,
-                             const std::vector<Tile>& tiles, int64_t tokens, int kinds) {
-    if (tokens <= kPrivateTokens) {
-      const Activations& own = private_[member.id].acts.ensure(tokens, dim, kinds);
-      for (const Tile& tile : tiles) table_.prepare(x, stride, dim, norm, model_.eps, tile, kinds, own);
-      return own;
-    }
-    if (member.id == 0) shared_.ensure(tokens, dim, kinds);
-    member.barrier();
-    const Activations& acts = shared_.view();
-    member.each((int64_t)tiles.size(),
-                [&](int64_t i) { table_.prepare(x, stride, dim, norm, model_.eps, tiles[i], kinds, acts); });
-    member.barrier();
-    return acts;
-  }
-
-  // Calls body(panel, first tile, last tile) for all of `panels` and `tiles` over the team.
-  template <class Body>
-  static void each_panel(Member& member, int64_t panels, const std::vector<Tile>& tiles, const Body& body) {
-    int64_t num_tiles = (int64_t)tiles.size(), stretches = (num_tiles + kTilesAtOnce - 1) / kTilesAtOnce;
-    member.each(panels * stretches, [&](int64_t i) {
-      int64_t first = i / panels * kTilesAtOnce;
-      body(i % panels, first, std::min(num_tiles, first + kTilesAtOnce));
-    });
-  }
-
-  void product(Member& member, const oct_matrix& w, const Activations& x, const std::vector<Tile>& tiles,
-               const Output& out) {
-    each_panel(member, panels_of(w), tiles, [&](int64_t panel, int64_t first, int64_t last) {
-      table_.linear(w, panel, panel + 1, x, tiles.data(), first, last, out);
-    });
-  }
-
-  void attention_half(Member& member, const Layer& layer, const oct_kv_cache& cache) {
-    const Activations& x = prepare(member, x_.get(), model_.hidden_size, model_.hidden_size, layer.input_norm, tiles_,
-                                   batch_.num_tokens, layer.qkv_kinds);
-    count(member, kPrepare);
-    int64_t parts_panels[OCT_MAX_PARTS + 1] = {0};
-    for (int p = 0; p < layer.num_qkv; p++) parts_panels[p + 1] = parts_panels[p] + panels_of(layer.qkv[p]);
-    each_panel(member, parts_panels[layer.num_qkv], tiles_, [&](int64_t panel, int64_t first, int64_t last) {
-      int p = 0;
-      int64_t row = 0;
-      for (; panel >= parts_panels[p + 1]; p++) row += layer.qkv[p].rows;
-      Output out{qkv_.get() + row, qkv_stride_, layer.qkv_bias ? layer.qkv_bias + row : nullptr, false, 0, 0};
-      int64_t own = panel - parts_panels[p];
-      table_.linear(layer.qkv[p], own, own + 1, x, tiles_.data(), first, last, out);
-    });
-    member.barrier();
-    count(member, kQkv);
-    attend(member, layer.attention, cache);
-    const Activations& o = prepare(member, attn_.get(), attn_stride_, attn_stride_, nullptr, tiles_, batch_.num_tokens,
-                                   layer.output_kinds);
-    count(member, kPrepare);
-    join(member, layer.output, o, layer.output_bias, layer.attention_out_norm);
-    count(member, kOutput);
-  }
-
-  // A block's last product, added to the residual stream, normed first where the layer has a norm for it.
-  void join(Member& member, const oct_matrix& w, const Activations& x, const float* bias, const float* norm) {
-    int64_t hidden = model_.hidden_size;
-    product(member, w, x, tiles_, {norm ? block_.get() : x_.get(), hidden, bias, !norm, 0, 0});
-    member.barrier();
-    if (!norm) return;
-    member.each(batch_.num_tokens, [&](int64_t t) {
-      float* from = block_.get() + t * hidden;
-      float* to = x_.get() + t * hidden;
-      table_.rms_norm(from, norm, hidden, model_.eps, from);
-      for (int64_t i = 0; i < hidden; i++) to[i] += from[i];
-    });
-    member.barrier();
-  }
-
-  void attend(Member& member, const oct_attention& a, const oct_kv_cache& cache) {
-    int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim;
-    int64_t prefills = batch_.num_tokens - batch_.num_decodes;
-    if (prefills > 0) {  // other tasks read these keys: all must be there first
-      member.each(prefills, [&](int64_t i) {
-        int64_t token = batch_.num_decodes + i;
-        float* q = qkv_.get() + token * qkv_stride_;
-        table_.rope_heads(a, a.q_norm, a.num_heads, batch_.positions[token], q);
-        for (int64_t h = 0; h < a.num_kv_heads; h++) store(a, cache, token, h);
-      });
-      member.barrier();
-      count(member, kRope);
-    }
-    member.each((int64_t)plan_.tasks.size(), [&](int64_t i) {
-      AttentionTask task = plan_.tasks[i];
-      float* scratch = private_[member.id].scratch.get();
-      if (task.seq >= batch_.num_decodes) {
-        int64_t start = batch_.seq_lens[task.seq] - batch_.query_start_loc[task.seq + 1];
-        if (a.sliding_window) task.key_begin = std::max<int64_t>(0, start + task.first - a.sliding_window + 1);
-        table_.attend_prefill(a, batch_, cache, task, qkv_.get(), qkv_stride_, attn_.get(), attn_stride_, scratch);
-        return;
-      }
-      int64_t token = task.first, length = batch_.seq_lens[task.seq];
-      memcpy(scratch, qkv_.get() + token * qkv_stride_ + task.kv_head * group * dim, sizeof(float) * group * dim);
-      table_.rope_heads(a, a.q_norm, group, batch_.positions[token], scratch);
-      if (task.key_end == length) store(a, cache, token, task.kv_head);  // only this task reads the newest key
-      if (a.sliding_window) task.key_begin = std::max<int64_t>(task.key_begin, length - a.sliding_window);
-      float* out = attn_.get() + token * attn_stride_ + task.kv_head * group * dim;
-      const AttentionTask* next = i + 1 < (int64_t)plan_.tasks.size() ? &plan_.tasks[i + 1] : nullptr;
-      table_.attend_decode(a, batch_, cache, task, next, scratch, out, partials_.get());
-    });
-    member.barrier();
-    if (!plan_.joins.empty()) {
-      member.each((int64_t)plan_.joins.size(), [&](int64_t i) {
-        const AttentionPlan::Join& join = plan_.joins[i];
-        float* out = attn_.get() + join.seq * attn_stride_ + join.kv_head * group * dim;
-        table_.combine(a, join.kv_head, partials_.get(), join.first, join.count, out);
-      });
-      member.barrier();
-    }
-    count(member, kAttend);
-  }
-
-  void store(const oct_attention& a, const oct_kv_cache& cache, int64_t token, int64_t head) {
-    float* key = qkv_.get() + token * qkv_stride_ + (a.num_heads + head) * (int64_t)a.head_dim;
-    const float* value = key + a.num_kv_heads * (int64_t)a.head_dim;
-    table_.rope_heads(a, a.k_norm, 1, batch_.positions[token], key);
-    table_.store_kv(a, batch_.kv_dtype, batch_.block_size, batch_.slot_mapping[token], cache, head, key, value);
-  }
-
-  void mlp_half(Member& member, const Layer& layer) {
-    const Activations& x = prepare(member, x_.get(), model_.hidden_size, model_.hidden_size, layer.post_attention_norm,
-                                   tiles_, batch_.num_tokens, layer.gate_up_kinds);
-    count(member, kPrepare);
-    const Activations& h = down_.view();
-    const oct_matrix& gate = layer.gate_up[0];
-    const oct_matrix& up = layer.gate_up[layer.num_gate_up - 1];
-    int64_t up_panel = layer.num_gate_up == 1 ? model_.intermediate_size / kPanel : 0;
-    const float* up_bias = layer.gate_up_bias;  // of the first row of `up`
-    if (up_bias && up_panel == 0) up_bias += model_.intermediate_size;
-    each_panel(member, model_.intermediate_size / kBlock, tiles_, [&](int64_t block, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i++) {
-        const Tile& tile = tiles_[i];
-        alignas(64) float gates[kMaxGatedTokens * kBlock], ups[kMaxGatedTokens * kBlock];
-        Output to_gate{gates, kBlock, layer.gate_up_bias, false, tile.start, block * kBlock};
-        Output to_up{ups, kBlock, up_bias, false, tile.start, block * kBlock + up_panel * kPanel};
-        table_.linear(gate, 2 * block, 2 * block + 2, x, tiles_.data(), i, i + 1, to_gate);
-        table_.linear(up, up_panel + 2 * block, up_panel + 2 * block + 2, x, tiles_.data(), i, i + 1, to_up);
-        table_.gate(gates, ups, model_.gelu, tile, block * kBlock, layer.down_kinds, h);
-      }
-    });
-    member.barrier();
-    count(member, kGateUp);
-    join(member, layer.down, h, layer.down_bias, layer.mlp_out_norm);
-    count(member, kDown);
-  }
-
-  void lm_head(Member& member) {
-    int64_t hidden = model_.hidden_size;
-    if (member.id == 0)
-      for (int64_t i = 0; i < num_wanted_; i++)
-        memcpy(last_.get() + i * hidden, x_.get() + wanted_[i] * hidden, sizeof(float) * hidden);
-    member.barrier();
-    const Activations& x = prepare(member, last_.get(), hidden, hidden, model_.final_norm, logit_tiles_, num_wanted_,
-                                   kind_of(model_.lm_head));
-    product(member, model_.lm_head, x, logit_tiles_, {logits_, model_.vocab_size, nullptr, false, 0, 0, model_.final_soft_cap});
-    count(member, kLogits);
-  }
-};
+constexpr int64_t kMaxSlots = 65536;
 
 bool within(const int64_t* values, int64_t count, int64_t limit, const char* what) {
   for (int64_t i = 0; i < count; i++)
@@ -351,6 +61,23 @@ extern "C" int oct_step_run(void* handle, const oct_batch* batch, const oct_kv_c
     return -1;
   try {
     step.run(*batch, caches, wanted, num_wanted, logits);
+  } catch (const std::exception& error) {
+    fail("%s", error.what());
+    return -1;
+  }
+  return 0;
+}
+
+extern "C" int oct_step_place_adapter(void* handle, int64_t slot, const oct_low_rank* changes, int64_t count) {
+  Step& step = *static_cast<Step*>(handle);
+  if (slot < 0 || slot >= kMaxSlots)
+    return fail("adapter slot %lld: must be at least 0 and below %lld", (long long)slot, (long long)kMaxSlots), -1;
+  for (int64_t i = 0; i < count; i++)
+    if (!step.takes(changes[i]))
+      return fail("change %lld of the adapter does not fit projection %d of layer %d", (long long)i, changes[i].place,
+                  changes[i].layer), -1;
+  try {
+    step.place_adapter(slot, changes, count);
   } catch (const std::exception& error) {
     fail("%s", error.what());
     return -1;

@@ -35,36 +35,35 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// Owner of the memory behind an `Activations`.
+// Owner of the memory behind `Activations`.
 class ActivationBuffer {
  public:
-  const Activations& ensure(int64_t tokens, int64_t columns, int kinds) {
-    columns = (columns + kBlock - 1) / kBlock * kBlock;
-    int64_t blocks = tokens * (columns / kBlock);
-    if (kinds & kActInt8) {
-      view_.int8 = int8_.ensure(tokens * columns);
-      float* scales = scales_.ensure(3 * blocks + 48);
-      int64_t plane = (blocks + 15) / 16 * 16;
-      view_.scale = scales, view_.sum = scales + plane, view_.sum_low = scales + 2 * plane;
-    }
-    if (kinds & kActF32) view_.f32 = f32_.ensure(tokens * columns);
-    if (kinds & kActBf16) view_.bf16 = bf16_.ensure(tokens * columns);
-    view_.columns = columns;
-    return view_;
+  void ensure(int64_t tokens, int64_t columns, int kinds) {
+    int64_t count = tokens * padded(columns);
+    if (kinds & kActInt8) int8_.ensure(count), scales_.ensure(3 * count / kBlock + 48);
+    if (kinds & kActF32) f32_.ensure(count);
+    if (kinds & kActBf16) bf16_.ensure(count);
   }
-  const Activations& view() const { return view_; }
+  // As large as was ensured, or smaller.
+  Activations view(int64_t tokens, int64_t columns) const {
+    columns = padded(columns);
+    int64_t plane = (tokens * (columns / kBlock) + 15) / 16 * 16;
+    Activations view{int8_.get(), scales_.get(), nullptr, nullptr, f32_.get(), bf16_.get(), columns};
+    if (view.scale) view.sum = view.scale + plane, view.sum_low = view.scale + 2 * plane;
+    return view;
+  }
 
  private:
   Buffer<int8_t> int8_;
   Buffer<float> scales_, f32_;
   Buffer<uint16_t> bf16_;
-  Activations view_{};
+
+  static int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 };
 
-// Tiles of the largest size, then ever smaller powers of two.
-inline void cut_tiles(int64_t tokens, int largest, std::vector<Tile>& tiles) {
-  tiles.clear();
-  int32_t start = 0;
-  for (int size = largest; size >= 1; size /= 2)
-    for (; tokens - start >= size; start += size) tiles.push_back({start, size});
+// Rows [first, end) in tiles of the largest size, then ever smaller powers of two.
+inline void cut_tiles(int64_t first, int64_t end, int largest, std::vector<Tile>& tiles) {
+  int32_t start = (int32_t)first;
+  for (int32_t size = largest; size >= 1; size /= 2)
+    for (; end - start >= size; start += size) tiles.push_back({start, size});
 }
