@@ -20,7 +20,7 @@ from octavo_engine import LLM, SamplingParams
 from octavo_engine.errors import ConfigError, ModelLoadError
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.runner.torch_runner import TorchModelRunner
-from octavo_kernels.registry import use_backends
+from octavo_kernels.registry import load_backend, use_backends
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -31,6 +31,7 @@ FAMILIES = {
     "phi3": (transformers.Phi3ForCausalLM, transformers.Phi3Config, FUSED),
     "mixtral": (transformers.MixtralForCausalLM, transformers.MixtralConfig, ALL[:4]),
 }
+WIDE = SIZES | {"intermediate_size": 96}  # whole native steps take multiples of 32
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 
 
@@ -55,16 +56,25 @@ def mixed_logits(
     return [torch.cat(parts) for parts in rows]
 
 
+@pytest.mark.parametrize("backends", [("reference",), ("cpu", "reference")], ids=["reference", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_sequence_of_a_batch_gets_its_own_adapter(tmp_path: Path, family: str) -> None:
+def test_each_sequence_of_a_batch_gets_its_own_adapter(tmp_path: Path, family: str, backends: tuple[str, ...]) -> None:
+    whole_step = "cpu" in backends and load_backend("cpu").available and family != "mixtral"
+    with use_backends(*backends):
+        check_mixed_batch(tmp_path, family, whole_step)
+
+
+def check_mixed_batch(tmp_path: Path, family: str, whole_step: bool) -> None:
     model_type, config_type, modules = FAMILIES[family]
-    base = write_checkpoint(tmp_path / "base", model_type, config_type(**SIZES))
+    base = write_checkpoint(tmp_path / "base", model_type, config_type(**WIDE))
     merged = [
         write_adapter(base, tmp_path / "a", 1, target_modules=modules),
         write_adapter(base, tmp_path / "b", 2, target_modules=modules[:2], r=8, lora_alpha=3, use_rslora=True),
         write_adapter(base, tmp_path / "c", 3, target_modules=modules[2:], r=1, alpha_pattern={modules[2]: 5}),
     ]
     runner = load(tmp_path / "base", **LORA)
+    assert isinstance(runner, TorchModelRunner)
+    assert (runner.compiled_step is not None) == whole_step
     for slot, name in enumerate("abc"):
         runner.place_adapter(slot, runner.read_adapter(name, tmp_path / name, 8))
     prompts = random_prompts([9, 20, 33, 14])
