@@ -41,11 +41,13 @@ class DecoderLayerPlan:
     (one part where all share a storage format, else several, as in mixed GGUF files).
 
     qkv: query, key and value projections, in that order; gate_up: gate then up. cos_sin: [max_positions, rotary_dim]
-    float32 as in `ops.rope_and_store_kv`, None turns nothing. attention_out_norm, mlp_out_norm: of a block's output
-    before it joins the residual stream. soft_cap (0: none), sinks ([num_heads]): as in `ops.paged_attention`.
+    float32 as in `ops.rope_and_store_kv`, None turns nothing. q_norm, k_norm: [head_dim] of each head, or over all
+    heads together, [heads * head_dim]. input_norm, post_attention_norm: before a block, None for none.
+    attention_out_norm, mlp_out_norm: of a block's output before it joins the residual stream. soft_cap (0: none),
+    sinks ([num_heads]): as in `ops.paged_attention`.
     """
 
-    input_norm: torch.Tensor
+    input_norm: torch.Tensor | None
     qkv: tuple[Weight, ...]
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
@@ -53,7 +55,7 @@ class DecoderLayerPlan:
     output: Weight
     output_bias: torch.Tensor | None
     attention_out_norm: torch.Tensor | None
-    post_attention_norm: torch.Tensor
+    post_attention_norm: torch.Tensor | None
     gate_up: tuple[Weight, ...]
     gate_up_bias: torch.Tensor | None
     down: Weight

@@ -106,7 +106,7 @@ class Attention(Structure):
         ("scale", c_float),
         ("soft_cap", c_float),
         ("eps", c_float),
-        ("reserved_f", c_float),
+        ("row_norms", c_int32),
         ("cos_sin", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),

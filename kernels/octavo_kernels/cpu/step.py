@@ -156,8 +156,17 @@ class _PlanBuilder:
         for layer in plan.layers:
             if layer.cos_sin is not None and layer.cos_sin.shape[0] < plan.max_positions:
                 raise UnsupportedPlanError(f"a rotary table ends before position {plan.max_positions}")
+            self._refuse_head_norms(layer)
             if len(layer.qkv) > MAX_PARTS or len(layer.gate_up) not in (1, 2):
                 raise UnsupportedPlanError("projections are split in more parts than q, k, v or gate, up")
+
+    def _refuse_head_norms(self, layer: DecoderLayerPlan) -> None:
+        """Norms of each head, of all heads together, or none: for queries and keys alike."""
+        plan = self._plan
+        found = tuple(None if norm is None else norm.shape[0] for norm in (layer.q_norm, layer.k_norm))
+        whole = (plan.num_heads * plan.head_dim, plan.num_kv_heads * plan.head_dim)
+        if found != whole and any(size not in (None, plan.head_dim) for size in found):
+            raise UnsupportedPlanError(f"norms of queries and keys over {found} numbers, heads have {plan.head_dim}")
 
     def _layer(self, layer: DecoderLayerPlan) -> Layer:
         plan = self._plan
@@ -173,6 +182,7 @@ class _PlanBuilder:
             soft_cap=layer.soft_cap,
             eps=plan.rms_norm_eps,
             cos_sin=self._table(layer.cos_sin),
+            row_norms=int(layer.q_norm is not None and layer.q_norm.shape[0] != plan.head_dim),
             q_norm=self._floats(layer.q_norm),
             k_norm=self._floats(layer.k_norm),
             sinks=self._floats(layer.sinks),

@@ -250,13 +250,16 @@ class Decoder(Model):
 
 
 def block_plan(
-    input_norm: RMSNorm, attention: Attention | LatentAttention, post_attention_norm: RMSNorm, mlp: MLP
+    input_norm: RMSNorm | None,
+    attention: Attention | LatentAttention,
+    post_attention_norm: RMSNorm | None,
+    mlp: MLP,
 ) -> DecoderLayerPlan | None:
-    """A layer of two blocks, each behind a norm; None where a block is of a kind that plans cannot say."""
+    """Two blocks, behind norms where there are any; None where a block is of a kind that plans cannot say."""
     if not isinstance(mlp, GatedMLP) or not isinstance(attention, Attention) or not isinstance(attention.qkv, Linear):
         return None
     return DecoderLayerPlan(
-        input_norm=input_norm.weight,
+        input_norm=None if input_norm is None else input_norm.weight,
         qkv=attention.qkv.parts,
         qkv_bias=attention.qkv.bias,
         q_norm=attention.q_norm,
@@ -264,7 +267,7 @@ def block_plan(
         output=attention.output.weight,
         output_bias=attention.output.bias,
         attention_out_norm=None,
-        post_attention_norm=post_attention_norm.weight,
+        post_attention_norm=None if post_attention_norm is None else post_attention_norm.weight,
         gate_up=mlp.gate_up.parts,
         gate_up_bias=mlp.gate_up.bias,
         down=mlp.down.weight,

@@ -11,10 +11,11 @@ from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.norm import RMSNorm, SharedRMSNorm
 from octavo_engine.loader.weights import WeightLoader
 from octavo_engine.models.config import LayerConfig, ModelConfig, decoder_config, uniform_layers
-from octavo_engine.models.decoder import MLP, Decoder, Residual
+from octavo_engine.models.decoder import MLP, Decoder, Layer, Residual, block_plan
 from octavo_engine.models.raw_config import RawConfig
 from octavo_engine.parallel.sections import Section
 from octavo_kernels.batch import AttentionBatch, PagedKVCache
+from octavo_kernels.step import DecoderLayerPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,22 @@ class Olmo2ForCausalLM(Decoder):
         query, kv = self.rank.heads(self.config.num_heads, self.config.num_kv_heads)
         norms = (self._norm(weights, f"{prefix}.q_norm", query), self._norm(weights, f"{prefix}.k_norm", kv))
         return replace(plain, qkv=NormedQKV(plain.qkv, *norms))
+
+    def layer_plan(self, layer: Layer) -> DecoderLayerPlan | None:
+        if not isinstance(layer, Olmo2Layer) or not isinstance(layer.attention.qkv, NormedQKV):
+            return None
+        normed = layer.attention.qkv
+        attention = replace(
+            layer.attention,
+            qkv=normed.projection,
+            q_norm=normed.query_norm.weight,
+            k_norm=normed.key_norm.weight,
+        )
+        plan = block_plan(None, attention, None, layer.mlp)
+        if plan is None:
+            return None
+        out_norms = (layer.post_attention_norm.weight, layer.post_feedforward_norm.weight)
+        return replace(plan, attention_out_norm=out_norms[0], mlp_out_norm=out_norms[1])
 
     def _norm(self, weights: WeightLoader, prefix: str, heads: Section) -> SharedRMSNorm:
         held = heads * self.config.head_dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -80,6 +81,18 @@ def random_plan(form: GGMLType | torch.dtype, *, dtype: torch.dtype, particular:
     )
 
 
+def post_normed(plan: DecoderPlan) -> DecoderPlan:
+    """The same weights with OLMo 2's norms: after blocks instead of before, over all heads at once."""
+
+    def norms() -> dict[str, torch.Tensor | None]:
+        sizes = {"q_norm": HEADS * HEAD_DIM, "k_norm": KV_HEADS * HEAD_DIM}
+        sizes |= {"attention_out_norm": HIDDEN, "mlp_out_norm": HIDDEN}
+        weights: dict[str, torch.Tensor | None] = {name: torch.rand(size) + 0.5 for name, size in sizes.items()}
+        return weights | {"input_norm": None, "post_attention_norm": None}
+
+    return replace(plan, layers=tuple(replace(layer, **norms()) for layer in plan.layers))
+
+
 def _output(form: GGMLType | torch.dtype) -> Weight:
     """192 columns: too narrow for the 256-column types, which then use Q8_0."""
     if isinstance(form, GGMLType):
@@ -114,29 +127,36 @@ def reference_step(
 
     x = linear.embedding(ids, plan.embedding, torch.float32) * plan.embedding_scale
     for index, (layer, cache) in enumerate(zip(plan.layers, caches, strict=True)):
-        h = norm.rms_norm(x, layer.input_norm, plan.rms_norm_eps)
+        h = _normed(x, layer.input_norm)
         qkv = torch.cat([_product(h, part) for part in layer.qkv], dim=-1)
         qkv = qkv if layer.qkv_bias is None else qkv + layer.qkv_bias
         qkv = adapted(index, Projection.QKV, h, qkv)
         q, k, v = qkv.unflatten(-1, (-1, HEAD_DIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        heads = (layer.cos_sin, layer.q_norm, layer.k_norm, plan.rms_norm_eps)
+        head_norms = (layer.q_norm, layer.k_norm)
+        if layer.q_norm is not None and layer.q_norm.shape[0] != HEAD_DIM:
+            q, k = (
+                _normed(part.flatten(1), weight).unflatten(1, (-1, HEAD_DIM))
+                for part, weight in zip((q, k), head_norms, strict=True)
+            )
+            head_norms = (None, None)
+        heads = (layer.cos_sin, *head_norms, plan.rms_norm_eps)
         q, k = kv_cache.rope_and_store_kv(q, k, v, batch.positions, batch.slot_mapping, cache, *heads)
         mask = (layer.sliding_window, layer.soft_cap, layer.sinks)
         out = attention.paged_attention(q, cache, batch, plan.attention_scale, *mask)
         out = out.flatten(1)
         out = adapted(index, Projection.OUTPUT, out, _product(out, layer.output, layer.output_bias))
-        x = x + _out_norm(out, layer.attention_out_norm)
-        h = norm.rms_norm(x, layer.post_attention_norm, plan.rms_norm_eps)
+        x = x + _normed(out, layer.attention_out_norm)
+        h = _normed(x, layer.post_attention_norm)
         gate_up = torch.cat([_product(h, part) for part in layer.gate_up], dim=-1)
         gate_up = gate_up if layer.gate_up_bias is None else gate_up + layer.gate_up_bias
         gate_up = adapted(index, Projection.GATE_UP, h, gate_up)
         gated = activation.gelu_and_mul if plan.activation is Activation.GELU else activation.silu_and_mul
         inner = gated(gate_up)
         out = adapted(index, Projection.DOWN, inner, _product(inner, layer.down, layer.down_bias))
-        x = x + _out_norm(out, layer.mlp_out_norm)
+        x = x + _normed(out, layer.mlp_out_norm)
     logits = _product(norm.rms_norm(x[wanted], plan.final_norm, plan.rms_norm_eps), plan.lm_head)
     return plan.final_soft_cap * torch.tanh(logits / plan.final_soft_cap) if plan.final_soft_cap else logits
 
 
-def _out_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def _normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     return x if weight is None else norm.rms_norm(x, weight, 1e-5)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.cpu.random_decoder import HEAD_DIM, HIDDEN, KV_HEADS, VOCAB, random_plan, reference_step
+from kernels.cpu.random_decoder import HEAD_DIM, HIDDEN, KV_HEADS, VOCAB, post_normed, random_plan, reference_step
 from kernels.cpu.test_native_attention import random_batch, random_cache
 from octavo_kernels.batch import PagedKVCache
 from octavo_kernels.cpu.bindings import NativeError
@@ -66,6 +66,14 @@ def test_sixteen_bit_steps_stay_close(isa: str, form: GGMLType | torch.dtype, kv
     native, expected = run_both(plan, kv_dtype, seed=2)
     error = (native - expected).norm() / expected.norm()
     assert error < 0.05, f"relative error {error:.3f}"
+
+
+@pytest.mark.parametrize("particular", [False, True])
+def test_norms_after_blocks_and_over_all_heads(isa: str, particular: bool) -> None:
+    torch.manual_seed(17)
+    plan = post_normed(random_plan(torch.float32, dtype=torch.float32, particular=particular, parts=False))
+    native, expected = run_both(plan, torch.float32, seed=3)
+    torch.testing.assert_close(native, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_a_step_continues_from_the_cache_it_wrote(isa: str) -> None:
@@ -125,5 +133,8 @@ def test_what_the_step_cannot_run_is_said(isa: str) -> None:
         NativeStep(replace(plan, lm_head=torch.randn(VOCAB, HIDDEN).half()))
     with pytest.raises(UnsupportedPlanError, match="head_dim 24"):
         NativeStep(replace(plan, head_dim=24))
+    narrow = replace(plan.layers[0], q_norm=torch.ones(48))
+    with pytest.raises(UnsupportedPlanError, match=r"over \(48, None\) numbers"):
+        NativeStep(replace(plan, layers=(narrow, plan.layers[1])))
     with pytest.raises(UnsupportedPlanError, match="ends before position 601"):
         NativeStep(replace(plan, max_positions=601))

@@ -84,7 +84,7 @@ typedef struct oct_attention {  // what attention needs to know of a layer
   float scale;
   float soft_cap;
   float eps;
-  float reserved_f;
+  int32_t row_norms;     // 1: q_norm and k_norm are of all heads together, [heads * head_dim]
   const float* cos_sin;  // [max_positions, rotary_dim]
   const float* q_norm;   // [head_dim] or null
   const float* k_norm;
@@ -94,8 +94,8 @@ typedef struct oct_attention {  // what attention needs to know of a layer
 #define OCT_MAX_PARTS 3
 typedef struct oct_layer {
   oct_attention attention;
-  const float* input_norm;
-  const float* post_attention_norm;
+  const float* input_norm;  // before attention; or null
+  const float* post_attention_norm;  // before the MLP; or null
   const float* attention_out_norm;  // of what attention gives, before it joins the residual stream; or null
   const float* mlp_out_norm;
   const float* qkv_bias;

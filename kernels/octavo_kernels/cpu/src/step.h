@@ -276,12 +276,22 @@ class Step {
 
   void attend(Member& member, const oct_attention& a, const oct_kv_cache& cache) {
     int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim;
+    const float* q_norm = a.row_norms ? nullptr : a.q_norm;  // of each head
+    if (a.row_norms) {
+      member.each(batch_.num_tokens, [&](int64_t t) {
+        float* q = qkv_.get() + t * qkv_stride_;
+        float* k = q + a.num_heads * dim;
+        table_.rms_norm(q, a.q_norm, a.num_heads * dim, a.eps, q);
+        table_.rms_norm(k, a.k_norm, a.num_kv_heads * dim, a.eps, k);
+      });
+      member.barrier();
+    }
     int64_t prefills = batch_.num_tokens - batch_.num_decodes;
     if (prefills > 0) {  // other tasks read these keys: all must be there first
       member.each(prefills, [&](int64_t i) {
         int64_t token = batch_.num_decodes + i;
         float* q = qkv_.get() + token * qkv_stride_;
-        table_.rope_heads(a, a.q_norm, a.num_heads, batch_.positions[token], q);
+        table_.rope_heads(a, q_norm, a.num_heads, batch_.positions[token], q);
         for (int64_t h = 0; h < a.num_kv_heads; h++) store(a, cache, token, h);
       });
       member.barrier();
@@ -298,7 +308,7 @@ class Step {
       }
       int64_t token = task.first, length = batch_.seq_lens[task.seq];
       memcpy(scratch, qkv_.get() + token * qkv_stride_ + task.kv_head * group * dim, sizeof(float) * group * dim);
-      table_.rope_heads(a, a.q_norm, group, batch_.positions[token], scratch);
+      table_.rope_heads(a, q_norm, group, batch_.positions[token], scratch);
       if (task.key_end == length) store(a, cache, token, task.kv_head);  // only this task reads the newest key
       if (a.sliding_window) task.key_begin = std::max<int64_t>(task.key_begin, length - a.sliding_window);
       float* out = attn_.get() + token * attn_stride_ + task.kv_head * group * dim;
@@ -320,7 +330,7 @@ class Step {
   void store(const oct_attention& a, const oct_kv_cache& cache, int64_t token, int64_t head) {
     float* key = qkv_.get() + token * qkv_stride_ + (a.num_heads + head) * (int64_t)a.head_dim;
     const float* value = key + a.num_kv_heads * (int64_t)a.head_dim;
-    table_.rope_heads(a, a.k_norm, 1, batch_.positions[token], key);
+    table_.rope_heads(a, a.row_norms ? nullptr : a.k_norm, 1, batch_.positions[token], key);
     table_.store_kv(a, batch_.kv_dtype, batch_.block_size, batch_.slot_mapping[token], cache, head, key, value);
   }
 
