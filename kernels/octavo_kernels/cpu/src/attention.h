@@ -71,12 +71,15 @@ constexpr int64_t kv_bytes() {
 struct Ahead {
   int64_t rows[kDecodeKeys];
   int64_t count;
+  int64_t each;  // rows to fetch beside a key of this stretch
 };
 template <int DType>
-OCT_INLINE void prefetch_row(const void* data, const Ahead& ahead, int64_t i, int64_t dim) {
-  if (i >= ahead.count) return;
-  const char* row = (const char*)data + ahead.rows[i] * dim * kv_bytes<DType>();
-  for (int64_t line = 0; line < dim * kv_bytes<DType>(); line += 64) prefetch(row + line);
+OCT_INLINE void prefetch_rows(const void* data, const Ahead& ahead, int64_t key, int64_t dim) {
+  int64_t end = (key + 1) * ahead.each < ahead.count ? (key + 1) * ahead.each : ahead.count;
+  for (int64_t i = key * ahead.each; i < end; i++) {
+    const char* row = (const char*)data + ahead.rows[i] * dim * kv_bytes<DType>();
+    for (int64_t line = 0; line < dim * kv_bytes<DType>(); line += 64) prefetch(row + line);
+  }
 }
 
 // scores[g][0..15] of 16 keys (rows beyond the last repeat it) for every head of the group.
@@ -85,7 +88,7 @@ OCT_INLINE void score16(const oct_attention& a, const oct_kv_cache& cache, const
                         const Ahead& ahead, const float* query, int64_t group, float* scores, int64_t scores_stride) {
   int64_t dim = a.head_dim;
   rows += first;
-  for (int64_t j = 0; j < 16; j++) prefetch_row<DType>(cache.key, ahead, first + j, dim);
+  for (int64_t j = 0; j < 16; j++) prefetch_rows<DType>(cache.key, ahead, first + j, dim);
   for (int64_t g = 0; g < group; g++) {
     VF acc[16];
 #pragma GCC unroll 16
@@ -115,7 +118,7 @@ OCT_INLINE void weigh_columns(const oct_kv_cache& cache, const int64_t* rows, in
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) sum[g][n] = f_mul(f_load(acc + g * dim + c + 16 * n), f_set(factor[g]));
   for (int64_t k = 0; k < count; k++) {
-    if (c == 0) prefetch_row<DType>(cache.value, ahead, k, dim);
+    if (c == 0) prefetch_rows<DType>(cache.value, ahead, k, dim);
     VF v[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) v[n] = kv_load<DType>(cache.value, rows[k] * dim + c + 16 * n);
@@ -142,11 +145,18 @@ OCT_INLINE void weigh_values(const oct_kv_cache& cache, const int64_t* rows, int
   for (; c < dim; c += 16) weigh_columns<DType, G, 1>(cache, rows, count, ahead, dim, c, p, factor, acc);
 }
 
-// Rows of the keys [first, end) of a task, at most kDecodeKeys.
+// Keys that a task scores at once: all stretches but the last, which would have no time to fetch the next one's keys
+// if it were short, are as long.
+OCT_INLINE int64_t stretch_of(const AttentionTask& task) {
+  int64_t keys = task.key_end - task.key_begin, stretches = (keys + kDecodeKeys - 1) / kDecodeKeys;
+  return stretches ? ((keys + stretches - 1) / stretches + 15) & ~15 : kDecodeKeys;
+}
+
+// Rows of a task's stretch of keys from `first` on.
 OCT_INLINE void look_ahead(const oct_attention& a, const oct_batch& batch, const AttentionTask& task, int64_t first,
                            Ahead& ahead) {
-  int64_t left = task.key_end - first;
-  ahead.count = left < 0 ? 0 : left < kDecodeKeys ? left : kDecodeKeys;
+  int64_t left = task.key_end - first, stretch = stretch_of(task);
+  ahead.count = left < 0 ? 0 : left < stretch ? left : stretch;
   cache_rows(a, batch, task.seq, task.kv_head, first, ahead.count, ahead.rows);
 }
 
@@ -158,7 +168,7 @@ OCT_INLINE void score16_pairs(const oct_attention& a, const oct_kv_cache& cache,
   int64_t dim = a.head_dim;
   const uint16_t* keys = (const uint16_t*)cache.key;
   rows += first;
-  for (int64_t j = 0; j < 16; j++) prefetch_row<OCT_KV_BF16>(cache.key, ahead, first + j, dim);
+  for (int64_t j = 0; j < 16; j++) prefetch_rows<OCT_KV_BF16>(cache.key, ahead, first + j, dim);
   for (int64_t g = 0; g < group; g++) {
     VF acc[16];
 #pragma GCC unroll 16
@@ -195,8 +205,8 @@ OCT_INLINE void weigh_pairs(const oct_kv_cache& cache, const int64_t* rows, int6
   const uint16_t* values = (const uint16_t*)cache.value;
   for (int64_t k = 0; k < count; k += 2) {  // rows beyond the last repeat it, with weight 0
     if (c == 0) {
-      prefetch_row<OCT_KV_BF16>(cache.value, ahead, k, dim);
-      prefetch_row<OCT_KV_BF16>(cache.value, ahead, k + 1, dim);
+      prefetch_rows<OCT_KV_BF16>(cache.value, ahead, k, dim);
+      prefetch_rows<OCT_KV_BF16>(cache.value, ahead, k + 1, dim);
     }
     __m512bh pairs[N][2];
 #pragma GCC unroll 2
@@ -258,14 +268,16 @@ static void decode_of(const oct_attention& a, const oct_batch& batch, const oct_
   float scores[kMaxGroup * kDecodeKeys];
   Ahead both[2];
   look_ahead(a, batch, task, task.key_begin, both[0]);
-  for (int64_t first = task.key_begin, turn = 0; first < task.key_end; first += kDecodeKeys, turn ^= 1) {
+  int64_t stretch = stretch_of(task);
+  for (int64_t first = task.key_begin, turn = 0; first < task.key_end; first += stretch, turn ^= 1) {
     int64_t* rows = both[turn].rows;
     Ahead& ahead = both[turn ^ 1];
     int64_t count = both[turn].count, padded = (count + 15) & ~15;
     for (int64_t i = count; i < padded; i++) rows[i] = rows[count - 1];
-    if (first + kDecodeKeys < task.key_end) look_ahead(a, batch, task, first + kDecodeKeys, ahead);
+    if (first + stretch < task.key_end) look_ahead(a, batch, task, first + stretch, ahead);
     else if (next) look_ahead(a, batch, *next, next->key_begin, ahead);
     else ahead.count = 0;
+    ahead.each = (ahead.count + count - 1) / count;
     for (int64_t i = 0; i < padded; i += 16) {
 #ifdef __AVX512BF16__
       if constexpr (Pairs) {

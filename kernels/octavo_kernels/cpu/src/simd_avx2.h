@@ -194,7 +194,8 @@ OCT_INLINE VF dot2_bf16(VF acc, VB w, const uint16_t* a) {
   VB pair = {_mm256_set1_epi32(two), _mm256_set1_epi32(two)};
   return f_fma(bf16_low(w), bf16_low(pair), f_fma(bf16_high(w), bf16_high(pair), acc));
 }
-OCT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+// Into the second cache: the first has too few misses in flight to keep memory busy, and what it holds is needed.
+OCT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 OCT_INLINE VF f_sum16(VF* x) {
   alignas(32) float sums[16];

@@ -129,7 +129,8 @@ OCT_INLINE VB bf16_interleave(const uint16_t* even, const uint16_t* odd) {
   VB high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
-OCT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+// Into the second cache: the first has too few misses in flight to keep memory busy, and what it holds is needed.
+OCT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 // Lane j of the result is the sum of x[j]'s lanes.
 OCT_INLINE VF f_sum16(VF* x) {
