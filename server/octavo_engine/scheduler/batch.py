@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from octavo_engine.runner.interface import SequenceSlice
 from octavo_engine.scheduler.sequence import Sequence
 from octavo_engine.scheduler.step_time import StepLoad
+from octavo_engine.speculation.speculator import GuessingRound
 
 
 @dataclass(slots=True)
 class Batch:
     """Slices for the runner, each beside the sequence it belongs to; slices of one token come first.
 
-    choosing: the sequences whose next token is chosen from the step's logits.
+    choosing: the sequences whose next token is chosen from the step's logits. guessing: what was decided about guesses,
+    where there is a speculator.
     """
 
     sequences: list[Sequence]
@@ -22,6 +24,7 @@ class Batch:
     decode_context: int = 0
     prefill_pairs: int = 0
     choosing: list[Sequence] = field(default_factory=list)
+    guessing: GuessingRound | None = None
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -34,4 +37,9 @@ class Batch:
     @property
     def load(self) -> StepLoad:
         """The step as the step-time model sees it."""
-        return StepLoad(self.num_tokens, self.decode_context, self.prefill_pairs)
+        return StepLoad(self.num_tokens, self.decode_context, self.prefill_pairs, self.num_guesses)
+
+    @property
+    def num_guesses(self) -> int:
+        """Tokens that the step verifies, among its `num_tokens`."""
+        return 0 if self.guessing is None else self.guessing.num_guesses

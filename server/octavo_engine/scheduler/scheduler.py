@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+from dataclasses import replace
 
 from octavo_engine.errors import QueueFullError
 from octavo_engine.kv.block_manager import BlockManager, PrefixMatch
@@ -161,28 +162,19 @@ class Scheduler:
         preempted = self._reserve_decode_blocks()
         batch = Batch([], [])
         prefills: list[Sequence] = []
-        wanted: list[tuple[Sequence, int]] = []
-        sequences, slices = batch.sequences, batch.slices
+        decoding = batch.sequences
         share = -(-len(self._running) // self.num_stages)
         for seq in self._running.values():
             tokens, start, pending = seq.tokens, seq.num_launched, seq.num_pending
             left = len(tokens) + pending - start
             if pending and len(tokens) + pending >= seq.max_length:
                 continue  # its last token is being chosen
-            if self.num_stages > 1 and (pending or (left == 1 and len(slices) == share)):
+            if self.num_stages > 1 and (pending or (left == 1 and len(decoding) == share)):
                 continue  # in another stage, or left to another step
-            if left == 1:
-                count = self._num_guesses(seq, len(wanted))
-                if count:
-                    wanted.append((seq, count))
-                    continue
-                sequences.append(seq)
-                slices.append(decode_slice(seq))
-            else:
-                prefills.append(seq)
-        for seq in self._draft(wanted):
-            sequences.append(seq)
-            slices.append(verifying_slice(seq))
+            (decoding if left == 1 else prefills).append(seq)
+        if decoding and self.speculator is not None:
+            self._guess(batch, self.speculator)
+        slices = batch.slices = [verifying_slice(seq) if seq.drafted else decode_slice(seq) for seq in decoding]
         batch.decode_context = sum(piece.start for piece in slices)
         batch.num_tokens = sum(len(piece.token_ids) for piece in slices)
         budget = self._planner.budget(batch)
@@ -197,8 +189,10 @@ class Scheduler:
     def reason_to_wait(self) -> WaitReason | None:
         """Why the steps in flight must land before the next one can be scheduled; None if it need not wait."""
         speculator, running = self.speculator, self._running.values()
-        if speculator is not None and any(seq.drafted or speculator.length(seq, len(running)) for seq in running):
-            return WaitReason.SPECULATION
+        if speculator is not None:
+            decoding = [seq for seq in running if seq.num_uncomputed == 1]
+            if any(seq.drafted for seq in running) or speculator.wants(decoding, self._max_guesses):
+                return WaitReason.SPECULATION
         growing = sum(1 for seq in running if self._grows(seq))
         return WaitReason.PREEMPTION if growing > self.blocks.pool.num_free else None
 
@@ -220,29 +214,28 @@ class Scheduler:
             if not seq.num_in_flight and seq.state is SequenceState.FINISHED:
                 self._let_go(seq)
 
-    def _num_guesses(self, seq: Sequence, num_drafting: int) -> int:
-        """How many tokens to guess ahead for a decoding sequence, within the budget that is spare."""
-        speculator = self.speculator
-        if speculator is None or seq.num_pending:
-            return 0
-        spare = (self.limits.max_num_batched_tokens - self.limits.max_num_seqs) // 2
-        fits = (num_drafting + 1) * speculator.max_tokens <= spare
-        return speculator.count(seq, len(self._running)) if fits else 0
-
-    def _draft(self, wanted: list[tuple[Sequence, int]]) -> list[Sequence]:
+    def _guess(self, batch: Batch, speculator: Speculator) -> None:
         """Guess the next tokens of decoding sequences, within spare blocks; those without a guess come first."""
-        if self.speculator is None or not wanted:
-            return []
-        for (seq, _), drafted in zip(wanted, self.speculator.propose(wanted), strict=True):
-            if drafted and not self.blocks.grow(seq.table, len(seq.tokens) + len(drafted)):
-                drafted = drafted[: seq.table.capacity - len(seq.tokens)]
-            seq.drafted = drafted
-        return sorted((seq for seq, _ in wanted), key=lambda seq: bool(seq.drafted))
+        guessing = speculator.guess(batch.sequences, self._max_guesses)
+        num_guesses = 0
+        for seq in batch.sequences:
+            if seq.drafted and not self.blocks.grow(seq.table, len(seq.tokens) + len(seq.drafted)):
+                seq.drafted = seq.drafted[: seq.table.capacity - len(seq.tokens)]
+            num_guesses += len(seq.drafted)
+        batch.guessing = replace(guessing, num_guesses=num_guesses)
+        batch.sequences.sort(key=lambda seq: bool(seq.drafted))
+
+    @property
+    def _max_guesses(self) -> int:
+        """Half of what a step could compute beside one token for each sequence."""
+        return (self.limits.max_num_batched_tokens - self.limits.max_num_seqs) // 2
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long a step took."""
         self.step_time.observe(batch.load, seconds)
         self._planner.observe(batch, seconds)
+        if batch.guessing is not None and self.speculator is not None:
+            self.speculator.observe_round(batch.guessing, batch.load, seconds)
 
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """Record that the next `num_tokens` tokens of `seq` are in the cache now; full blocks become findable."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,6 +20,7 @@ from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.scheduler import Scheduler
 from octavo_engine.scheduler.sequence import Sequence
 from octavo_engine.scheduler.step_time import StepLoad
+from octavo_engine.speculation.speculator import Speculator
 
 GENERATED_TOKEN = 1
 
@@ -73,6 +76,41 @@ class SimulationResult:
         return _quantile([gap for t in self.timelines.values() if of(t.request) for gap in t.gaps_s], quantile)
 
 
+class SimulatedGuesses:
+    """A proposer whose guesses hold with probability `acceptance(request_id, now)`, and take
+    `seconds_of(num_sequences, depth)` of the simulated clock."""
+
+    unavailable = ""
+
+    def __init__(
+        self,
+        max_tokens: int,
+        acceptance: Callable[[str, float], float],
+        seconds_of: Callable[[int, int], float],
+        rng: random.Random,
+    ) -> None:
+        self.max_tokens = max_tokens
+        self.clock_s = 0.0
+        self._acceptance = acceptance
+        self._seconds_of = seconds_of
+        self._rng = rng
+
+    def seconds(self, num_sequences: int, depth: int) -> float:
+        return self._seconds_of(num_sequences, depth)
+
+    def propose(self, wanted: Items[tuple[Sequence, int]]) -> list[list[int]]:
+        self.clock_s += self._seconds_of(len(wanted), max(count for _, count in wanted))
+        return [[GENERATED_TOKEN] * count for _, count in wanted]
+
+    def num_accepted(self, seq: Sequence) -> int:
+        """By chance, how many of the guesses are what the model chooses."""
+        acceptance = self._acceptance(seq.request_id, self.clock_s)
+        return next((i for i in range(len(seq.drafted)) if self._rng.random() >= acceptance), len(seq.drafted))
+
+    def forget(self, seq: Sequence) -> None:
+        """Nothing is kept."""
+
+
 class Simulation:
     """Runs a trace to its end; `step_seconds` is the true cost of a step, which the scheduler has to learn."""
 
@@ -87,6 +125,7 @@ class Simulation:
         on_step: Callable[[Scheduler, Batch], None] | None = None,
         num_host_blocks: int = 0,
         copy_seconds: float = 0.0,
+        guesses: SimulatedGuesses | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_caching=enable_caching)
         self.host = HostTier(BlockPool(num_host_blocks, block_size, enable_caching=enable_caching))
@@ -95,6 +134,11 @@ class Simulation:
         self._copy_seconds = copy_seconds
         self._step_seconds = step_seconds
         self._on_step = on_step
+        self._guesses = guesses
+        if guesses is not None:
+            self.scheduler.speculator = Speculator(
+                guesses.max_tokens, self.scheduler.step_time, guesses, lambda: guesses.clock_s
+            )
         self._now = 0.0
         self._timelines: dict[str, Timeline] = {}
 
@@ -136,7 +180,11 @@ class Simulation:
         for seq in self.scheduler.pop_expired(self._now):
             self._timelines[seq.request_id].expired = True
             self.scheduler.finish(seq)
+        if self._guesses is not None:
+            self._guesses.clock_s = self._now
         batch = self.scheduler.schedule(self._now)
+        if self._guesses is not None:
+            self._now = self._guesses.clock_s
         if self._on_step is not None:
             self._on_step(self.scheduler, batch)
         if not batch.slices:
@@ -148,9 +196,25 @@ class Simulation:
         self.scheduler.observe(batch, seconds)
         self.scheduler.landed(batch)
         for seq, piece in zip(batch.sequences, batch.slices, strict=True):
+            if seq.drafted:
+                self._verify(seq)
+                continue
             self.scheduler.advance(seq, len(piece.token_ids))
             if seq.num_computed == len(seq.tokens):
                 self._append(seq)
+
+    def _verify(self, seq: Sequence) -> None:
+        guesses, speculator = self._guesses, self.scheduler.speculator
+        if guesses is None or speculator is None:
+            raise RuntimeError("guesses without a speculator")
+        num_accepted = guesses.num_accepted(seq)
+        speculator.observe(seq, len(seq.drafted), num_accepted)
+        seq.drafted = []
+        for _ in range(num_accepted):
+            self._append(seq)
+        self.scheduler.advance(seq, 1 + num_accepted)
+        seq.num_launched = seq.num_computed
+        self._append(seq)
 
     def _copy(self) -> None:
         num_blocks = sum(map(len, self.host.take_transfers()))

@@ -8,7 +8,8 @@ from collections import deque
 from dataclasses import dataclass
 
 # Units that bring every feature near 1, so that the recursion is well conditioned.
-_SCALE = (1.0, 1 / 256, 1 / 8_192, 1 / 65_536)
+_SCALE = (1.0, 1 / 256, 1 / 8_192, 1 / 65_536, 1 / 64)
+_SIZE = len(_SCALE)
 _FORGETTING = 0.998
 _INITIAL_VARIANCE = 100.0
 _CLIP = 4.0
@@ -23,15 +24,17 @@ _MAX_OVERRUN = 1.4
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """What a step computes. `decode_context`: KV positions that one-token slices read. `prefill_pairs`: pairs of a new
-    token and a position it attends to, over the longer slices."""
+    token and a position it attends to, over the longer slices. `num_guesses`: those of the tokens that are verified."""
 
     num_tokens: int
     decode_context: int = 0
     prefill_pairs: int = 0
+    num_guesses: int = 0
 
 
 class StepTimeModel:
-    """`seconds = a + b * num_tokens + c * decode_context + d * prefill_pairs`, fitted by recursive least squares.
+    """`seconds = a + b * (num_tokens - num_guesses) + c * decode_context + d * prefill_pairs + e * num_guesses`, fitted
+    by recursive least squares. Guesses have a price of their own: each has logits, which prefill tokens have not.
 
     Old steps are forgotten slowly, so the fit follows a throttled processor or a changed neighbour. A step whose
     residual is beyond four times the usual one gets less weight (Huber's), also in how sure it makes the fit: a page
@@ -39,8 +42,8 @@ class StepTimeModel:
     """
 
     def __init__(self) -> None:
-        self._weights = [0.0] * 4
-        self._covariance = [[_INITIAL_VARIANCE * (i == j) for j in range(4)] for i in range(4)]
+        self._weights = [0.0] * _SIZE
+        self._covariance = [[_INITIAL_VARIANCE * (i == j) for j in range(_SIZE)] for i in range(_SIZE)]
         self._usual_error = 0.0
         self._num_observed = 0
         self._overruns: deque[float] = deque()
@@ -57,9 +60,14 @@ class StepTimeModel:
         return max(0.0, self._weights[1]) * _SCALE[1]
 
     @property
+    def seconds_per_guess(self) -> float:
+        """What one more token to verify adds; 0 before it is known."""
+        return max(0.0, self._weights[4]) * _SCALE[4]
+
+    @property
     def seconds(self) -> dict[str, float]:
-        """What the model has learned: seconds for a step, and more for each token, position read and pair."""
-        names = ("step", "token", "decode_context", "prefill_pair")
+        """What the model has learned: seconds for a step, and more for each token, position read, pair and guess."""
+        names = ("step", "token", "decode_context", "prefill_pair", "guess")
         return {name: max(0.0, w) * s for name, w, s in zip(names, self._weights, _SCALE, strict=True)}
 
     @property
@@ -134,20 +142,21 @@ class StepTimeModel:
         gain = [p / norm for p in projected]
         self._weights = [w + g * error for w, g in zip(self._weights, gain, strict=True)]
         trace = 0.0
-        for i in range(4):
+        for i in range(_SIZE):
             row = covariance[i]
-            for j in range(4):
+            for j in range(_SIZE):
                 row[j] = (row[j] - gain[i] * projected[j]) / _FORGETTING
             trace += row[i]
-        if trace > 4 * _INITIAL_VARIANCE:  # what the load does not show must not grow without bound
-            shrink = 4 * _INITIAL_VARIANCE / trace
+        if trace > _SIZE * _INITIAL_VARIANCE:  # what the load does not show must not grow without bound
+            shrink = _SIZE * _INITIAL_VARIANCE / trace
             self._covariance = [[value * shrink for value in row] for row in covariance]
 
 
-def _features(load: StepLoad) -> tuple[float, float, float, float]:
+def _features(load: StepLoad) -> tuple[float, float, float, float, float]:
     return (
         1.0,
-        load.num_tokens * _SCALE[1],
+        (load.num_tokens - load.num_guesses) * _SCALE[1],
         load.decode_context * _SCALE[2],
         load.prefill_pairs * _SCALE[3],
+        load.num_guesses * _SCALE[4],
     )

@@ -27,4 +27,4 @@ def choose_speculator(
     if draft is not None:
         check_vocabulary(draft.info, model)
         proposer = DraftModel(draft, scheduler.limits.max_num_batched_tokens, clock)
-    return Speculator(config.num_speculative_tokens, scheduler.step_time, proposer)
+    return Speculator(config.num_speculative_tokens, scheduler.step_time, proposer, clock)

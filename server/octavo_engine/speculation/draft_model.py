@@ -21,9 +21,11 @@ from octavo_engine.messages import ModelInfo
 from octavo_engine.runner.interface import ModelRunner, SequenceSlice
 from octavo_engine.sampler.sampler import Sampler
 from octavo_engine.scheduler.sequence import Sequence
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.speculation.curve import MeasuredCurve
 
 _log = logging.getLogger(__name__)
+
+_USUALLY_BEHIND = 16  # tokens; a pass over more of a sequence catches up with it, which is done once
 
 
 @dataclass(slots=True)
@@ -72,11 +74,14 @@ class DraftModel:
         self._blocks = BlockManager(self.pool)
         self._max_model_len = info.max_model_len
         self._sampler = Sampler()
-        self._step_time = StepTimeModel()
+        self._first_s = MeasuredCurve()  # by sequences: the pass that reads what was accepted and gives one guess
+        self._next_s = MeasuredCurve()
         self._followed: dict[str, _Followed] = {}
 
-    def seconds_per_guess(self, num_sequences: int) -> float:
-        return self._step_time.predict(StepLoad(num_sequences)) / max(1, num_sequences)
+    def seconds(self, num_sequences: int, depth: int) -> float:
+        first_s = self._first_s.at(num_sequences) or 0.0
+        next_s = self._next_s.at(num_sequences)
+        return first_s + (depth - 1) * (first_s if next_s is None else next_s)
 
     def propose(self, wanted: Items[tuple[Sequence, int]]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in wanted]
@@ -105,9 +110,12 @@ class DraftModel:
             slices = [self._slice(wanted[index][0], drafts[index]) for index in active]
             slices.sort(key=lambda piece: len(piece.token_ids) != 1)
             order = sorted(active, key=lambda index: self._num_new(wanted[index][0], drafts[index]) != 1)
-            logits = self._forward(slices)
+            started = self._clock()
+            logits = self._runner.forward(slices)
             states = [wanted[index][0].sampler for index in order]
             sampled = self._sampler.sample(logits, states, [distance] * len(order))
+            if all(len(piece.token_ids) <= _USUALLY_BEHIND for piece in slices):
+                (self._next_s if distance else self._first_s).observe(len(slices), self._clock() - started)
             for index, token in zip(order, sampled.token_ids, strict=True):
                 seq, count = wanted[index]
                 followed = self._followed[seq.request_id]
@@ -141,7 +149,7 @@ class DraftModel:
                 behind.append(SequenceSlice(seq.tokens[start:end], start, followed.table.blocks, 0))
                 followed.num_computed, budget = end, 0
         if behind:
-            self._forward(behind)
+            self._runner.forward(behind)
         return active
 
     def _follow(self, seq: Sequence, count: int) -> _Followed | None:
@@ -169,12 +177,3 @@ class DraftModel:
         if draft:
             return SequenceSlice([draft[-1]], len(seq.tokens) + len(draft) - 1, followed.table.blocks, 1)
         return SequenceSlice(seq.tokens[followed.num_computed :], followed.num_computed, followed.table.blocks, 1)
-
-    def _forward(self, slices: list[SequenceSlice]) -> torch.Tensor:
-        started = self._clock()
-        logits = self._runner.forward(slices)
-        pairs = sum(len(piece.token_ids) * piece.start for piece in slices if len(piece.token_ids) > 1)
-        context = sum(piece.start for piece in slices if len(piece.token_ids) == 1)
-        load = StepLoad(sum(len(piece.token_ids) for piece in slices), context, pairs)
-        self._step_time.observe(load, self._clock() - started)
-        return logits

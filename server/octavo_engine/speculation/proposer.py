@@ -15,8 +15,8 @@ class Proposer(Protocol):
     def unavailable(self) -> str:
         """Why it guesses nothing any more; empty while it works."""
 
-    def seconds_per_guess(self, num_sequences: int) -> float:
-        """What one more guess for each of so many sequences takes, divided by their number; 0 while that is unknown."""
+    def seconds(self, num_sequences: int, depth: int) -> float:
+        """What guessing `depth` tokens for each of so many sequences takes; 0 while that is unknown."""
 
     def propose(self, wanted: Items[tuple[Sequence, int]]) -> list[list[int]]:
         """At most so many tokens after the last one of each sequence; [] where there is no guess."""
@@ -30,7 +30,7 @@ class PromptLookup:
 
     unavailable = ""
 
-    def seconds_per_guess(self, num_sequences: int) -> float:
+    def seconds(self, num_sequences: int, depth: int) -> float:
         return 0.0
 
     def propose(self, wanted: Items[tuple[Sequence, int]]) -> list[list[int]]:

@@ -2,68 +2,87 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 from octavo_engine.scheduler.sequence import Sequence
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.speculation.draft import FIRST_ACCEPTANCE, Draft
+from octavo_engine.speculation.payoff import Candidate, Choice, Payoff
 from octavo_engine.speculation.proposer import Proposer
 
 _WEIGHT = 0.1
 _PRIOR_WEIGHT = 0.01
 _RECOVERY = 0.002
-_UNKNOWN_THRESHOLD = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class GuessingRound:
+    """What was decided for one step: over `num_sequences` that decode and read `context` KV positions, `num_guesses`
+    are verified, which took `guess_s` to make."""
+
+    choice: Choice
+    num_sequences: int
+    context: int
+    num_guesses: int
+    guess_s: float
 
 
 class Speculator:
-    """Asks for guesses while they pay, and stops by itself when they do not.
+    """Asks for guesses while they pay, and stops by itself when they do not, see `Payoff`.
 
-    A guess that is accepted with probability p adds p tokens to a step, the time of one token of prefill, and its part
-    of the time that guessing took. In a step of n sequences that takes T seconds that pays while
-    p > n * (seconds_per_token + seconds_per_guess) / T, by the same step-time model that cuts prefill chunks: at small
-    batches almost always, in a compute-bound batch never. p is learned for each sequence, and begins where those
-    before it have been; the i-th guess in a row is accepted with about p^i.
+    How often a guess is accepted is learned for each sequence, and begins where those before it have been. Sequences
+    whose next logits depend on the tokens before them (penalties, bad words, grammars) are left alone.
     """
 
-    def __init__(self, max_tokens: int, model: StepTimeModel, proposer: Proposer) -> None:
+    def __init__(self, max_tokens: int, model: StepTimeModel, proposer: Proposer, clock: Callable[[], float]) -> None:
         self.max_tokens = max_tokens
         self.proposer = proposer
         self.num_drafts = 0
         self.num_drafted = 0
         self.num_accepted = 0
         self.accepted_by_position: Counter[int] = Counter()
+        self._clock = clock
         self._model = model
+        self.payoff = Payoff(max_tokens, model, proposer.seconds)
         self._prior = FIRST_ACCEPTANCE
 
-    def count(self, seq: Sequence, num_running: int) -> int:
-        """How many tokens to guess after the last one, see `length`; what does not pay is tried again later."""
-        if seq.draft is None:
-            seq.draft = Draft(self._prior)
-        count = self.length(seq, num_running)
-        if not count:
-            seq.draft.acceptance += _RECOVERY * (0.5 - seq.draft.acceptance)
-        return count
+    def wants(self, decoding: Items[Sequence], max_guesses: int) -> bool:
+        """Whether there would be guesses for some of these, once the tokens that are being chosen are known."""
+        candidates = self._candidates(decoding, max_guesses)
+        return bool(candidates) and any(self._choose(decoding, candidates).counts)
 
-    def length(self, seq: Sequence, num_running: int) -> int:
-        """The longest guess after the last token that pays; 0 when none does or the sequence cannot be verified.
+    def guess(self, decoding: Items[Sequence], max_guesses: int) -> GuessingRound:
+        """Set what is `drafted` for each of the sequences that decode in the next step, at most so much in all."""
+        candidates = self._candidates([seq for seq in decoding if not seq.num_pending], max_guesses)
+        choice = self._choose(decoding, candidates)
+        wanted: list[tuple[Sequence, int]] = []
+        for seq, count in zip(candidates, choice.counts, strict=True):
+            if seq.draft is None:
+                seq.draft = Draft(self._prior)
+            if count:
+                wanted.append((seq, count))
+            else:  # what does not pay is tried again later
+                seq.draft.acceptance += _RECOVERY * (0.5 - seq.draft.acceptance)
+        for seq in decoding:
+            seq.drafted = []
+        started = self._clock()
+        num_guesses = 0
+        for (seq, _), drafted in zip(wanted, self.proposer.propose(wanted) if wanted else (), strict=True):
+            seq.drafted = drafted
+            num_guesses += len(drafted)
+        self.payoff.covered(sum(choice.counts), num_guesses)
+        context = sum(seq.num_launched for seq in decoding)
+        return GuessingRound(choice, len(decoding), context, num_guesses, self._clock() - started)
 
-        Sequences whose next logits depend on the tokens before them (penalties, bad words, grammars) are left alone.
-        """
-        if seq.sampler.has_processors or self.proposer.unavailable:
-            return 0
-        acceptance = self._prior if seq.draft is None else seq.draft.acceptance
-        room = seq.max_length - seq.length - 1
-        return max(0, min(room, self.max_tokens, self._paying_length(acceptance, num_running)))
-
-    def propose(self, wanted: Items[tuple[Sequence, int]]) -> list[list[int]]:
-        """Guesses for each sequence, at most as many as wanted."""
-        return self.proposer.propose(wanted) if wanted else []
-
-    def forget(self, seq: Sequence) -> None:
-        """The sequence runs no more."""
-        self.proposer.forget(seq)
+    def observe_round(self, done: GuessingRound, load: StepLoad, step_s: float) -> None:
+        """Learn what a round took, whose step computed `load` in `step_s`; prefills in it are set aside."""
+        alone = StepLoad(done.num_sequences + done.num_guesses, done.context, 0, done.num_guesses)
+        if load.num_tokens > alone.num_tokens and (whole_s := self._model.predict(load)) > 0.0:
+            step_s *= min(1.0, self._model.predict(alone) / whole_s)
+        self.payoff.observe(done.choice, done.num_sequences, done.context, done.num_guesses, step_s, done.guess_s)
 
     def observe(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
         """Learn from a verified draft: every accepted token is a success, the first refused one a failure."""
@@ -77,14 +96,22 @@ class Speculator:
             if seq.draft is not None:
                 seq.draft.acceptance += _WEIGHT * (outcome - seq.draft.acceptance)
 
-    def _paying_length(self, acceptance: float, num_running: int) -> int:
-        """The longest draft whose last token is still accepted often enough."""
-        threshold = _UNKNOWN_THRESHOLD
-        if self._model.is_ready:
-            step_s = self._model.predict(StepLoad(num_running))
-            cost_s = self._model.seconds_per_token + self.proposer.seconds_per_guess(num_running)
-            threshold = num_running * cost_s / step_s if step_s > 0 else _UNKNOWN_THRESHOLD
-        threshold = min(0.99, max(0.05, threshold))
-        if acceptance >= 0.999:
-            return 0 if threshold >= 0.99 else self.max_tokens
-        return int(math.log(threshold) / math.log(max(acceptance, 1e-6)))
+    def forget(self, seq: Sequence) -> None:
+        """The sequence runs no more."""
+        self.proposer.forget(seq)
+
+    def _choose(self, decoding: Items[Sequence], candidates: list[Sequence]) -> Choice:
+        known = [
+            Candidate(self._prior if seq.draft is None else seq.draft.acceptance, self._room(seq)) for seq in candidates
+        ]
+        return self.payoff.choose(known, len(decoding), sum(seq.num_launched for seq in decoding))
+
+    def _candidates(self, decoding: Items[Sequence], max_guesses: int) -> list[Sequence]:
+        if self.proposer.unavailable:
+            return []
+        can_be = [seq for seq in decoding if not seq.sampler.has_processors and self._room(seq) > 0]
+        return can_be[: max_guesses // self.max_tokens]
+
+    def _room(self, seq: Sequence) -> int:
+        """Guesses that are not beyond the sequence's end."""
+        return seq.max_length - seq.length - 1

@@ -11,11 +11,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
 from octavo_engine.messages import AddRequest, FinishReason, SequenceOutput
 from octavo_engine.sampling_params import SamplingParams
-from octavo_engine.scheduler.sequence import Sequence
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 from octavo_engine.speculation.ngram import NgramIndex
-from octavo_engine.speculation.proposer import PromptLookup
-from octavo_engine.speculation.speculator import Speculator
 
 REPEATING = 1
 
@@ -113,19 +109,6 @@ def test_guesses_that_fail_are_given_up() -> None:
     while core.has_work:
         core.step()
     assert core.stats().spec_draft_tokens < 40
-
-
-@pytest.mark.parametrize(
-    ("fixed_s", "token_s", "length"), [(0.0, 1e-3, 0), (0.1, 1e-5, 5), (0.01, 1e-3, 0), (0.1, 1e-3, 3)]
-)
-def test_drafts_are_as_long_as_the_cost_of_a_token_allows(fixed_s: float, token_s: float, length: int) -> None:
-    model = StepTimeModel()
-    for size in range(1, 200):
-        model.observe(StepLoad(size), fixed_s + token_s * size)
-    speculator = Speculator(5, model, PromptLookup())
-    sampling = SamplingParams(max_tokens=100, temperature=0.0)
-    seq = Sequence(AddRequest(request_id="a", prompt_token_ids=[1, 2, 3] * 10, sampling=sampling), 0.0)
-    assert speculator.count(seq, num_running=50) == length
 
 
 @settings(max_examples=80)

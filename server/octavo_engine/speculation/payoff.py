@@ -1,0 +1,198 @@
+"""How far ahead it pays to guess, by what rounds with and without guesses have taken."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.speculation.curve import MeasuredCurve
+
+TRIAL_SHARE = 0.02
+_MIN_ROUNDS_BETWEEN_TRIALS = 16
+_MAX_DEBT_ROUNDS = 100
+_COVERAGE_WEIGHT = 0.05
+_FIRST_PLAIN = 4  # rounds without guesses come first: what others cost is relative to them
+_UNKNOWN_PRICE = 0.3  # of a guess in tokens, before any step was timed
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A decoding sequence: the probability that its next guess is accepted, and the tokens it has room for."""
+
+    acceptance: float
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Guesses for each candidate, at most `depth`, and the tokens and seconds that a round with them should bring.
+
+    A round that is not the best known is a trial.
+    """
+
+    depth: int
+    counts: Sequence[int]
+    tokens: float
+    seconds: float
+    is_trial: bool = False
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / self.tokens
+
+
+class _Batches:
+    """What is known of rounds over about so many sequences."""
+
+    __slots__ = ("cost", "last_tried", "num_plain", "num_rounds", "rounds_since_trial", "saved_s")
+
+    def __init__(self) -> None:
+        self.cost = MeasuredCurve()  # by guesses: seconds over what the step-time model says without guesses
+        self.last_tried: dict[int, int] = {}
+        self.num_plain = 0
+        self.num_rounds = 0
+        self.rounds_since_trial = 0
+        self.saved_s = 0.0  # time that trials may lose
+
+
+class Payoff:
+    """Chooses the depth with the most tokens a second, from 0 to `max_depth`.
+
+    Tokens: the i-th guess in a row is accepted with probability p^i, and a sequence whose guesses bring less than they
+    cost on average has none. Seconds: the guesses' own, and those of steps over so many sequences with so many guesses
+    as they were measured, relative to the step-time model's prediction without guesses. Verifying is not priced by the
+    token: it is free up to some number of rows and dear behind, where that is differs from machine to machine, and a
+    straight line through steps that all have guesses says nothing about steps that have none.
+
+    What is not done is not measured. So a depth other than the best is tried now and then, the one tried longest ago:
+    once the time it should lose is `TRIAL_SHARE` of all time since the last trial. A choice that is nearly as good is
+    tried often, a bad one seldom.
+    """
+
+    def __init__(self, max_depth: int, model: StepTimeModel, guess_seconds: Callable[[int, int], float]) -> None:
+        """guess_seconds: what guessing for so many sequences up to such a depth takes."""
+        self._max_depth = max_depth
+        self._model = model
+        self._guess_seconds = guess_seconds
+        self._coverage = 1.0  # the part of the guesses asked for that there are
+        self._batches: defaultdict[int, _Batches] = defaultdict(_Batches)
+
+    def choose(self, candidates: Sequence[Candidate], num_sequences: int, context: int) -> Choice:
+        """For a round over `num_sequences` that read `context` KV positions, of which `candidates` can be guessed for.
+
+        Without side effects: it is asked again whether there is something to guess.
+        """
+        plain_s = self._model.predict(StepLoad(num_sequences, context))
+        if not self._model.is_ready or plain_s <= 0.0:
+            longest = [_length(candidate.acceptance, _UNKNOWN_PRICE) for candidate in candidates]
+            counts = [min(c.room, self._max_depth, length) for c, length in zip(candidates, longest, strict=True)]
+            return Choice(self._max_depth, counts, float(num_sequences), 0.0)
+        known = self._batches[_band(num_sequences)]
+        if known.num_plain < _FIRST_PLAIN:
+            return Choice(0, [0] * len(candidates), float(num_sequences), plain_s)
+        without = self._weigh(known, [0] * len(candidates), candidates, num_sequences, plain_s)
+        deep = [
+            self._deep(depth, known, candidates, num_sequences, plain_s, without)
+            for depth in range(1, self._max_depth + 1)
+        ]
+        choices = [without, *deep]
+        best = min(choices, key=lambda choice: choice.seconds_per_token)
+        return self._trial(known, choices, best) or best
+
+    def covered(self, num_wanted: int, num_guessed: int) -> None:
+        """So many of the guesses asked for exist."""
+        if num_wanted:
+            self._coverage += _COVERAGE_WEIGHT * (num_guessed / num_wanted - self._coverage)
+
+    def observe(
+        self, choice: Choice, num_sequences: int, context: int, num_guesses: int, step_s: float, guess_s: float
+    ) -> None:
+        """A round was over: its step took `step_s`, guessing before it `guess_s`."""
+        plain_s = self._model.predict(StepLoad(num_sequences, context))
+        if not self._model.is_ready or plain_s <= 0.0:
+            return
+        known = self._batches[_band(num_sequences)]
+        known.cost.observe(num_guesses, step_s / plain_s)
+        known.num_rounds += 1
+        known.num_plain += not num_guesses
+        known.rounds_since_trial += 1
+        known.last_tried[choice.depth if num_guesses else 0] = known.num_rounds
+        if num_guesses < sum(choice.counts):
+            known.last_tried[choice.depth] = known.num_rounds  # there was nothing to guess, and that cost nothing
+        if choice.is_trial:
+            unforeseen_s = max(0.0, step_s + guess_s - choice.seconds)
+            known.saved_s = -min(unforeseen_s, _MAX_DEBT_ROUNDS * choice.seconds)
+            known.rounds_since_trial = 0
+        else:
+            known.saved_s += TRIAL_SHARE * (step_s + guess_s)
+
+    def _deep(
+        self,
+        depth: int,
+        known: _Batches,
+        candidates: Sequence[Candidate],
+        num_sequences: int,
+        plain_s: float,
+        without: Choice,
+    ) -> Choice:
+        """`depth` guesses for all, or fewer for those whose guesses are worth less than they cost on average."""
+        counts = [min(candidate.room, depth) for candidate in candidates]
+        choice = self._weigh(known, counts, candidates, num_sequences, plain_s)
+        if not any(counts) or len(candidates) == 1:
+            return choice
+        price = (choice.seconds - without.seconds) / (self._coverage * sum(counts)) / without.seconds_per_token
+        paying = [min(count, _length(c.acceptance, price)) for c, count in zip(candidates, counts, strict=True)]
+        if paying == counts or not any(paying):
+            return choice
+        fewer = self._weigh(known, paying, candidates, num_sequences, plain_s)
+        return fewer if fewer.seconds_per_token < choice.seconds_per_token else choice
+
+    def _weigh(
+        self,
+        known: _Batches,
+        counts: list[int],
+        candidates: Sequence[Candidate],
+        num_sequences: int,
+        plain_s: float,
+    ) -> Choice:
+        num_guesses = self._coverage * sum(counts)
+        accepted = sum(
+            candidate.acceptance**place
+            for candidate, count in zip(candidates, counts, strict=True)
+            for place in range(1, count + 1)
+        )
+        slope = (self._model.seconds_per_guess or self._model.seconds_per_token) / plain_s
+        cost = known.cost.at(num_guesses, slope)
+        step_s = plain_s * (1.0 + slope * num_guesses if cost is None else cost)
+        depth = max(counts, default=0)
+        guess_s = self._guess_seconds(sum(1 for count in counts if count), depth) if depth else 0.0
+        return Choice(depth, counts, num_sequences + self._coverage * accepted, step_s + guess_s)
+
+    def _trial(self, known: _Batches, choices: list[Choice], best: Choice) -> Choice | None:
+        """What to try instead of the best choice, if it is time to."""
+        if known.rounds_since_trial < _MIN_ROUNDS_BETWEEN_TRIALS:
+            return None
+        others = [choice for choice in choices if choice.depth != best.depth]
+        if not others:
+            return None
+        other = min(others, key=lambda choice: known.last_tried.get(choice.depth, 0))
+        loss_s = max(0.0, other.seconds - other.tokens * best.seconds_per_token)
+        if known.saved_s < loss_s:
+            return None
+        return replace(other, is_trial=True)
+
+
+def _band(num_sequences: int) -> int:
+    return int(2 * math.log2(max(1, num_sequences)))
+
+
+def _length(acceptance: float, price: float) -> int:
+    """The longest guess whose last token is accepted with at least probability `price`."""
+    if price >= 1.0 or acceptance <= 0.0:
+        return 0
+    if price <= 0.0 or acceptance >= 1.0:
+        return 1 << 30
+    return int(math.log(price) / math.log(acceptance))
