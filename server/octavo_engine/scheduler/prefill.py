@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import deque
+
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.sequence import Sequence
@@ -10,7 +14,9 @@ from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 # Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
 MIN_PREFILL_STRETCH = 1.5
 SMOOTH_STEP_S = 0.005  # a relative target need not be shorter: nobody sees 200 tokens a second stutter
-MARGIN = 1.02  # what decodes alone take is a prediction too
+MARGIN = 1.03  # what decodes alone take is an estimate too
+STEPS_BETWEEN_PAUSES = 32
+_ALONE_SAMPLES = 9
 
 
 class PrefillPlanner:
@@ -19,15 +25,24 @@ class PrefillPlanner:
     Prefills start small and at most double what was tried before, so that the model is not asked far beyond what it
     has seen; and no step is planned to be longer than `max_step_s`: a model that is slow on this machine must not look
     hung.
+
+    What decodes alone take is measured: steps that all have prefills do not tell which part of their time is whose, and
+    a fit to them alone drifts, until chunks are far too long. So a long prompt pauses for one step in 32.
     """
 
     def __init__(self, limits: SchedulerLimits, step_time: StepTimeModel) -> None:
         self._limits = limits
         self._step_time = step_time
         self._known_tokens = limits.first_prefill_tokens
+        self._alone_s: dict[int, deque[float]] = {}  # by size of the step, half an octave each
+        self._steps_since_alone = 0
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """A step of this size was tried."""
+        self._steps_since_alone += 1
+        if not batch.prefill_pairs and batch.num_tokens:
+            self._steps_since_alone = 0
+            self._alone_s.setdefault(_band(batch), deque(maxlen=_ALONE_SAMPLES)).append(seconds)
         if 2 * seconds <= self._limits.max_step_s:
             self._known_tokens = max(self._known_tokens, 2 * batch.num_tokens)
 
@@ -38,6 +53,8 @@ class PrefillPlanner:
         budget = limits.max_num_batched_tokens - batch.num_tokens
         if not limits.itl_target_s:
             return budget
+        if limits.itl_stretch and batch.slices and self._steps_since_alone >= STEPS_BETWEEN_PAUSES:
+            return 0
         budget = min(budget, self._known_tokens)
         fitting = self._step_time.prefill_tokens_within(self._target_s(batch), batch.load, 0)
         return budget if fitting is None else min(budget, max(limits.min_prefill_tokens, fitting))
@@ -66,16 +83,23 @@ class PrefillPlanner:
         limits = self._limits
         if not batch.slices:
             return limits.max_step_s
-        alone_s = self._step_time.predict(batch.load)
+        alone_s = self._seconds_alone(batch)
         target_s = limits.itl_target_s
         if limits.itl_stretch:
             stretch = limits.itl_stretch / (MARGIN * self._step_time.prefill_overrun)
             target_s = min(target_s, max(SMOOTH_STEP_S, stretch * alone_s))
         return max(target_s, MIN_PREFILL_STRETCH * alone_s)
 
+    def _seconds_alone(self, batch: Batch) -> float:
+        """What the decodes in `batch` take without prefills: as measured last, or by the model for another batch."""
+        measured = self._alone_s.get(_band(batch))
+        return statistics.median(measured) if measured else self._step_time.predict(batch.load)
+
     def _seconds(self, batch: Batch, prefills: list[Sequence], chunks: list[int]) -> float:
         pairs = sum(map(pairs_of, prefills, chunks))
-        return self._step_time.predict(StepLoad(batch.num_tokens + sum(chunks), batch.decode_context, pairs))
+        context = sum(seq.num_launched for seq, chunk in zip(prefills, chunks, strict=True) if chunk)
+        num_tokens = batch.num_tokens + sum(chunks)
+        return self._step_time.predict(StepLoad(num_tokens, batch.decode_context, pairs, batch.num_guesses, context))
 
     def _share(self, prefills: list[Sequence], wanted: list[int], budget: int) -> list[int]:
         """A quarter of a fair part for each of the first few, so that all advance; the rest by priority to those that
@@ -103,6 +127,10 @@ class PrefillPlanner:
                 rows_left -= want
             wanted.append(want)
         return wanted
+
+
+def _band(batch: Batch) -> int:
+    return int(2 * math.log2(batch.num_tokens))
 
 
 def pairs_of(seq: Sequence, num_tokens: int) -> int:

@@ -14,6 +14,7 @@ TRIAL_SHARE = 0.02
 _MIN_ROUNDS_BETWEEN_TRIALS = 16
 _MAX_DEBT_ROUNDS = 100
 _COVERAGE_WEIGHT = 0.05
+_MIN_COVERAGE = 0.01
 _FIRST_PLAIN = 4  # rounds without guesses come first: what others cost is relative to them
 _UNKNOWN_PRICE = 0.3  # of a guess in tokens, before any step was timed
 
@@ -105,7 +106,8 @@ class Payoff:
     def covered(self, num_wanted: int, num_guessed: int) -> None:
         """So many of the guesses asked for exist."""
         if num_wanted:
-            self._coverage += _COVERAGE_WEIGHT * (num_guessed / num_wanted - self._coverage)
+            found = max(_MIN_COVERAGE, num_guessed / num_wanted)
+            self._coverage += _COVERAGE_WEIGHT * (found - self._coverage)
 
     def observe(
         self, choice: Choice, num_sequences: int, context: int, num_guesses: int, step_s: float, guess_s: float
