@@ -23,7 +23,6 @@ class Batch:
     num_tokens: int = 0
     decode_context: int = 0
     prefill_pairs: int = 0
-    prefill_context: int = 0
     choosing: list[Sequence] = field(default_factory=list)
     guessing: GuessingRound | None = None
 
@@ -38,9 +37,7 @@ class Batch:
     @property
     def load(self) -> StepLoad:
         """The step as the step-time model sees it."""
-        return StepLoad(
-            self.num_tokens, self.decode_context, self.prefill_pairs, self.num_guesses, self.prefill_context
-        )
+        return StepLoad(self.num_tokens, self.decode_context, self.prefill_pairs, self.num_guesses)
 
     @property
     def num_guesses(self) -> int:

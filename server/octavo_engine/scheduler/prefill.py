@@ -14,8 +14,8 @@ from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
 # Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
 MIN_PREFILL_STRETCH = 1.5
 SMOOTH_STEP_S = 0.005  # a relative target need not be shorter: nobody sees 200 tokens a second stutter
-MARGIN = 1.03  # what decodes alone take is an estimate too
-STEPS_BETWEEN_PAUSES = 32
+MARGIN = 1.02  # what decodes alone take is an estimate too
+STEPS_BETWEEN_PAUSES = 64
 _ALONE_SAMPLES = 9
 
 
@@ -27,7 +27,7 @@ class PrefillPlanner:
     hung.
 
     What decodes alone take is measured: steps that all have prefills do not tell which part of their time is whose, and
-    a fit to them alone drifts, until chunks are far too long. So a long prompt pauses for one step in 32.
+    a fit to them alone drifts, until chunks are far too long. So a long prompt pauses for one step in 64.
     """
 
     def __init__(self, limits: SchedulerLimits, step_time: StepTimeModel) -> None:
@@ -97,9 +97,8 @@ class PrefillPlanner:
 
     def _seconds(self, batch: Batch, prefills: list[Sequence], chunks: list[int]) -> float:
         pairs = sum(map(pairs_of, prefills, chunks))
-        context = sum(seq.num_launched for seq, chunk in zip(prefills, chunks, strict=True) if chunk)
         num_tokens = batch.num_tokens + sum(chunks)
-        return self._step_time.predict(StepLoad(num_tokens, batch.decode_context, pairs, batch.num_guesses, context))
+        return self._step_time.predict(StepLoad(num_tokens, batch.decode_context, pairs, batch.num_guesses))
 
     def _share(self, prefills: list[Sequence], wanted: list[int], budget: int) -> list[int]:
         """A quarter of a fair part for each of the first few, so that all advance; the rest by priority to those that

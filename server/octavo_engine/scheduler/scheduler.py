@@ -372,7 +372,6 @@ class Scheduler:
         for index in sorted(range(len(prefills)), key=lambda index: chunks[index] != 1):
             if chunks[index]:
                 batch.prefill_pairs += pairs_of(prefills[index], chunks[index])
-                batch.prefill_context += prefills[index].num_launched
                 batch.sequences.append(prefills[index])
                 batch.slices.append(prefill_slice(prefills[index], chunks[index]))
         batch.num_tokens += sum(chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # Units that bring every feature near 1, so that the recursion is well conditioned.
 _SCALE = (1.0, 1 / 256, 1 / 8_192, 1 / 65_536, 1 / 64)
@@ -17,27 +17,24 @@ _SMALL_ERROR = 0.02  # of a step's time: below it an error is usual, however qui
 _READY_AFTER = 4
 _OVERRUN_WINDOW = 128
 _OVERRUN_RANK = 3  # from the longest: one step nobody could foresee says nothing about the next hundred
-_FIRST_OVERRUN = 1.2
+_FIRST_OVERRUN = 1.15
 _MAX_OVERRUN = 1.4
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """What a step computes. `decode_context`: KV positions that one-token slices read. `prefill_pairs`: pairs of a new
-    token and a position it attends to, over the longer slices. `num_guesses`: those of the tokens that are verified.
-    `prefill_context`: KV positions before the longer slices, each of which reads them once."""
+    token and a position it attends to, over the longer slices. `num_guesses`: those of the tokens that are verified."""
 
     num_tokens: int
     decode_context: int = 0
     prefill_pairs: int = 0
     num_guesses: int = 0
-    prefill_context: int = 0
 
 
 class StepTimeModel:
-    """`seconds = a + b * (num_tokens - num_guesses) + c * (decode_context + prefill_context) + d * prefill_pairs +
-    e * num_guesses`, fitted by recursive least squares. Guesses have a price of their own: each has logits, which
-    prefill tokens have not. A chunk reads what is before it once for all its tokens, as a decode does for its one.
+    """`seconds = a + b * (num_tokens - num_guesses) + c * decode_context + d * prefill_pairs + e * num_guesses`, fitted
+    by recursive least squares. Guesses have a price of their own: each has logits, which prefill tokens have not.
 
     Old steps are forgotten slowly, so the fit follows a throttled processor or a changed neighbour. A step whose
     residual is beyond four times the usual one gets less weight (Huber's), also in how sure it makes the fit: a page
@@ -76,7 +73,7 @@ class StepTimeModel:
     @property
     def prefill_overrun(self) -> float:
         """By what factor the longest steps with prefills outlast their prediction: the third longest of the last ones,
-        within [1, 1.4], 1.2 until there are enough of them. Beyond that it is the machine that wavers, whatever the
+        within [1, 1.4], 1.15 until there are enough of them. Beyond that it is the machine that wavers, whatever the
         chunks are."""
         ratios = self._sorted_overruns
         if len(ratios) < _OVERRUN_WINDOW // 4:
@@ -118,7 +115,7 @@ class StepTimeModel:
         """
         if not self.is_ready:
             return None
-        spare = seconds - self.predict(replace(decode, prefill_context=decode.prefill_context + start))
+        spare = seconds - self.predict(decode)
         quadratic = max(0.0, self._weights[3]) * _SCALE[3]
         linear = self.seconds_per_token + quadratic * start
         if spare <= 0:
@@ -159,7 +156,7 @@ def _features(load: StepLoad) -> tuple[float, float, float, float, float]:
     return (
         1.0,
         (load.num_tokens - load.num_guesses) * _SCALE[1],
-        (load.decode_context + load.prefill_context) * _SCALE[2],
+        load.decode_context * _SCALE[2],
         load.prefill_pairs * _SCALE[3],
         load.num_guesses * _SCALE[4],
     )

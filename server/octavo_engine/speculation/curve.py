@@ -6,14 +6,14 @@ import math
 from collections import deque
 from itertools import pairwise
 
-_SAMPLES = 9
+_SAMPLES = 7
 _FEW = 3
 
 
 class MeasuredCurve:
     """The usual value in each band of sizes (half an octave wide), and straight lines between them.
 
-    A band's value is the median of its last nine measurements, which a pause of the machine does not move; of fewer
+    A band's value is the median of its last seven measurements, which a pause of the machine does not move; of fewer
     than three it is the smallest, so that what looked bad once is looked at again.
     """
 

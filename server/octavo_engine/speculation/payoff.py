@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.scheduler.step_time import StepTimeModel
 from octavo_engine.speculation.curve import MeasuredCurve
 
 TRIAL_SHARE = 0.02
@@ -48,10 +48,10 @@ class Choice:
 class _Batches:
     """What is known of rounds over about so many sequences."""
 
-    __slots__ = ("cost", "last_tried", "num_plain", "num_rounds", "rounds_since_trial", "saved_s")
+    __slots__ = ("last_tried", "num_plain", "num_rounds", "rounds_since_trial", "saved_s", "step_s")
 
     def __init__(self) -> None:
-        self.cost = MeasuredCurve()  # by guesses: seconds over what the step-time model says without guesses
+        self.step_s = MeasuredCurve()  # by guesses
         self.last_tried: dict[int, int] = {}
         self.num_plain = 0
         self.num_rounds = 0
@@ -63,10 +63,10 @@ class Payoff:
     """Chooses the depth with the most tokens a second, from 0 to `max_depth`.
 
     Tokens: the i-th guess in a row is accepted with probability p^i, and a sequence whose guesses bring less than they
-    cost on average has none. Seconds: the guesses' own, and those of steps over so many sequences with so many guesses
-    as they were measured, relative to the step-time model's prediction without guesses. Verifying is not priced by the
-    token: it is free up to some number of rows and dear behind, where that is differs from machine to machine, and a
-    straight line through steps that all have guesses says nothing about steps that have none.
+    cost on average has none. Seconds: the guesses' own, and those of the last steps over about so many sequences with
+    about so many guesses. Verifying is not priced by the token: it is free up to some number of rows and dear behind,
+    where that is differs from machine to machine, and a straight line through steps that all have guesses says nothing
+    about steps that have none.
 
     What is not done is not measured. So a depth other than the best is tried now and then, the one tried longest ago:
     once the time it should lose is `TRIAL_SHARE` of all time since the last trial. A choice that is nearly as good is
@@ -81,25 +81,21 @@ class Payoff:
         self._coverage = 1.0  # the part of the guesses asked for that there are
         self._batches: defaultdict[int, _Batches] = defaultdict(_Batches)
 
-    def choose(self, candidates: Sequence[Candidate], num_sequences: int, context: int) -> Choice:
-        """For a round over `num_sequences` that read `context` KV positions, of which `candidates` can be guessed for.
+    def choose(self, candidates: Sequence[Candidate], num_sequences: int) -> Choice:
+        """For a round over `num_sequences`, of which `candidates` can be guessed for.
 
         Without side effects: it is asked again whether there is something to guess.
         """
-        plain_s = self._model.predict(StepLoad(num_sequences, context))
-        if not self._model.is_ready or plain_s <= 0.0:
+        known = self._batches[_band(num_sequences)]
+        if known.num_plain < _FIRST_PLAIN:
+            return Choice(0, [0] * len(candidates), float(num_sequences), 0.0)
+        without = self._weigh(known, [0] * len(candidates), candidates, num_sequences)
+        if without.seconds <= 0.0:
             longest = [_length(candidate.acceptance, _UNKNOWN_PRICE) for candidate in candidates]
             counts = [min(c.room, self._max_depth, length) for c, length in zip(candidates, longest, strict=True)]
             return Choice(self._max_depth, counts, float(num_sequences), 0.0)
-        known = self._batches[_band(num_sequences)]
-        if known.num_plain < _FIRST_PLAIN:
-            return Choice(0, [0] * len(candidates), float(num_sequences), plain_s)
-        without = self._weigh(known, [0] * len(candidates), candidates, num_sequences, plain_s)
-        deep = [
-            self._deep(depth, known, candidates, num_sequences, plain_s, without)
-            for depth in range(1, self._max_depth + 1)
-        ]
-        choices = [without, *deep]
+        depths = range(1, self._max_depth + 1)
+        choices = [without, *(self._deep(depth, known, candidates, num_sequences, without) for depth in depths)]
         best = min(choices, key=lambda choice: choice.seconds_per_token)
         return self._trial(known, choices, best) or best
 
@@ -109,15 +105,10 @@ class Payoff:
             found = max(_MIN_COVERAGE, num_guessed / num_wanted)
             self._coverage += _COVERAGE_WEIGHT * (found - self._coverage)
 
-    def observe(
-        self, choice: Choice, num_sequences: int, context: int, num_guesses: int, step_s: float, guess_s: float
-    ) -> None:
+    def observe(self, choice: Choice, num_sequences: int, num_guesses: int, step_s: float, guess_s: float) -> None:
         """A round was over: its step took `step_s`, guessing before it `guess_s`."""
-        plain_s = self._model.predict(StepLoad(num_sequences, context))
-        if not self._model.is_ready or plain_s <= 0.0:
-            return
         known = self._batches[_band(num_sequences)]
-        known.cost.observe(num_guesses, step_s / plain_s)
+        known.step_s.observe(num_guesses, step_s)
         known.num_rounds += 1
         known.num_plain += not num_guesses
         known.rounds_since_trial += 1
@@ -132,43 +123,28 @@ class Payoff:
             known.saved_s += TRIAL_SHARE * (step_s + guess_s)
 
     def _deep(
-        self,
-        depth: int,
-        known: _Batches,
-        candidates: Sequence[Candidate],
-        num_sequences: int,
-        plain_s: float,
-        without: Choice,
+        self, depth: int, known: _Batches, candidates: Sequence[Candidate], num_sequences: int, without: Choice
     ) -> Choice:
         """`depth` guesses for all, or fewer for those whose guesses are worth less than they cost on average."""
         counts = [min(candidate.room, depth) for candidate in candidates]
-        choice = self._weigh(known, counts, candidates, num_sequences, plain_s)
+        choice = self._weigh(known, counts, candidates, num_sequences)
         if not any(counts) or len(candidates) == 1:
             return choice
         price = (choice.seconds - without.seconds) / (self._coverage * sum(counts)) / without.seconds_per_token
         paying = [min(count, _length(c.acceptance, price)) for c, count in zip(candidates, counts, strict=True)]
         if paying == counts or not any(paying):
             return choice
-        fewer = self._weigh(known, paying, candidates, num_sequences, plain_s)
+        fewer = self._weigh(known, paying, candidates, num_sequences)
         return fewer if fewer.seconds_per_token < choice.seconds_per_token else choice
 
-    def _weigh(
-        self,
-        known: _Batches,
-        counts: list[int],
-        candidates: Sequence[Candidate],
-        num_sequences: int,
-        plain_s: float,
-    ) -> Choice:
+    def _weigh(self, known: _Batches, counts: list[int], candidates: Sequence[Candidate], num_sequences: int) -> Choice:
         num_guesses = self._coverage * sum(counts)
         accepted = sum(
             candidate.acceptance**place
             for candidate, count in zip(candidates, counts, strict=True)
             for place in range(1, count + 1)
         )
-        slope = (self._model.seconds_per_guess or self._model.seconds_per_token) / plain_s
-        cost = known.cost.at(num_guesses, slope)
-        step_s = plain_s * (1.0 + slope * num_guesses if cost is None else cost)
+        step_s = known.step_s.at(num_guesses, self._model.seconds_per_guess or self._model.seconds_per_token) or 0.0
         depth = max(counts, default=0)
         guess_s = self._guess_seconds(sum(1 for count in counts if count), depth) if depth else 0.0
         return Choice(depth, counts, num_sequences + self._coverage * accepted, step_s + guess_s)

@@ -82,7 +82,7 @@ class Speculator:
         alone = StepLoad(done.num_sequences + done.num_guesses, done.context, 0, done.num_guesses)
         if load.num_tokens > alone.num_tokens and (whole_s := self._model.predict(load)) > 0.0:
             step_s *= min(1.0, self._model.predict(alone) / whole_s)
-        self.payoff.observe(done.choice, done.num_sequences, done.context, done.num_guesses, step_s, done.guess_s)
+        self.payoff.observe(done.choice, done.num_sequences, done.num_guesses, step_s, done.guess_s)
 
     def observe(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
         """Learn from a verified draft: every accepted token is a success, the first refused one a failure."""
@@ -104,7 +104,7 @@ class Speculator:
         known = [
             Candidate(self._prior if seq.draft is None else seq.draft.acceptance, self._room(seq)) for seq in candidates
         ]
-        return self.payoff.choose(known, len(decoding), sum(seq.num_launched for seq in decoding))
+        return self.payoff.choose(known, len(decoding))
 
     def _candidates(self, decoding: Items[Sequence], max_guesses: int) -> list[Sequence]:
         if self.proposer.unavailable:

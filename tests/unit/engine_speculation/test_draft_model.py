@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fake_runner import FakeRunner, logits_after
+from fake_runner import SPECIAL, FakeRunner, logits_after
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import EngineCore
 from octavo_engine.errors import ConfigError
@@ -27,7 +27,9 @@ class SimilarRunner(FakeRunner):
 
     def forward(self, slices: Sequence[SequenceSlice], sampled: torch.Tensor | None = None) -> torch.Tensor:
         logits = super().forward(slices, sampled)
-        return logits + self._difference * logits.flip(-1)
+        logits = logits + self._difference * logits.flip(-1)
+        logits[:, sorted(SPECIAL)] = -torch.inf  # a guess must not make the fake model misbehave
+        return logits
 
 
 def engine(draft: FakeRunner | None, num_speculative_tokens: int = 4, **settings: int) -> EngineCore:

@@ -52,7 +52,7 @@ class AlwaysAtDepth(Payoff):
 
     depth = 0
 
-    def choose(self, candidates: Sequence[Candidate], num_sequences: int, context: int) -> Choice:
+    def choose(self, candidates: Sequence[Candidate], num_sequences: int) -> Choice:
         return Choice(self.depth, [min(candidate.room, self.depth) for candidate in candidates], 1.0, 1.0)
 
 
@@ -150,10 +150,14 @@ def test_trials_lose_no_more_than_their_share_of_the_time() -> None:
     assert simulated(cost, lambda *_: 0.0, lookup, [8_000]) < 1.06 * 8_000 * 0.01
 
 
-def test_where_nothing_was_timed_guesses_are_as_long_as_they_are_likely() -> None:
+def test_a_batch_of_a_new_size_begins_without_guesses_and_where_no_time_passes_they_are_as_long_as_likely() -> None:
     payoff = Payoff(MAX_DEPTH, StepTimeModel(), lookup)
-    choice = payoff.choose([Candidate(0.9, 100), Candidate(0.6, 100), Candidate(0.1, 100), Candidate(0.9, 1)], 4, 0)
-    assert choice.counts == [4, 2, 0, 1]
+    candidates = [Candidate(0.9, 100), Candidate(0.6, 100), Candidate(0.1, 100), Candidate(0.9, 1)]
+    for _ in range(4):
+        choice = payoff.choose(candidates, 4)
+        assert choice.counts == [0, 0, 0, 0]
+        payoff.observe(choice, 4, 0, 0.0, 0.0)
+    assert payoff.choose(candidates, 4).counts == [4, 2, 0, 1]
 
 
 @settings(max_examples=100)
