@@ -46,9 +46,8 @@ def test_four_bits_stay_near_their_bound_on_text_of_another_kind(smollm2_gguf: P
     report = quantized(smollm2_gguf, tmp_path / "out", evaluation=manual)
 
     assert report.evaluation_tokens > 1_400
-    assert (
-        report.perplexity_change < 0.07
-    )  # 4.3 and 5.8 % with sums in another order: so few tokens leave that to chance
+    # 4.3 and 5.8 % with sums in another order: so few tokens leave that to chance.
+    assert report.perplexity_change < 0.07
 
 
 @torch.inference_mode()
