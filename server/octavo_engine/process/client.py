@@ -294,7 +294,8 @@ class EngineProcessClient:
         # mkdtemp makes the directory 0700: only this user can reach the sockets in it.
         self._directory = tempfile.mkdtemp(prefix="octavo-engine-")
         self._context = zmq.asyncio.Context()
-        self._commands: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PUSH)
+        # With one peer only: of several, each would get a part of the commands, whoever they are.
+        self._commands: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PAIR)
         self._events = self._context.socket(zmq.PULL)
         self._commands.setsockopt(zmq.SNDHWM, 0)
         self._events.setsockopt(zmq.RCVHWM, 0)

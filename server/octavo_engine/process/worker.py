@@ -171,7 +171,7 @@ def _submit(core: EngineCore, command: AddRequest | EmbedRequest | LoadAdapter |
 def _connect(
     context: zmq.Context[zmq.Socket[bytes]], commands_address: str, events_address: str
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    commands = context.socket(zmq.PULL)
+    commands = context.socket(zmq.PAIR)
     events = context.socket(zmq.PUSH)
     # No high-water mark: what is in flight is bounded by the queue and by max_tokens of what runs.
     commands.setsockopt(zmq.RCVHWM, 0)

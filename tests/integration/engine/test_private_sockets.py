@@ -74,6 +74,25 @@ async def test_noise_on_the_sockets_disturbs_nobody(tmp_path: Path) -> None:
         await client.shutdown(timeout_s=5.0)
 
 
+async def test_who_stays_connected_gets_no_command() -> None:
+    """What begins without a greeting is a peer of ZeroMQ's first protocol, and a peer could be sent something."""
+    client = EngineProcessClient(
+        EngineConfig(model="fake", block_size=4, num_kv_blocks=64, max_num_seqs=8, num_threads=1), load_fake
+    )
+    await client.start()
+    try:
+        commands = next(file for file in socket_files(client) if file.name == "commands")
+        with socket.socket(socket.AF_UNIX) as door:
+            door.connect(str(commands))
+            door.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            await asyncio.sleep(0.2)
+            for attempt in range(4):
+                answer = await asyncio.wait_for(tokens(client, f"good{attempt}"), 20)
+                assert answer == greedy([1, 2, 3], 6)
+    finally:
+        await client.shutdown(timeout_s=5.0)
+
+
 @pytest.mark.parametrize("message", [b"", b"\xc1", PICKLE % b"/nowhere", b"\x81\xa4type\xa4step", b"\x93\x01\x02\x03"])
 async def test_a_message_in_the_right_protocol_that_is_none_of_ours_ends_the_engine_with_the_reason(
     message: bytes,
