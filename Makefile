@@ -52,7 +52,7 @@ test-slow: $(VENV)/.installed-dev ## Run the heavier suites too
 # torch is not built with the sanitizers, so they are loaded before it and leaks are not counted.
 sanitize: $(VENV)/.installed-dev ## Run the CPU kernels' tests under AddressSanitizer and UBSan
 	@cmake -S . -B build/sanitize -DOCTAVO_SANITIZE=ON -DOCTAVO_NATIVE_DIR=$(CURDIR)/build/sanitize/lib > /dev/null
-	@cmake --build build/sanitize
+	@cmake --build build/sanitize --parallel
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  OCTAVO_CPU_LIBRARY=$(CURDIR)/build/sanitize/lib/_octavo_cpu.so $(BIN)/python -m pytest tests/kernels/cpu

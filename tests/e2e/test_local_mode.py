@@ -157,7 +157,7 @@ async def test_a_queue_brings_a_second_replica(tmp_path: Path, smollm2_gguf: Pat
     scaling = f"autoscaling: {{minReplicas: 1, maxReplicas: 2, metrics: {metrics}}}"
     manifest = write_manifest(tmp_path, smollm2_gguf, scaling=scaling, seqs=1)
     async with octavo_up(manifest) as up, await up.client() as client:
-        streams = [asyncio.create_task(stream(client, 48)) for _ in range(10)]
+        streams = [asyncio.create_task(stream(client, 200)) for _ in range(10)]
         await up.line("1 -> 2 replicas", timeout_s=60)
         await up.line("replica 1: Ready")
         assert len(set(await asyncio.gather(*streams))) == 1
