@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 PHASES = {
     "resolve": "Find the model",
     "load": "Read weights",
-    "text": "Write calibration text",
     "before": "Perplexity before",
     "quantize": "Quantize layers",
     "after": "Perplexity after",
@@ -64,8 +63,7 @@ def quantize(
         FormatChoice, typer.Option("--format", help="compressed-tensors holds everything, gptq only 4-bit weights.")
     ] = FormatChoice.COMPRESSED_TENSORS,
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text like what the model will see; left out: a short mixed text and the model's own."),
+        Path | None, typer.Option(help="UTF-8 text like what the model will see; a short mixed text if left out.")
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option(help="UTF-8 text to measure perplexity on; another short text if left out.")

@@ -22,7 +22,6 @@ from models.tiny_checkpoints import (
 )
 from octavo_engine.errors import ConfigError, ModelLoadError
 from octavo_engine.quantize.layout import Format
-from octavo_engine.quantize.own_text import write_windows
 from octavo_engine.quantize.pipeline import QuantizeOptions, quantize_model
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scheme import Method
@@ -239,32 +238,6 @@ def test_a_failure_leaves_no_half_written_folder(source: Path, monkeypatch: pyte
     with pytest.raises(ModelLoadError, match="No space left"):
         quantized(source, method=Method.RTN)
     assert sorted(path.name for path in source.parent.iterdir()) == ["source", "text.txt"]
-
-
-def test_without_text_of_ones_own_the_model_writes_some(source: Path, tmp_path: Path) -> None:
-    beginnings = [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22], [30]]
-    seen: list[float] = []
-
-    written = write_windows(source, "cpu", beginnings, 64, seen.append)
-    again = write_windows(source, "cpu", beginnings, 64, seen.append)
-
-    assert written == again
-    assert [len(window) for window in written] == [64] * 3
-    assert [window[:3] for window in written] == [[5, 6, 7], [20, 21, 22], [30, written[2][1], written[2][2]]]
-    assert sorted(set(seen)) == pytest.approx([1 / 3, 2 / 3, 1.0])
-
-
-@pytest.mark.parametrize(("method", "own"), [(Method.AWQ, 4), (Method.RTN, 0)])
-def test_methods_that_learn_from_text_get_the_models_own_too(
-    source: Path, method: Method, own: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("octavo_engine.quantize.pipeline.OWN_WINDOWS", 4)
-    _, alone = quantized(source, method=Method.RTN, bits=4, calibration=None, num_windows=500)
-    _, report = quantized(
-        source, method=method, bits=4, calibration=None, num_windows=500, output=source.parent / "another"
-    )
-
-    assert report.calibration_tokens == alone.calibration_tokens + own * 128
 
 
 def test_too_little_text_is_refused(source: Path) -> None:

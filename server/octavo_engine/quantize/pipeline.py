@@ -19,7 +19,6 @@ from octavo_engine.quantize.folding import find_folds
 from octavo_engine.quantize.gptq import gptq
 from octavo_engine.quantize.layout import Format, Layout, choose_layout
 from octavo_engine.quantize.observed import ObservingLoader, Projection
-from octavo_engine.quantize.own_text import write_windows
 from octavo_engine.quantize.perplexity import perplexity
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scaling import awq_scale, smoothquant_scale
@@ -29,17 +28,13 @@ from octavo_engine.quantize.statistics import InputStatistics
 from octavo_engine.quantize.writer import output_tensors, write_checkpoint
 from octavo_engine.runner.machine import choose_device
 from octavo_engine.storage import resolve
-from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
 
 OnProgress = Callable[[str, float, str], None]
-"""Called with the phase (resolve, load, text, before, quantize, after, write), a fraction in [0, 1] and a detail."""
+"""Called with the phase (resolve, load, before, quantize, after, write), a fraction in [0, 1] and a detail."""
 
 STORED_DTYPE = torch.bfloat16
 NARROW_SHARE = 0.2
-LEARNING = frozenset({Method.GPTQ, Method.AWQ, Method.AWQ_GPTQ})  # they learn more from more text
-OWN_WINDOWS = 24  # of the model's own text: about twice Octavo's
-SHORTEST_BEGINNING = 40  # characters
 REPORT_FILE = "quantization_report.json"
 
 
@@ -80,7 +75,8 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
     loader = ObservingLoader(checkpoint, torch.float32, device, lambda done: on_progress("load", done, path.name))
     model = _build(checkpoint, loader, options.window_tokens)
     tokenizer = load_tokenizer(path)
-    windows = _calibration_windows(options, path, tokenizer, on_progress)
+    text = read_text(options.calibration, "calibration.txt")
+    windows = token_windows(tokenizer, text, options.window_tokens, options.num_windows)
     held_out = token_windows(tokenizer, read_text(options.evaluation, "evaluation.txt"), options.window_tokens, 64)
     targets = [item for item in loader.projections if not _ignored(item, options.ignore)]
     scheme = choose_scheme(
@@ -125,22 +121,6 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
     )
     (options.output / REPORT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     return report
-
-
-def _calibration_windows(
-    options: QuantizeOptions, path: Path, tokenizer: Tokenizer, on_progress: OnProgress
-) -> list[list[int]]:
-    """Of the caller's text; else of Octavo's and, where little text is too little, of what the model makes of it."""
-    text = read_text(options.calibration, "calibration.txt")
-    windows = token_windows(tokenizer, text, options.window_tokens, options.num_windows)
-    own = min(OWN_WINDOWS, options.num_windows - len(windows))
-    if options.calibration is not None or options.method not in LEARNING or own <= 0:
-        return windows
-    paragraphs = [part for part in text.splitlines() if len(part) >= SHORTEST_BEGINNING]
-    beginnings = [tokenizer.encode(part) for part in paragraphs[:: max(len(paragraphs) // own, 1)][:own]]
-    return windows + write_windows(
-        path, options.device, beginnings, options.window_tokens, lambda done: on_progress("text", done, path.name)
-    )
 
 
 def _share(options: QuantizeOptions, scheme: Scheme, targets: Sequence[Projection]) -> float:
