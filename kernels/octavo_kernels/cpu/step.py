@@ -57,7 +57,7 @@ class NativeStep:
         logits_indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `octavo_kernels.step.AdaptedStep`. One thread at a time."""
+        """See `octavo_kernels.step.CompiledStep`. One thread at a time."""
         if caches is not self._caches:
             self._use_caches(caches)
         held = fill_batch(self._batch, batch, caches[0], token_ids)
@@ -82,7 +82,7 @@ class NativeStep:
         return logits
 
     def place_adapter(self, slot: int, changes: Sequence[LowRankChange]) -> None:
-        """See `octavo_kernels.step.AdaptedStep`. Not while a step runs."""
+        """See `octavo_kernels.step.CompiledStep`. Not while a step runs."""
         kept: list[PackedWeight] = []
         structs = (LowRank * len(changes))()
         for struct, change in zip(structs, changes, strict=True):

@@ -28,14 +28,14 @@ def shortage_explained(config: EngineConfig) -> Iterator[None]:
     memory_bytes = free_memory_bytes(device)
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_shortage(error):
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
             raise
         raise _explanation(config, device, memory_bytes) from error
 
 
-def _is_shortage(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
+def _is_shortage(error: MemoryError | RuntimeError) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 
 def _explanation(config: EngineConfig, device: torch.device, memory_bytes: int) -> ConfigError:

@@ -23,7 +23,7 @@ from octavo_engine.runner.pair_batch import with_token_types
 from octavo_engine.runner.pooling import Pool
 from octavo_kernels import ops, registry
 from octavo_kernels.batch import PagedKVCache
-from octavo_kernels.step import AdaptedStep, CompiledStep, compile_step
+from octavo_kernels.step import CompiledStep, compile_step
 
 # (cached tokens, new tokens). GPU kernels are compiled for each kind of step when it is first met: a decode, short and
 # long prompts, a chunk after a long prefix, drafts to verify after one.
@@ -49,10 +49,10 @@ class TorchModelRunner:
         self._caches: list[PagedKVCache] = []
         self._host_cache = HostCache([])
         self._step: CompiledStep | None = None
-        self._native: AdaptedStep | None = None  # the same, where a backend compiled the model's plan
+        self._graphs: DecodeGraphs | None = None
         self._step_backend = ""
         self._adapted = adapted
-        self._adapted_step: CompiledStep | None = None
+        self._adapted_graphs: DecodeGraphs | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -60,7 +60,7 @@ class TorchModelRunner:
 
     @property
     def compiled_step(self) -> CompiledStep | None:
-        """What runs whole steps here, None where layers run op by op."""
+        """What runs whole steps here natively, None where layers run op by op or as CUDA graphs."""
         return self._step
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -94,16 +94,16 @@ class TorchModelRunner:
         if not slices:
             return self._nothing()
         inputs = build_step(slices, self._info.kv_block_size, self._device, sampled)
-        model, step, slots = self.model, self._step, inputs.adapter_slots
+        model, graphs, slots = self.model, self._graphs, inputs.adapter_slots
         if slots is not None and self._adapted is None:
             raise InvalidRequestError("model: this engine runs without adapters", "model")
-        if self._native is not None:
-            return self._native(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices, slots)
+        if self._step is not None:
+            return self._step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices, slots)
         if slots is not None and self._adapted is not None:
             self._adapted.active.set(slots)
-            model, step = self._adapted.model, self._adapted_step
-        if step is not None:
-            return step(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
+            model, graphs = self._adapted.model, self._adapted_graphs
+        if graphs is not None:
+            return graphs(inputs.token_ids, inputs.batch, self._caches, inputs.logits_indices)
         hidden = model.forward(inputs.token_ids, inputs.batch, self._caches)
         if not self.model.rank.is_last_stage:
             return self._nothing()
@@ -118,8 +118,8 @@ class TorchModelRunner:
     def place_adapter(self, slot: int, adapter: Adapter) -> None:
         if self._adapted is None:
             return
-        if self._native is not None:
-            self._native.place_adapter(slot, self._adapted.changes(adapter))
+        if self._step is not None:
+            self._step.place_adapter(slot, self._adapted.changes(adapter))
         else:
             self._adapted.place(slot, adapter)
 
@@ -170,7 +170,7 @@ class TorchModelRunner:
     def _compile(self) -> None:
         plan = self.model.plan()
         compiled = compile_step(plan) if plan is not None else None
-        self._step = self._native = compiled[1] if compiled else None
+        self._step = compiled[1] if compiled else None
         self._step_backend = ""
         if compiled is not None:
             detail = registry.load_backend(compiled[0]).detail
@@ -180,9 +180,9 @@ class TorchModelRunner:
             torch.set_num_threads(1)
         alone = self._info.num_ranks == 1  # graphs would have to record what ranks say to each other
         if compiled is None and self._device.type == "cuda" and self._info.task == "generate" and alone:
-            self._step = self._decode_graphs(self.model)
+            self._graphs = self._decode_graphs(self.model)
             if self._adapted is not None:
-                self._adapted_step = self._decode_graphs(self._adapted.model)
+                self._adapted_graphs = self._decode_graphs(self._adapted.model)
 
     def _decode_graphs(self, model: Model) -> DecodeGraphs:
         longest = self._info.max_model_len
@@ -192,6 +192,6 @@ class TorchModelRunner:
         if self._step_backend:
             return self._step_backend
         used = {choice.backend for choice in registry.choices() if choice.device == self._device.type}
-        if isinstance(self._step, DecodeGraphs):
-            used.add(f"no CUDA graphs: {self._step.unavailable}" if self._step.unavailable else "CUDA graphs")
+        if self._graphs is not None:
+            used.add(f"no CUDA graphs: {self._graphs.unavailable}" if self._graphs.unavailable else "CUDA graphs")
         return ", ".join(sorted(used))

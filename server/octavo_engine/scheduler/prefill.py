@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.limits import SchedulerLimits
 from octavo_engine.scheduler.sequence import Sequence
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
+from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel, size_band
 
 # Where decodes alone take longer than the target, prefills may still stretch a step by half: they must not crawl.
 MIN_PREFILL_STRETCH = 1.5
@@ -42,7 +41,7 @@ class PrefillPlanner:
         self._steps_since_alone += 1
         if not batch.prefill_pairs and batch.num_tokens:
             self._steps_since_alone = 0
-            self._alone_s.setdefault(_band(batch), deque(maxlen=_ALONE_SAMPLES)).append(seconds)
+            self._alone_s.setdefault(size_band(batch.num_tokens), deque(maxlen=_ALONE_SAMPLES)).append(seconds)
         if 2 * seconds <= self._limits.max_step_s:
             self._known_tokens = max(self._known_tokens, 2 * batch.num_tokens)
 
@@ -92,7 +91,7 @@ class PrefillPlanner:
 
     def _seconds_alone(self, batch: Batch) -> float:
         """What the decodes in `batch` take without prefills: as measured last, or by the model for another batch."""
-        measured = self._alone_s.get(_band(batch))
+        measured = self._alone_s.get(size_band(batch.num_tokens))
         return statistics.median(measured) if measured else self._step_time.predict(batch.load)
 
     def _seconds(self, batch: Batch, prefills: list[Sequence], chunks: list[int]) -> float:
@@ -126,10 +125,6 @@ class PrefillPlanner:
                 rows_left -= want
             wanted.append(want)
         return wanted
-
-
-def _band(batch: Batch) -> int:
-    return int(2 * math.log2(batch.num_tokens))
 
 
 def pairs_of(seq: Sequence, num_tokens: int) -> int:

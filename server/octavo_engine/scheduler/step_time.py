@@ -152,6 +152,11 @@ class StepTimeModel:
             self._covariance = [[value * shrink for value in row] for row in covariance]
 
 
+def size_band(size: float) -> int:
+    """Which band of sizes, half an octave wide, one of at least 1 falls into."""
+    return int(2 * math.log2(size))
+
+
 def _features(load: StepLoad) -> tuple[float, float, float, float, float]:
     return (
         1.0,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from itertools import pairwise
+
+from octavo_engine.scheduler.step_time import size_band
 
 _SAMPLES = 7
 _FEW = 3
@@ -22,7 +23,7 @@ class MeasuredCurve:
         self._points: list[tuple[float, float]] | None = []
 
     def observe(self, size: int, value: float) -> None:
-        band = 0 if size < 1 else 1 + int(2 * math.log2(size))
+        band = 0 if size < 1 else 1 + size_band(size)
         self._bands.setdefault(band, deque(maxlen=_SAMPLES)).append((value, size))
         self._points = None
 

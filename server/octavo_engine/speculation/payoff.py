@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from octavo_engine.scheduler.step_time import StepTimeModel
+from octavo_engine.scheduler.step_time import StepTimeModel, size_band
 from octavo_engine.speculation.curve import MeasuredCurve
 
 TRIAL_SHARE = 0.02
@@ -86,7 +86,7 @@ class Payoff:
 
         Without side effects: it is asked again whether there is something to guess.
         """
-        known = self._batches[_band(num_sequences)]
+        known = self._batches[size_band(max(1, num_sequences))]
         if known.num_plain < _FIRST_PLAIN:
             return Choice(0, [0] * len(candidates), float(num_sequences), 0.0)
         without = self._weigh(known, [0] * len(candidates), candidates, num_sequences)
@@ -107,7 +107,7 @@ class Payoff:
 
     def observe(self, choice: Choice, num_sequences: int, num_guesses: int, step_s: float, guess_s: float) -> None:
         """A round was over: its step took `step_s`, guessing before it `guess_s`."""
-        known = self._batches[_band(num_sequences)]
+        known = self._batches[size_band(max(1, num_sequences))]
         known.step_s.observe(num_guesses, step_s)
         known.num_rounds += 1
         known.num_plain += not num_guesses
@@ -161,10 +161,6 @@ class Payoff:
         if known.saved_s < loss_s:
             return None
         return replace(other, is_trial=True)
-
-
-def _band(num_sequences: int) -> int:
-    return int(2 * math.log2(max(1, num_sequences)))
 
 
 def _length(acceptance: float, price: float) -> int:

@@ -79,7 +79,8 @@ class Step {
     }
     bool blocks = change.place != OCT_IN_GATE_UP || (change.first % kBlock == 0 && change.up.rows % kBlock == 0);
     return change.first >= 0 && blocks && change.first + change.up.rows <= rows &&
-           change.down.columns == padded(columns, kBlock) && change.up.columns == padded(change.down.rows, kBlock) && change.up.activations == OCT_ACT_F32;
+           change.down.columns == padded(columns, kBlock) &&
+           change.up.columns == padded(change.down.rows, kBlock) && change.up.activations == OCT_ACT_F32;
   }
   void place_adapter(int64_t slot, const oct_low_rank* changes, int64_t count) { adapters_.place(slot, changes, count); }
 
