@@ -16,7 +16,9 @@ import msgspec
 
 from octavo_batches.errors import BatchError, StoreError
 from octavo_batches.records import OPEN, BatchRecord, FileRecord
+from octavo_batches.shared_database import open_shared_database
 
+_BUSY_TIMEOUT_S = 10.0
 _PARTIAL_S = 86_400.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -56,11 +58,7 @@ class BatchStore:
         try:
             (folder / "files").mkdir(parents=True, exist_ok=True)
             (folder / "results").mkdir(exist_ok=True)
-            self._db = sqlite3.connect(
-                folder / "batches.sqlite", timeout=10.0, check_same_thread=False, isolation_level=None
-            )
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db = open_shared_database(folder / "batches.sqlite", _BUSY_TIMEOUT_S, "NORMAL")
             self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"{folder}: cannot be used: {error}") from error

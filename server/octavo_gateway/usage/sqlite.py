@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from octavo_batches.shared_database import open_shared_database
 from octavo_gateway.usage.store import Cursor, LedgerAwayError, LedgerError, UsageStore
 
 BUSY_TIMEOUT_S = 30.0
@@ -43,16 +44,15 @@ class SqliteStore(UsageStore):
     def _open(self) -> sqlite3.Connection:
         if self._database is not None:
             return self._database
-        self._database = database = sqlite3.connect(
-            self._path, check_same_thread=False, timeout=BUSY_TIMEOUT_S, isolation_level=None
-        )
         try:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=FULL")
+            self._database = database = open_shared_database(self._path, BUSY_TIMEOUT_S, "FULL")
             with self.transaction():
                 self._migrate(database)
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"usage ledger {self._path}: {error}") from error
+        except LedgerError:
+            self.close()  # what could not be migrated is not used
+            raise
         return database
 
     @contextlib.contextmanager
