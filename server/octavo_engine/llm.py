@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ from octavo_engine.startup import LoadRunner, build_engine
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_engine.tokenizer.load import load_tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]  # the last as vLLM has them: `prompt` or `prompt_token_ids`
 Message = Mapping[str, Any]
 
 
@@ -203,7 +204,7 @@ class LLM:
 
         return next_tokens
 
-    def _collector(self, prompt: Prompt, sampling: SamplingParams, adapter: str = "") -> _Collector:
+    def _collector(self, prompt: str | list[int], sampling: SamplingParams, adapter: str = "") -> _Collector:
         sampling.validate(self.model.vocab_size)
         token_ids = self._encode(prompt)
         self._engine.check_prompt(token_ids)
@@ -253,8 +254,8 @@ class LLM:
             collector.prompt_logprobs = output.prompt_logprobs
         return collector.is_done
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _next_name(self) -> str:
         self._num_requests += 1
@@ -340,10 +341,31 @@ def _engine(
     return OfflineEngines(config, on_progress, load)
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+    if isinstance(prompts, str | Mapping) or (len(prompts) and _is_token(prompts[0])):
+        return [_plain(prompts)]
+    return [_plain(prompt) for prompt in prompts]
+
+
+def _is_token(value: object) -> bool:
+    return hasattr(value, "__index__") and not hasattr(value, "__len__")  # arrays of one element have both
+
+
+def _plain(prompt: object) -> str | list[int]:
+    """A text or token ids, of any form that a prompt may have."""
+    found: object = prompt
+    if isinstance(prompt, Mapping):
+        found = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(found, str):
+        return found
+    try:
+        return [index(token) for token in found]  # type: ignore[attr-defined]
+    except TypeError:
+        raise InvalidRequestError(
+            "a prompt is a text, a list of token ids, or a dictionary with `prompt` or `prompt_token_ids`, "
+            f"not {type(prompt).__name__}",
+            "prompt",
+        ) from None
 
 
 def _sampling_list(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

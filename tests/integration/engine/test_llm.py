@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from octavo_engine.errors import InvalidRequestError
@@ -49,6 +51,31 @@ def test_32_concurrent_requests_equal_each_alone(llm: LLM, alone: dict[str, list
     results = llm.generate(prompts, GREEDY)
     assert [result.outputs[0].token_ids for result in results] == [alone[prompt] for prompt in prompts]
     assert llm.stats.kv_blocks_used == 0
+
+
+def test_prompts_have_any_of_their_forms(llm: LLM, alone: dict[str, list[int]]) -> None:
+    text, other = PROMPTS[:2]
+    ids = llm.tokenizer.encode(text)
+    one_or_several: list[Any] = [
+        text,
+        ids,
+        tuple(ids),
+        np.array(ids),
+        {"prompt": text},
+        {"prompt_token_ids": ids},
+        [np.array(ids), other, {"prompt": text}],
+    ]
+    for prompts in one_or_several:
+        first, *rest = llm.generate(prompts, GREEDY)
+        assert first.outputs[0].token_ids == alone[text]
+        assert first.prompt_token_ids == ids
+        assert len(rest) == (2 if isinstance(prompts, list) and prompts is not ids else 0)
+
+
+@pytest.mark.parametrize("prompts", [[None], [{"text": "x"}], [["a", "b"]], [[1.5]], [{}]])
+def test_what_is_no_prompt_is_refused_by_name(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="a prompt is a text"):
+        llm.generate(prompts, GREEDY)
 
 
 def test_preempted_sequences_equal_undisturbed_ones(smollm2_gguf: Path, alone: dict[str, list[int]]) -> None:
