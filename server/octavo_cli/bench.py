@@ -138,10 +138,10 @@ async def run_load(
 
         async def one(prompt: str) -> Sample:
             if gate is None:
-                sample = await send(http, base_url, load, prompt)
+                sample = await send(http, base_url, load, prompt, started)
             else:
                 async with gate:
-                    sample = await send(http, base_url, load, prompt)
+                    sample = await send(http, base_url, load, prompt, started)
             progress.advance(bar)
             return sample
 
@@ -174,8 +174,10 @@ def arrivals(load: Load) -> Iterator[float]:
             at_s += generator.gammavariate(load.burstiness, 1 / (load.request_rate * load.burstiness))
 
 
-async def send(http: aiohttp.ClientSession, base_url: str, load: Load, prompt: str) -> Sample:
-    """One streamed request, timed."""
+async def send(
+    http: aiohttp.ClientSession, base_url: str, load: Load, prompt: str, load_started: float | None = None
+) -> Sample:
+    """One streamed request, timed; `load_started`: when the load began, by `time.perf_counter`."""
     body: dict[str, Any] = {
         "model": load.model,
         "max_tokens": load.output_len,
@@ -204,6 +206,7 @@ async def send(http: aiohttp.ClientSession, base_url: str, load: Load, prompt: s
     details = usage.get("prompt_tokens_details") or {}
     return Sample(
         ok=True,
+        started_s=0.0 if load_started is None else started - load_started,
         input_tokens=usage.get("prompt_tokens", 0),
         output_tokens=usage.get("completion_tokens", len(times)),
         ttft_s=first - started,
@@ -227,9 +230,11 @@ async def _warm_up(http: aiohttp.ClientSession, base_url: str, load: Load, count
 
 
 def _setup(base_url: str, load: Load) -> dict[str, Any]:
+    kind = "openai-chat" if load.chat else "openai"
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": "openai-chat" if load.chat else "openai",
+        "endpoint_type": kind,
+        "backend": kind,
         "base_url": base_url,
         "model_id": load.model,
         "num_prompts": load.num_prompts,

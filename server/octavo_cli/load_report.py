@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +16,10 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 
 @dataclass(frozen=True)
 class Sample:
-    """One request. Times are seconds; `itl_s` holds the gaps between events after the first."""
+    """One request. Times are seconds, `started_s` since the load began; `itl_s`: gaps between its events."""
 
     ok: bool
+    started_s: float = 0.0
     input_tokens: int = 0
     output_tokens: int = 0
     ttft_s: float = 0.0
@@ -67,6 +70,8 @@ def summarize(
         "request_throughput": len(done) / duration_s,
         "output_throughput": outputs / duration_s,
         "total_token_throughput": (inputs + outputs) / duration_s,
+        "max_output_tokens_per_s": most_tokens_in_a_second(done),
+        "max_concurrent_requests": most_at_a_time(done),
     }
     if goodput:
         good = sum(is_good(sample, goodput) for sample in done)
@@ -79,6 +84,23 @@ def summarize(
         for rank in percentiles:
             report[f"p{rank:g}_{name}_ms"] = percentile(values, rank)
     return report
+
+
+def most_at_a_time(samples: Sequence[Sample]) -> int:
+    """How many requests were under way together."""
+    starts, ends = ((s.started_s, 1) for s in samples), ((s.started_s + s.e2e_s, -1) for s in samples)
+    changes = sorted((*starts, *ends))  # of one moment, ends come first
+    return max(itertools.accumulate(step for _, step in changes), default=0)
+
+
+def most_tokens_in_a_second(samples: Sequence[Sample]) -> float:
+    """Output tokens of the best whole second since the load began; an event brings its part of the answer's tokens."""
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for sample in samples:
+        part = sample.output_tokens / (1 + len(sample.itl_s))
+        for at_s in itertools.accumulate(sample.itl_s, initial=sample.started_s + sample.ttft_s):
+            seconds[int(at_s)] += part
+    return max(seconds.values(), default=0.0)
 
 
 def is_good(sample: Sample, goodput: Mapping[str, float]) -> bool:

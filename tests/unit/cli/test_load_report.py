@@ -42,6 +42,21 @@ def test_tokens_per_second_count_completed_requests_only() -> None:
     assert report["p99_itl_ms"] == pytest.approx(100.0)
 
 
+def test_the_peaks_are_those_of_what_ran_together() -> None:
+    samples = [
+        Sample(ok=True, started_s=0.0, output_tokens=4, ttft_s=0.5, e2e_s=2.0, itl_s=(0.2, 0.8)),
+        Sample(ok=True, started_s=0.4, output_tokens=1, ttft_s=0.3, e2e_s=0.3),
+        Sample(ok=True, started_s=2.0, output_tokens=6, ttft_s=0.1, e2e_s=0.5, itl_s=(0.1, 0.1)),
+        Sample(ok=False, started_s=0.0, e2e_s=9.0),
+    ]
+
+    report = summarize(samples, 3.0)
+
+    assert report["max_concurrent_requests"] == 2
+    assert report["max_output_tokens_per_s"] == pytest.approx(6.0)
+    assert summarize([], 1.0)["max_concurrent_requests"] == summarize([], 1.0)["max_output_tokens_per_s"] == 0
+
+
 def test_goodput_needs_every_limit_kept_and_failures_are_not_good() -> None:
     samples = [
         Sample(ok=True, output_tokens=2, ttft_s=0.1, e2e_s=0.2),
