@@ -78,7 +78,11 @@ class SimulationResult:
 
 class SimulatedGuesses:
     """A proposer whose guesses hold with probability `acceptance(request_id, now)`, and take
-    `seconds_of(num_sequences, depth)` of the simulated clock."""
+    `seconds_of(num_sequences, depth)` of the simulated clock.
+
+    Luck belongs to a position of a request, by `seed`: however far is guessed, the same tokens are hard to guess, so
+    that ways of guessing can be compared without a difference by chance.
+    """
 
     unavailable = ""
 
@@ -87,13 +91,14 @@ class SimulatedGuesses:
         max_tokens: int,
         acceptance: Callable[[str, float], float],
         seconds_of: Callable[[int, int], float],
-        rng: random.Random,
+        seed: int = 0,
     ) -> None:
         self.max_tokens = max_tokens
         self.clock_s = 0.0
         self._acceptance = acceptance
         self._seconds_of = seconds_of
-        self._rng = rng
+        self._seed = seed
+        self._luck: dict[str, tuple[random.Random, list[float]]] = {}
 
     def seconds(self, num_sequences: int, depth: int) -> float:
         return self._seconds_of(num_sequences, depth)
@@ -104,8 +109,14 @@ class SimulatedGuesses:
 
     def num_accepted(self, seq: Sequence) -> int:
         """By chance, how many of the guesses are what the model chooses."""
-        acceptance = self._acceptance(seq.request_id, self.clock_s)
-        return next((i for i in range(len(seq.drafted)) if self._rng.random() >= acceptance), len(seq.drafted))
+        name = seq.request_id
+        acceptance = self._acceptance(name, self.clock_s)
+        if name not in self._luck:
+            self._luck[name] = random.Random(f"{self._seed} {name}"), []  # noqa: S311 - chance, not a secret
+        rng, luck = self._luck[name]
+        start, count = seq.num_output_tokens, len(seq.drafted)
+        luck.extend(rng.random() for _ in range(start + count - len(luck)))
+        return next((i for i in range(count) if luck[start + i] >= acceptance), count)
 
     def forget(self, seq: Sequence) -> None:
         """Nothing is kept."""

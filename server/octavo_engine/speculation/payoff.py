@@ -21,9 +21,11 @@ _UNKNOWN_PRICE = 0.3  # of a guess in tokens, before any step was timed
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A decoding sequence: the probability that its next guess is accepted, and the tokens it has room for."""
+    """A decoding sequence: the probability that its next guess is accepted, what that might be with luck, and for how
+    many tokens it has room."""
 
     acceptance: float
+    upper: float
     room: int
 
 
@@ -48,13 +50,14 @@ class Choice:
 class _Batches:
     """What is known of rounds over about so many sequences."""
 
-    __slots__ = ("last_tried", "num_plain", "num_rounds", "rounds_since_trial", "saved_s", "step_s")
+    __slots__ = ("last_tried", "num_plain", "num_rounds", "num_trials", "rounds_since_trial", "saved_s", "step_s")
 
     def __init__(self) -> None:
         self.step_s = MeasuredCurve()  # by guesses
         self.last_tried: dict[int, int] = {}
         self.num_plain = 0
         self.num_rounds = 0
+        self.num_trials = 0
         self.rounds_since_trial = 0
         self.saved_s = 0.0  # time that trials may lose
 
@@ -68,9 +71,11 @@ class Payoff:
     where that is differs from machine to machine, and a straight line through steps that all have guesses says nothing
     about steps that have none.
 
-    What is not done is not measured. So a depth other than the best is tried now and then, the one tried longest ago:
-    once the time it should lose is `TRIAL_SHARE` of all time since the last trial. A choice that is nearly as good is
-    tried often, a bad one seldom.
+    What is not done is not measured. So a depth other than the best is tried now and then, once the time it should lose
+    is `TRIAL_SHARE` of all time since the last trial. A choice that is nearly as good is tried often, a bad one seldom.
+    Every second trial is of the depth that would bring most if acceptance was as high as it may be by what is known: a
+    few trials tell, and they are not spent on depths that cannot pay. The others are of the depth tried longest ago,
+    for what has changed.
     """
 
     def __init__(self, max_depth: int, model: StepTimeModel, guess_seconds: Callable[[int, int], float]) -> None:
@@ -89,15 +94,16 @@ class Payoff:
         known = self._batches[size_band(max(1, num_sequences))]
         if known.num_plain < _FIRST_PLAIN:
             return Choice(0, [0] * len(candidates), float(num_sequences), 0.0)
-        without = self._weigh(known, [0] * len(candidates), candidates, num_sequences)
+        acceptances = [candidate.acceptance for candidate in candidates]
+        without = self._weigh(known, [0] * len(candidates), acceptances, num_sequences)
         if without.seconds <= 0.0:
-            longest = [_length(candidate.acceptance, _UNKNOWN_PRICE) for candidate in candidates]
+            longest = [_length(acceptance, _UNKNOWN_PRICE) for acceptance in acceptances]
             counts = [min(c.room, self._max_depth, length) for c, length in zip(candidates, longest, strict=True)]
             return Choice(self._max_depth, counts, float(num_sequences), 0.0)
         depths = range(1, self._max_depth + 1)
         choices = [without, *(self._deep(depth, known, candidates, num_sequences, without) for depth in depths)]
         best = min(choices, key=lambda choice: choice.seconds_per_token)
-        return self._trial(known, choices, best) or best
+        return self._trial(known, best, candidates, num_sequences) or best
 
     def covered(self, num_wanted: int, num_guessed: int) -> None:
         """So many of the guesses asked for exist."""
@@ -119,6 +125,7 @@ class Payoff:
             unforeseen_s = max(0.0, step_s + guess_s - choice.seconds)
             known.saved_s = -min(unforeseen_s, _MAX_DEBT_ROUNDS * choice.seconds)
             known.rounds_since_trial = 0
+            known.num_trials += 1
         else:
             known.saved_s += TRIAL_SHARE * (step_s + guess_s)
 
@@ -127,40 +134,56 @@ class Payoff:
     ) -> Choice:
         """`depth` guesses for all, or fewer for those whose guesses are worth less than they cost on average."""
         counts = [min(candidate.room, depth) for candidate in candidates]
-        choice = self._weigh(known, counts, candidates, num_sequences)
+        acceptances = [candidate.acceptance for candidate in candidates]
+        choice = self._weigh(known, counts, acceptances, num_sequences)
         if not any(counts) or len(candidates) == 1:
             return choice
         price = (choice.seconds - without.seconds) / (self._coverage * sum(counts)) / without.seconds_per_token
-        paying = [min(count, _length(c.acceptance, price)) for c, count in zip(candidates, counts, strict=True)]
+        paying = [min(count, _length(p, price)) for p, count in zip(acceptances, counts, strict=True)]
         if paying == counts or not any(paying):
             return choice
-        fewer = self._weigh(known, paying, candidates, num_sequences)
+        fewer = self._weigh(known, paying, acceptances, num_sequences)
         return fewer if fewer.seconds_per_token < choice.seconds_per_token else choice
 
-    def _weigh(self, known: _Batches, counts: list[int], candidates: Sequence[Candidate], num_sequences: int) -> Choice:
+    def _weigh(
+        self, known: _Batches, counts: Sequence[int], acceptances: Sequence[float], num_sequences: int
+    ) -> Choice:
         num_guesses = self._coverage * sum(counts)
-        accepted = sum(
-            candidate.acceptance**place
-            for candidate, count in zip(candidates, counts, strict=True)
-            for place in range(1, count + 1)
-        )
+        accepted = sum(map(_num_accepted, acceptances, counts))
         step_s = known.step_s.at(num_guesses, self._model.seconds_per_guess or self._model.seconds_per_token) or 0.0
         depth = max(counts, default=0)
         guess_s = self._guess_seconds(sum(1 for count in counts if count), depth) if depth else 0.0
         return Choice(depth, counts, num_sequences + self._coverage * accepted, step_s + guess_s)
 
-    def _trial(self, known: _Batches, choices: list[Choice], best: Choice) -> Choice | None:
-        """What to try instead of the best choice, if it is time to."""
+    def _trial(
+        self, known: _Batches, best: Choice, candidates: Sequence[Candidate], num_sequences: int
+    ) -> Choice | None:
+        """What to try instead of the best choice, if it is time to. All are guessed for, so that of all is learned."""
         if known.rounds_since_trial < _MIN_ROUNDS_BETWEEN_TRIALS:
             return None
-        others = [choice for choice in choices if choice.depth != best.depth]
-        if not others:
+        options: dict[int, list[int]] = {}
+        for depth in range(self._max_depth + 1):
+            counts = [min(candidate.room, depth) for candidate in candidates]
+            if counts != best.counts and max(counts, default=0) == depth:
+                options[depth] = counts
+        if not options:
             return None
-        other = min(others, key=lambda choice: known.last_tried.get(choice.depth, 0))
+        depth = min(options, key=lambda depth: known.last_tried.get(depth, 0))
+        if known.num_trials % 2 == 0:
+            at_best = [candidate.upper for candidate in candidates]
+            hopes = {d: self._weigh(known, options[d], at_best, num_sequences).seconds_per_token for d in options}
+            hope = min(hopes, key=hopes.__getitem__)
+            depth = hope if hopes[hope] < best.seconds_per_token else depth
+        other = self._weigh(known, options[depth], [c.acceptance for c in candidates], num_sequences)
         loss_s = max(0.0, other.seconds - other.tokens * best.seconds_per_token)
-        if known.saved_s < loss_s:
-            return None
-        return replace(other, is_trial=True)
+        return replace(other, is_trial=True) if known.saved_s >= loss_s else None
+
+
+def _num_accepted(acceptance: float, count: int) -> float:
+    """Of so many guesses in a row, how many are accepted on average."""
+    if acceptance >= 1.0:
+        return count
+    return acceptance * (1.0 - acceptance**count) / (1.0 - acceptance)
 
 
 def _length(acceptance: float, price: float) -> int:

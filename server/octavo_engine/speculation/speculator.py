@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from octavo_engine.scheduler.sequence import Sequence
 from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
-from octavo_engine.speculation.draft import FIRST_ACCEPTANCE, Draft
+from octavo_engine.speculation.acceptance import Acceptance
+from octavo_engine.speculation.draft import Draft
 from octavo_engine.speculation.payoff import Candidate, Choice, Payoff
 from octavo_engine.speculation.proposer import Proposer
 
-_WEIGHT = 0.1
-_PRIOR_WEIGHT = 0.01
-_RECOVERY = 0.002
+_FIRST_ACCEPTANCE = 0.7
+_FIRST_WEIGHT = 2.0  # in guesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Speculator:
         self._clock = clock
         self._model = model
         self.payoff = Payoff(max_tokens, model, proposer.seconds)
-        self._prior = FIRST_ACCEPTANCE
+        self._usual = Acceptance(_FIRST_ACCEPTANCE, _FIRST_WEIGHT)
 
     def wants(self, decoding: Items[Sequence], max_guesses: int) -> bool:
         """Whether there would be guesses for some of these, once the tokens that are being chosen are known."""
@@ -61,11 +61,9 @@ class Speculator:
         wanted: list[tuple[Sequence, int]] = []
         for seq, count in zip(candidates, choice.counts, strict=True):
             if seq.draft is None:
-                seq.draft = Draft(self._prior)
+                seq.draft = Draft(Acceptance(self._usual.mean, _FIRST_WEIGHT))
             if count:
                 wanted.append((seq, count))
-            else:  # what does not pay is tried again later
-                seq.draft.acceptance += _RECOVERY * (0.5 - seq.draft.acceptance)
         for seq in decoding:
             seq.drafted = []
         started = self._clock()
@@ -91,20 +89,18 @@ class Speculator:
         self.num_accepted += num_accepted
         self.accepted_by_position.update(range(num_accepted))
         for index in range(min(num_drafted, num_accepted + 1)):
-            outcome = index < num_accepted
-            self._prior += _PRIOR_WEIGHT * (outcome - self._prior)
+            self._usual.observe(index < num_accepted)
             if seq.draft is not None:
-                seq.draft.acceptance += _WEIGHT * (outcome - seq.draft.acceptance)
+                seq.draft.acceptance.observe(index < num_accepted)
 
     def forget(self, seq: Sequence) -> None:
         """The sequence runs no more."""
         self.proposer.forget(seq)
 
     def _choose(self, decoding: Items[Sequence], candidates: list[Sequence]) -> Choice:
-        known = [
-            Candidate(self._prior if seq.draft is None else seq.draft.acceptance, self._room(seq)) for seq in candidates
-        ]
-        return self.payoff.choose(known, len(decoding))
+        known = [self._usual if seq.draft is None else seq.draft.acceptance for seq in candidates]
+        weighed = [Candidate(a.mean, a.upper, self._room(seq)) for a, seq in zip(known, candidates, strict=True)]
+        return self.payoff.choose(weighed, len(decoding))
 
     def _candidates(self, decoding: Items[Sequence], max_guesses: int) -> list[Sequence]:
         if self.proposer.unavailable:
