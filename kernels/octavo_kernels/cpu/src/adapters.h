@@ -74,7 +74,8 @@ class Adapters {
     const Change* change = find(tile.start, layer, place, item / down_panels_ % most_changes_);
     if (!change || panel >= panels_of(change->down)) return;
     float* low = low_.get() + tile.start * width_ + change->low;
-    table.linear(change->down, panel, panel + 1, x, tiles_.data(), i, i + 1, {low, width_, nullptr, false, tile.start, 0});
+    table.linear(change->down, panel, panel + 1, x, tiles_.data(), i, i + 1,
+                 {low, width_, nullptr, false, tile.start, 0}, 1);
     bool last = panel + 1 == panels_of(change->down);
     int64_t rank = change->down.rows, end = last ? change->up.columns : (panel + 1) * kPanel;
     for (int m = 0; m < tile.size; m++)
@@ -92,7 +93,7 @@ class Adapters {
     Output to{out + change->first, stride, nullptr, true, 0, 0};
     to.rows = rows_.data();
     table.linear(change->up, chunk * kChunk, std::min(panels_of(change->up), (chunk + 1) * kChunk), low_of(*change),
-                 singles_.data(), tile.start, tile.start + tile.size, to);
+                 singles_.data(), tile.start, tile.start + tile.size, to, 1);
   }
 
   bool changes(int64_t token) const { return place_of_[token] >= 0; }
@@ -103,7 +104,7 @@ class Adapters {
       int64_t own = row - change.first;
       if (own < 0 || own >= change.up.rows) continue;
       table.linear(change.up, own / kPanel, own / kPanel + kBlock / kPanel, low_of(change), singles_.data(), at, at + 1,
-                   {out, kBlock, nullptr, true, at, own});
+                   {out, kBlock, nullptr, true, at, own}, 1);
     }
   }
 

@@ -58,9 +58,10 @@ struct KernelTable {
   const char* name;
   int max_tile;
   bool bf16_dot;
-  // Panels [begin, end) of the matrix for tiles [tile_begin, tile_end).
+  // Panels [begin, end) of the matrix for tiles [tile_begin, tile_end). `passes`: tiles that meet these panels in all, in
+  // this call or the ones beside it; each fetches its share of the panels that come next.
   void (*linear)(const oct_matrix& w, int64_t begin, int64_t end, const Activations& x, const Tile* tiles,
-                 int64_t tile_begin, int64_t tile_end, const Output& out);
+                 int64_t tile_begin, int64_t tile_end, const Output& out, int64_t passes);
   // RMSNorm (weight may be null: none) of the tile's tokens x[t * stride ..] into the layouts of `kinds`; token t of
   // the tile is row rows[t] of x unless null.
   void (*prepare)(const float* x, int64_t stride, int64_t dim, const float* norm, float eps, const Tile& tile,

@@ -188,10 +188,27 @@ OCT_INLINE void store_rows(const Output& out, int64_t row, int64_t rows, int64_t
 
 constexpr int kAhead = 1536;  // bytes of codes fetched ahead of their use
 
+// What one tile fetches of the panel that is multiplied next: every `passes`-th piece, the other tiles the rest.
+struct NextPanel {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t passes;
+  int64_t due;  // pieces until the next one of this tile
+
+  template <int Bytes>
+  inline __attribute__((always_inline)) void fetch(int64_t codes_at, int64_t scales_at = -1) {
+    if (--due) return;
+    due = passes;
+#pragma GCC unroll 8
+    for (int line = 0; line < Bytes; line += 64) prefetch(codes + codes_at + line);
+    if (scales_at >= 0) prefetch(scales + scales_at);
+  }
+};
+
 // One panel times one tile, int8 activations.
 template <int CodeKind, int ScaleKind, int M>
 OCT_INLINE void panel_int8(const oct_matrix& w, const uint8_t* codes, const uint8_t* scales, const Activations& x,
-                           int64_t start, VF* result) {
+                           int64_t start, NextPanel next, VF* result) {
   using C = Codes<CodeKind>;
   constexpr bool kHalves = kHalvesOf<ScaleKind>;
   constexpr int kChains = kHalves || M <= 2 ? 2 : 1;
@@ -200,6 +217,7 @@ OCT_INLINE void panel_int8(const oct_matrix& w, const uint8_t* codes, const uint
   const float* scale = x.scale + start * blocks;
   const float* sum = x.sum + start * blocks;
   const float* sum_low = x.sum_low + start * blocks;
+  int64_t scale_step = panel_scale_bytes(w) / blocks;
   float zero = (float)w.zero;
   VF acc[M];
   for (int m = 0; m < M; m++) acc[m] = f_zero();
@@ -208,6 +226,8 @@ OCT_INLINE void panel_int8(const oct_matrix& w, const uint8_t* codes, const uint
     if constexpr (M <= 2) {
 #pragma GCC unroll 8
       for (int line = 0; line < C::kBytes; line += 64) prefetch(code.p + kAhead + line);
+    } else {
+      next.fetch<C::kBytes>(b * C::kBytes, b * scale_step);
     }
     VI dot[M][kChains];
 #pragma GCC unroll 8
@@ -302,7 +322,8 @@ OCT_INLINE void panel_f32(const oct_matrix& w, const uint8_t* codes, const uint8
 
 // One panel times one tile, bfloat16 weights and activations.
 template <int M>
-OCT_INLINE void panel_bf16(const oct_matrix& w, const uint8_t* codes, const Activations& x, int64_t start, VF* result) {
+OCT_INLINE void panel_bf16(const oct_matrix& w, const uint8_t* codes, const Activations& x, int64_t start,
+                           NextPanel next, VF* result) {
   constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;
   int64_t pairs = w.columns / 2;
   const uint16_t* a = x.bf16 + start * x.columns;
@@ -310,6 +331,7 @@ OCT_INLINE void panel_bf16(const oct_matrix& w, const uint8_t* codes, const Acti
   for (int m = 0; m < M; m++)
     for (int c = 0; c < kChains; c++) acc[m][c] = f_zero();
   for (int64_t p = 0; p < pairs; p += 4) {
+    if constexpr (M > 2) next.fetch<256>(64 * p);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       VB pair = b_load(codes + 64 * (p + i));
@@ -327,30 +349,34 @@ OCT_INLINE void panel_bf16(const oct_matrix& w, const uint8_t* codes, const Acti
 
 template <int CodeKind, int ScaleKind, int Act, int M>
 OCT_INLINE void panel_tile(const oct_matrix& w, int64_t panel, const uint8_t* codes, const uint8_t* scales,
-                           const Activations& x, int64_t start, const Output& out) {
+                           const Activations& x, int64_t start, const NextPanel& next, const Output& out) {
   VF result[M];
-  if constexpr (Act == OCT_ACT_INT8) panel_int8<CodeKind, ScaleKind, M>(w, codes, scales, x, start, result);
-  else if constexpr (Act == OCT_ACT_BF16) panel_bf16<M>(w, codes, x, start, result);
+  if constexpr (Act == OCT_ACT_INT8) panel_int8<CodeKind, ScaleKind, M>(w, codes, scales, x, start, next, result);
+  else if constexpr (Act == OCT_ACT_BF16) panel_bf16<M>(w, codes, x, start, next, result);
   else panel_f32<CodeKind, ScaleKind, M>(w, codes, scales, x, start, result);
   for (int m = 0; m < M; m++) store_rows(out, panel * kPanel, w.rows, start + m, result[m]);
 }
 
 template <int CodeKind, int ScaleKind, int Act>
 __attribute__((noinline)) void linear_of(const oct_matrix& w, int64_t begin, int64_t end, const Activations& x,
-                                         const Tile* tiles, int64_t tile_begin, int64_t tile_end, const Output& out) {
+                                         const Tile* tiles, int64_t tile_begin, int64_t tile_end, const Output& out,
+                                         int64_t passes) {
   int64_t code_bytes = panel_code_bytes(w), scale_bytes = panel_scale_bytes(w);
+  int64_t panels = panels_of(w);
   for (int64_t panel = begin; panel < end; panel++) {
     const uint8_t* codes = w.codes + panel * code_bytes;
     const uint8_t* scales = w.scales + panel * scale_bytes;
+    int64_t step = panel + (end - begin) < panels ? end - begin : 0;  // after the last: what is cached anyhow
     for (int64_t i = tile_begin; i < tile_end; i++) {
       int64_t start = tiles[i].start;
+      NextPanel next{codes + step * code_bytes, scales + step * scale_bytes, passes, i % passes + 1};
       switch (tiles[i].size) {
-        case 1: panel_tile<CodeKind, ScaleKind, Act, 1>(w, panel, codes, scales, x, start, out); break;
-        case 2: panel_tile<CodeKind, ScaleKind, Act, 2>(w, panel, codes, scales, x, start, out); break;
+        case 1: panel_tile<CodeKind, ScaleKind, Act, 1>(w, panel, codes, scales, x, start, next, out); break;
+        case 2: panel_tile<CodeKind, ScaleKind, Act, 2>(w, panel, codes, scales, x, start, next, out); break;
         default:
           if constexpr (kMaxTile >= 4) {
-            if (tiles[i].size == 4) panel_tile<CodeKind, ScaleKind, Act, 4>(w, panel, codes, scales, x, start, out);
-            else panel_tile<CodeKind, ScaleKind, Act, 8>(w, panel, codes, scales, x, start, out);
+            if (tiles[i].size == 4) panel_tile<CodeKind, ScaleKind, Act, 4>(w, panel, codes, scales, x, start, next, out);
+            else panel_tile<CodeKind, ScaleKind, Act, 8>(w, panel, codes, scales, x, start, next, out);
           }
       }
     }
@@ -358,7 +384,7 @@ __attribute__((noinline)) void linear_of(const oct_matrix& w, int64_t begin, int
 }
 
 using LinearFunction = void (*)(const oct_matrix&, int64_t, int64_t, const Activations&, const Tile*, int64_t, int64_t,
-                                const Output&);
+                                const Output&, int64_t);
 
 template <int CodeKind, int ScaleKind>
 OCT_INLINE LinearFunction quantized_linear(int act) {
@@ -389,8 +415,8 @@ static LinearFunction linear_for(const oct_matrix& w) {
 }
 
 static void linear(const oct_matrix& w, int64_t begin, int64_t end, const Activations& x, const Tile* tiles,
-                   int64_t tile_begin, int64_t tile_end, const Output& out) {
-  linear_for(w)(w, begin, end, x, tiles, tile_begin, tile_end, out);
+                   int64_t tile_begin, int64_t tile_end, const Output& out, int64_t passes) {
+  linear_for(w)(w, begin, end, x, tiles, tile_begin, tile_end, out, passes);
 }
 
 }  // namespace OCT_ISA

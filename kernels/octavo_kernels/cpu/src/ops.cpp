@@ -65,7 +65,7 @@ extern "C" int oct_linear(const oct_matrix* matrix, const float* x, int64_t toke
       member.barrier();
       member.each(panels * ((num_tiles + at_once - 1) / at_once), [&](int64_t i) {
         int64_t first = i / panels * at_once, last = std::min(num_tiles, first + at_once);
-        table.linear(w, i % panels, i % panels + 1, acts, tiles.data(), first, last, to);
+        table.linear(w, i % panels, i % panels + 1, acts, tiles.data(), first, last, to, last - first);
       });
     };
     run_team(body);

@@ -235,7 +235,7 @@ class Step {
       for (; panel >= parts_panels[p + 1]; p++) row += layer.qkv[p].rows;
       Output out{qkv_.get() + row, qkv_stride_, layer.qkv_bias ? layer.qkv_bias + row : nullptr, false, 0, 0};
       int64_t own = panel - parts_panels[p];
-      table_.linear(layer.qkv[p], own, own + 1, x, tiles_.data(), first, last, out);
+      table_.linear(layer.qkv[p], own, own + 1, x, tiles_.data(), first, last, out, last - first);
     };
     each_panel(member, parts_panels[layer.num_qkv], tiles_, project, adapters_.down_items(), [&](int64_t i) {
       adapters_.multiply_down(table_, layer.index, OCT_IN_QKV, i, adapted);
@@ -258,7 +258,7 @@ class Step {
     int64_t hidden = model_.hidden_size;
     Output out{norm ? block_.get() : x_.get(), hidden, bias, !norm, 0, 0};
     auto project = [&](int64_t panel, int64_t first, int64_t last) {
-      table_.linear(w, panel, panel + 1, x, tiles_.data(), first, last, out);
+      table_.linear(w, panel, panel + 1, x, tiles_.data(), first, last, out, last - first);
     };
     each_panel(member, panels_of(w), tiles_, project, adapters_.down_items(), [&](int64_t i) {
       adapters_.multiply_down(table_, layer.index, place, i, adapted);
@@ -359,8 +359,8 @@ class Step {
         alignas(64) float gates[kMaxGatedTokens * kBlock], ups[kMaxGatedTokens * kBlock];
         Output to_gate{gates, kBlock, layer.gate_up_bias, false, tile.start, block * kBlock};
         Output to_up{ups, kBlock, up_bias, false, tile.start, block * kBlock + up_panel * kPanel};
-        table_.linear(gate, 2 * block, 2 * block + 2, x, tiles_.data(), i, i + 1, to_gate);
-        table_.linear(up, up_panel + 2 * block, up_panel + 2 * block + 2, x, tiles_.data(), i, i + 1, to_up);
+        table_.linear(gate, 2 * block, 2 * block + 2, x, tiles_.data(), i, i + 1, to_gate, last - first);
+        table_.linear(up, up_panel + 2 * block, up_panel + 2 * block + 2, x, tiles_.data(), i, i + 1, to_up, last - first);
         if (adapters_.any()) adapt_gated(layer, tile, block, gates, ups);
         table_.gate(gates, ups, model_.gelu, tile, block * kBlock, layer.down_kinds, h);
       }
@@ -395,7 +395,7 @@ class Step {
                             kind_of(model_.lm_head));
     Output out{logits_, model_.vocab_size, nullptr, false, 0, 0, model_.final_soft_cap};
     each_panel(member, panels_of(model_.lm_head), logit_tiles_, [&](int64_t panel, int64_t first, int64_t last) {
-      table_.linear(model_.lm_head, panel, panel + 1, x, logit_tiles_.data(), first, last, out);
+      table_.linear(model_.lm_head, panel, panel + 1, x, logit_tiles_.data(), first, last, out, last - first);
     });
     count(member, kLogits);
   }
