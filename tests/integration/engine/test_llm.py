@@ -142,11 +142,26 @@ def test_a_small_model_answers_in_the_schema_it_is_given(llm: LLM) -> None:
 
 def test_guessing_ahead_gives_the_same_text_in_fewer_steps(llm: LLM, smollm2_gguf: Path) -> None:
     guessing = LLM(str(smollm2_gguf), dtype="float32", num_threads=1, num_kv_blocks=64, num_speculative_tokens=4)
-    conversation = [{"role": "user", "content": "Repeat exactly: one two three one two three one two three"}]
-    sampling = SamplingParams(max_tokens=24, temperature=0.0)
+    prompt = "one two three four five six seven, " * 6
+    sampling = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
     before = llm.stats.step
-    plain = llm.chat(conversation, sampling)[0].outputs[0]
-    guessed = guessing.chat(conversation, sampling)[0].outputs[0]
+    plain = llm.generate([prompt], sampling)[0].outputs[0]
+    guessed = guessing.generate([prompt], sampling)[0].outputs[0]
     assert guessed.token_ids == plain.token_ids
     assert guessing.stats.spec_accepted_tokens > 0
     assert guessing.stats.step < llm.stats.step - before
+
+
+def test_a_draft_that_is_the_model_itself_guesses_every_token_right(llm: LLM, smollm2_gguf: Path) -> None:
+    """Greedy, in float32: whatever is guessed, however often that pays, is what the model chooses."""
+    model = str(smollm2_gguf)
+    guessing = LLM(
+        model, speculative_model=model, dtype="float32", num_threads=1, num_kv_blocks=64, num_speculative_tokens=4
+    )
+    prompts = ["The three largest cities of France are", "Once upon a time, a fox"]
+    sampling = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    plain, guessed = llm.generate(prompts, sampling), guessing.generate(prompts, sampling)
+    assert [found.outputs[0].token_ids for found in guessed] == [found.outputs[0].token_ids for found in plain]
+    stats = guessing.stats
+    assert stats.spec_accepted_tokens == stats.spec_draft_tokens > 0
+    assert stats.step < 2 * 40
