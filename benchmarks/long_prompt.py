@@ -34,17 +34,21 @@ from octavo_engine.scheduler.step_time import StepLoad
 LEAST = ITL_STRETCH / (ITL_STRETCH - 1)
 LATE_TOKENS = 100
 STREAM_TOKENS = 700
+IDLE_TOKENS = 300
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Seconds: to the long prompt's first token alone and beside streams; gaps of the streams; to a late prompt's."""
+    """Seconds: to the long prompt's first token alone and beside streams; the streams' gaps while nothing else runs and
+    beside it; to a late prompt's first token."""
 
     alone_s: float
     long_s: float
     idle_gap_s: float
+    idle_p99_s: float
+    gap_p50_s: float
     gap_p99_s: float
     late_s: float
     idle_late_s: float
@@ -71,7 +75,9 @@ def simulated(num_streams: int, length: int, noise: float) -> Beside:
     idle_first, idle = run([*streams, late])
     first, gaps = run([*streams, long, late])
     alone_s = run([long])[0]["long"]
-    return Beside(alone_s, first["long"], statistics.median(idle), p99(gaps), first["late"], idle_first["late"])
+    return Beside(
+        alone_s, first["long"], *usual_and_longest(idle), *usual_and_longest(gaps), first["late"], idle_first["late"]
+    )
 
 
 def measured(core: EngineCore, info: ModelInfo, clock: Clock, num_streams: int, length: int) -> Beside:
@@ -100,8 +106,8 @@ def measured(core: EngineCore, info: ModelInfo, clock: Clock, num_streams: int, 
     streams = [f"stream{i}" for i in range(num_streams)]
     for name in streams:
         add(name, 20, info.max_model_len - 20)
-    steps(lambda: all(len(times.get(name, ())) >= 100 for name in streams))
-    idle_gap_s = statistics.median(gap for name in streams for gap, _ in gaps_of(times[name][-60:]))
+    steps(lambda: all(len(times.get(name, ())) >= 40 + IDLE_TOKENS for name in streams))
+    idle = [gap for name in streams for gap, _ in gaps_of(times[name][-IDLE_TOKENS:])]
     idle_late_s = first_token("late alone", LATE_TOKENS)
     started = clock()
     add("long", length, 2)
@@ -112,7 +118,7 @@ def measured(core: EngineCore, info: ModelInfo, clock: Clock, num_streams: int, 
     gaps = [gap for name in streams for gap, at in gaps_of(times[name]) if started <= at <= ended]
     core.abort(streams)
     steps(lambda: not core.has_work)
-    return Beside(alone_s, ended - started, idle_gap_s, p99(gaps), late_s, idle_late_s)
+    return Beside(alone_s, ended - started, *usual_and_longest(idle), *usual_and_longest(gaps), late_s, idle_late_s)
 
 
 def gaps_of(times: list[float]) -> list[tuple[float, float]]:
@@ -120,15 +126,18 @@ def gaps_of(times: list[float]) -> list[tuple[float, float]]:
     return [(later - earlier, later) for earlier, later in pairwise(times)]
 
 
-def p99(values: list[float]) -> float:
-    return sorted(values)[int(0.99 * (len(values) - 1))]
+def usual_and_longest(values: list[float]) -> tuple[float, float]:
+    """The median and the 99th percentile."""
+    return statistics.median(values), sorted(values)[int(0.99 * (len(values) - 1))]
 
 
 def row(name: str, streams: int, length: int, found: Beside) -> str:
     ratio = found.long_s / found.alone_s
     return (
         f"| {name} | {streams} | {length:,} | {found.alone_s:.2f} | {found.long_s:.2f} | {ratio:.2f} | "
-        f"{ratio / LEAST:.2f} | {found.idle_gap_s * 1e3:.1f} | {found.gap_p99_s / found.idle_gap_s:.2f} | "
+        f"{ratio / LEAST:.2f} | {found.idle_gap_s * 1e3:.1f} | {found.idle_p99_s / found.idle_gap_s:.2f} | "
+        f"{found.gap_p50_s / found.idle_gap_s:.2f} | {found.gap_p99_s / found.idle_gap_s:.2f} | "
+        f"{found.gap_p99_s / found.idle_p99_s:.2f} | "
         f"{found.idle_late_s * 1e3:.0f} | {found.late_s * 1e3:.0f} |"
     )
 
@@ -142,8 +151,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     print(
-        "| run | streams | prompt | alone s | beside s | ratio | / least | idle gap ms | gap p99 / idle | "
-        f"first token of {LATE_TOKENS}, idle ms | behind the prompt ms |\n" + "|---" * 11 + "|"
+        "| run | streams | prompt | alone s | beside s | ratio | / least | idle gap ms | "
+        "idle p99 / idle | gap / idle | gap p99 / idle | gap p99 / idle p99 | "
+        f"first token of {LATE_TOKENS}, idle ms | behind the prompt ms |\n" + "|---" * 14 + "|"
     )
     for noise in (0.0, 0.1):
         for streams in arguments.streams:
