@@ -78,7 +78,7 @@ def quantize(
         typer.Option(
             min=0.0,
             max=0.99,
-            help="Share of the weights, those 4 bits hurt most, to keep in 8. Left out: 0.2 of small models.",
+            help="Share of the weights, those 4 bits hurt most, to keep in 8. Left out: 0.3 of small models.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -160,7 +160,7 @@ def _print(report: QuantizationReport) -> None:
     table = Table(title=f"{report.method} {report.scheme}: {report.output}", title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    mib = 1 << 20
+    mib, error = 1 << 20, report.perplexity_change_error
     table.add_row(
         "weights",
         f"{report.weight_bytes_before / mib:.1f} MiB",
@@ -171,7 +171,7 @@ def _print(report: QuantizationReport) -> None:
         "perplexity",
         f"{report.perplexity_before:.3f}",
         f"{report.perplexity_after:.3f}",
-        f"{report.perplexity_change:+.2%}",
+        f"{report.perplexity_change:+.2%}" + ("" if error is None else f" ± {error:.2%}"),
     )
     console = Console()
     console.print(table)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -22,6 +25,7 @@ from models.tiny_checkpoints import (
 )
 from octavo_engine.errors import ConfigError, ModelLoadError
 from octavo_engine.quantize.layout import Format
+from octavo_engine.quantize.perplexity import change_error, perplexity
 from octavo_engine.quantize.pipeline import QuantizeOptions, quantize_model
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scheme import Method
@@ -95,6 +99,19 @@ def test_the_projections_that_rounding_hurts_most_get_eight_bits(source: Path, t
     assert rms_error(read, exact) < rms_error(paged_logits(load(even), prompts), exact)
 
 
+def test_the_experts_of_a_layer_get_eight_bits_together(tmp_path: Path) -> None:
+    folder, num_experts = tmp_path / "source", 4
+    config = hf.MixtralConfig(**WIDE, num_local_experts=num_experts, num_experts_per_tok=2)
+    write_checkpoint(folder, hf.MixtralForCausalLM, config)
+    write_tokenizer(folder)
+
+    output, _ = quantized(folder, method=Method.RTN, bits=4, sensitive_share=0.4)
+
+    groups = json.loads((output / "config.json").read_text())["quantization_config"]["config_groups"]
+    kinds = Counter(re.sub(r"experts\.\d+", "experts", name) for name in groups["group_1"]["targets"])
+    assert {count for name, count in kinds.items() if "experts" in name} == {num_experts}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -162,7 +179,31 @@ def test_the_report_tells_and_keeps_the_facts(source: Path) -> None:
     assert report.scheme == "W8A16"
     assert report.weight_bytes_after < report.weight_bytes_before
     assert abs(report.perplexity_change) < 0.02
+    assert report.perplexity_change_error is not None
+    assert 0 < report.perplexity_change_error < 0.02
     assert (report.calibration_tokens, report.evaluation_tokens) == (512, 896)
+
+
+def test_the_error_of_the_change_shrinks_with_the_text_and_covers_the_truth() -> None:
+    """Losses with a known change, of tokens whose neighbours resemble each other."""
+    draw = torch.Generator().manual_seed(0)
+    before = torch.full((4_096_000,), 2.0)
+    change = 0.05 + 0.3 * torch.randn(512_000, generator=draw).repeat_interleave(8)
+    covered = []
+    for start in range(0, len(before), 4_096):
+        part = slice(start, start + 4_096)
+        error = change_error(before[part], before[part] + change[part])
+        assert error is not None
+        found = perplexity(before[part] + change[part]) / perplexity(before[part])
+        covered.append(abs(found - math.exp(0.05)) < error)
+
+    assert 0.92 < sum(covered) / len(covered) < 0.98
+    short = change_error(before[:512], before[:512] + change[:512])
+    long = change_error(before, before + change)
+    assert short is not None
+    assert long is not None
+    assert 50 < short / long < 150
+    assert change_error(before[:63], before[:63]) is None
 
 
 def test_progress_passes_through_every_phase(source: Path) -> None:

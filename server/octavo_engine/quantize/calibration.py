@@ -60,6 +60,10 @@ class LayerWalk:
         for _ in self._outputs(layer):
             pass
 
+    def hidden(self, layer: Layer) -> list[torch.Tensor]:
+        """Every window's hidden states [T, hidden_size] behind a layer."""
+        return [x if residual is None else x + residual for x, residual in self._outputs(layer)]
+
     def _outputs(self, layer: Layer) -> Iterator[State]:
         for (x, residual), batch in zip(self._states, self._batches, strict=True):
             yield layer(x, residual, batch, None)

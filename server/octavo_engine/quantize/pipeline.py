@@ -19,7 +19,7 @@ from octavo_engine.quantize.folding import find_folds
 from octavo_engine.quantize.gptq import gptq
 from octavo_engine.quantize.layout import Format, Layout, choose_layout
 from octavo_engine.quantize.observed import ObservingLoader, Projection
-from octavo_engine.quantize.perplexity import perplexity
+from octavo_engine.quantize.perplexity import change_error, perplexity, token_losses
 from octavo_engine.quantize.report import QuantizationReport
 from octavo_engine.quantize.scaling import awq_scale, smoothquant_scale
 from octavo_engine.quantize.scheme import EXACT, Method, Scheme, as_int_weight, choose_scheme, fit_grid, is_narrow
@@ -34,7 +34,7 @@ OnProgress = Callable[[str, float, str], None]
 """Called with the phase (resolve, load, before, quantize, after, write), a fraction in [0, 1] and a detail."""
 
 STORED_DTYPE = torch.bfloat16
-NARROW_SHARE = 0.2
+NARROW_SHARE = 0.3
 REPORT_FILE = "quantization_report.json"
 
 
@@ -94,12 +94,12 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
     exactly = [name for item in targets if id(item) in sensitive for name in item.rows]
     layout = choose_layout(options.format, scheme, rows, kept, exactly)
     on_progress("before", 0.0, "measuring perplexity")
-    before = perplexity(model, held_out, device)
-    on_progress("before", 1.0, f"perplexity {before:.3f}")
+    before = token_losses(model, held_out, device)
+    on_progress("before", 1.0, f"perplexity {perplexity(before):.3f}")
     _quantize_layers(model, loader, targets, windows, options.method, schemes, on_progress)
     on_progress("after", 0.0, "measuring perplexity")
-    after = perplexity(model, held_out, device)
-    on_progress("after", 1.0, f"perplexity {after:.3f}")
+    after = token_losses(model, held_out, device)
+    on_progress("after", 1.0, f"perplexity {perplexity(after):.3f}")
     on_progress("write", 0.0, str(options.output))
     num_bytes = _write(options, checkpoint, loader, scheme, layout)
     on_progress("write", 1.0, str(options.output))
@@ -114,8 +114,9 @@ def quantize_model(options: QuantizeOptions, on_progress: OnProgress) -> Quantiz
         evaluation_tokens=sum(map(len, held_out)),
         weight_bytes_before=_file_bytes(path),
         weight_bytes_after=num_bytes,
-        perplexity_before=before,
-        perplexity_after=after,
+        perplexity_before=perplexity(before),
+        perplexity_after=perplexity(after),
+        perplexity_change_error=change_error(before, after),
         seconds=time.monotonic() - started,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

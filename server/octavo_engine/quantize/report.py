@@ -20,6 +20,7 @@ class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes_after: int
     perplexity_before: float
     perplexity_after: float
+    perplexity_change_error: float | None  # two standard errors of `perplexity_change`; None: too little text to tell
     seconds: float
     peak_memory_bytes: int
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
-from octavo_engine.models.decoder import Decoder
+from octavo_engine.models.decoder import Decoder, Layer
+from octavo_engine.quantize.calibration import LayerWalk
 from octavo_engine.quantize.observed import Projection
 from octavo_engine.quantize.scheme import Scheme, fit_grid
-from octavo_engine.quantize.statistics import MeanSquares
-from octavo_engine.runner.batch_builder import build_packed
 
-MEASURED_WINDOWS = 4
+MEASURED_WINDOWS, MEASURED_TOKENS = 4, 256
+_EXPERT = re.compile(r"\bexperts\.\d+")
+
+Group = list[Projection]
 
 
 @torch.inference_mode()
@@ -24,30 +28,54 @@ def most_sensitive(
     share: float,
     device: torch.device,
 ) -> frozenset[int]:
-    """`id`s of the projections that lose most of their outputs when rounded, up to `share` of all weights."""
+    """`id`s of the projections that disturb what their layers hand on most when rounded, for each of their weights;
+    up to `share` of all weights. The experts of a layer are measured, and chosen, together.
+    """
     if share <= 0:
         return frozenset()
-    seen = {id(item): MeanSquares(item.weight.shape[1], device) for item in targets}
-    for item in targets:
-        item.on_input = seen[id(item)].add
-    for window in windows[:MEASURED_WINDOWS]:
-        token_ids, batch = build_packed([window], device)
-        model.forward(token_ids, batch, [None] * model.config.num_layers)
-    for item in targets:
-        item.on_input = None
-    room = share * sum(item.weight.numel() for item in targets)
+    walk = LayerWalk(model, [window[:MEASURED_TOKENS] for window in windows[:MEASURED_WINDOWS]], device)
+    measured: list[tuple[float, Group]] = []
+    for index, layer in enumerate(walk.layers()):
+        exact = walk.hidden(layer)
+        for group in _groups(targets, f"model.layers.{index}."):
+            error = disturbance(walk, layer, exact, group, scheme)
+            measured.append((error / _size(group), group))
+    room = share * _size(targets)
     chosen: set[int] = set()
-    for item in sorted(targets, key=lambda item: -output_error(item.weight.float(), seen[id(item)].values, scheme)):
-        if item.weight.numel() <= room:
-            room -= item.weight.numel()
-            chosen.add(id(item))
+    for _, group in sorted(measured, key=lambda item: -item[0]):
+        if _size(group) <= room:
+            room -= _size(group)
+            chosen.update(map(id, group))
     return frozenset(chosen)
 
 
-def output_error(weight: torch.Tensor, mean_squares: torch.Tensor, scheme: Scheme) -> float:
-    """Expected squared error of the outputs over their expected square, inputs taken as independent.
+def disturbance(walk: LayerWalk, layer: Layer, exact: Sequence[torch.Tensor], group: Group, scheme: Scheme) -> float:
+    """Squared error of a layer's outputs over their squares, mean over tokens, with these projections rounded.
 
-    weight: [out, in]. mean_squares: [in], of the inputs.
+    A token's own size is what counts: the next layer norms it. exact: [T, hidden_size] of each window.
     """
-    difference = fit_grid(weight, scheme, cut_extremes=False).rounded(weight) - weight
-    return float((difference.square() @ mean_squares).sum() / (weight.square() @ mean_squares).sum().clamp_min(1e-30))
+    before = [item.weight for item in group]
+    for item in group:
+        item.weight = fit_grid(item.weight.float(), scheme, cut_extremes=False).rounded(item.weight.float())
+    found = walk.hidden(layer)
+    for item, weight in zip(group, before, strict=True):
+        item.weight = weight
+    shares = [
+        (rounded - right).float().square().sum(-1) / right.float().square().sum(-1).clamp_min(1e-30)
+        for rounded, right in zip(found, exact, strict=True)
+    ]
+    return float(torch.cat(shares).mean())
+
+
+def _groups(targets: Sequence[Projection], prefix: str) -> list[Group]:
+    """A layer's projections, its experts' by what they do."""
+    groups: dict[str, Group] = defaultdict(list)
+    for item in targets:
+        name = next(iter(item.rows))
+        if name.startswith(prefix):
+            groups[_EXPERT.sub("experts", name)].append(item)
+    return list(groups.values())
+
+
+def _size(projections: Sequence[Projection]) -> int:
+    return sum(item.weight.numel() for item in projections)

@@ -8,23 +8,6 @@ SAMPLE_TOKENS = 512
 SAMPLE_TOKENS_EACH = 64
 
 
-class MeanSquares:
-    """Mean square of each input over all tokens seen. values: [in]."""
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self._count = 0
-        self._total = torch.zeros(in_features, device=device)
-
-    def add(self, x: torch.Tensor) -> None:
-        """Take the inputs of one call. x: [T, in]."""
-        self._count += x.shape[0]
-        self._total += x.float().square().sum(0)
-
-    @property
-    def values(self) -> torch.Tensor:
-        return self._total / max(self._count, 1)
-
-
 class InputStatistics:
     """Sums over all calibration tokens. gram: X^T X [in, in]; absolute: sum of |x| [in].
 

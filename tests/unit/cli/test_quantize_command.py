@@ -29,6 +29,7 @@ REPORT = QuantizationReport(
     weight_bytes_after=100 << 20,
     perplexity_before=10.0,
     perplexity_after=10.25,
+    perplexity_change_error=0.004,
     seconds=61.0,
     peak_memory_bytes=3 << 30,
 )
@@ -55,7 +56,7 @@ def run(*words: str):
 def test_the_report_shows_size_and_perplexity(given: list[QuantizeOptions]) -> None:
     result = run("hf://a/b", "-o", "out")
     assert result.exit_code == 0
-    for words in ("400.0 MiB", "100.0 MiB", "-75.0%", "10.000", "10.250", "+2.50%", "61 s", "octavo serve out"):
+    for words in ("400.0 MiB", "100.0 MiB", "-75.0%", "10.000", "10.250", "+2.50% ± 0.40%", "61 s", "octavo serve out"):
         assert words in result.output
 
 
