@@ -75,6 +75,7 @@ def check_mixed_batch(tmp_path: Path, family: str, whole_step: bool) -> None:
     runner = load(tmp_path / "base", **LORA)
     assert isinstance(runner, TorchModelRunner)
     assert (runner.compiled_step is not None) == whole_step
+    assert (runner.info.adapter_bytes == 0) == whole_step  # it keeps the matrices itself, as they come
     for slot, name in enumerate("abc"):
         runner.place_adapter(slot, runner.read_adapter(name, tmp_path / name, 8))
     prompts = random_prompts([9, 20, 33, 14])

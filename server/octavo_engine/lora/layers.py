@@ -114,7 +114,8 @@ class AdaptedModel:
             raise ConfigError(f"enable_lora: {base.config.architecture} takes no adapters")
         self.targets: dict[str, AdapterTarget] = {}
         self._stacks: dict[str, AdapterStack] = {}
-        self._where: dict[str, tuple[int, Projection]] = {}
+        self._where: dict[str, tuple[int, Projection, int]] = {}  # layer, projection, its first output that is changed
+        self._base = base
         self._shape = (max_loras, max_rank)
         self._device = base.final_norm.weight.device
         self._dtype = dtype
@@ -122,9 +123,11 @@ class AdaptedModel:
         self.model = copy.copy(base)
         for index in range(base.config.num_layers):
             for projection, place in _places(base, index).items():
+                first = 0
                 for module, rows in place.outputs.items():
-                    self._where[module] = (index, projection)
+                    self._where[module] = (index, projection, first)
                     self.targets[module] = AdapterTarget(place.inputs.size, stored_size(rows))
+                    first += held_size(rows)
         held = base.rank.layers(base.config.num_layers)
         self.model.layers = tuple(
             self._adapted(base, layer, _places(base, index)) for index, layer in zip(held, base.layers, strict=True)
@@ -140,6 +143,11 @@ class AdaptedModel:
         """Memory that the slots take."""
         return sum(stack.down.nbytes + stack.up.nbytes + stack.scales.nbytes for stack in self._stacks.values())
 
+    def release(self) -> None:
+        """Let go of the slots, which a native step has no use for: it keeps the matrices that `changes` gives it."""
+        self._stacks.clear()
+        self.model = self._base
+
     def place(self, slot: int, adapter: Adapter) -> None:
         for module, stack in self._stacks.items():
             stack.place(slot, adapter, module)
@@ -147,7 +155,7 @@ class AdaptedModel:
     def changes(self, adapter: Adapter) -> list[LowRankChange]:
         """An adapter for a step that runs natively and keeps its matrices itself; on one device only."""
         return [
-            LowRankChange(*self._where[module], self._stacks[module].first, change.down, change.up, change.scale)
+            LowRankChange(*self._where[module], change.down, change.up, change.scale)
             for module, change in adapter.changes.items()
         ]
 

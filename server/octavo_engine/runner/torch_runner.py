@@ -175,6 +175,9 @@ class TorchModelRunner:
         if compiled is not None:
             detail = registry.load_backend(compiled[0]).detail
             self._step_backend = f"{compiled[0]} (whole step; {detail})"
+            if self._adapted is not None:
+                self._adapted.release()
+                self._info = msgspec.structs.replace(self._info, adapter_bytes=self._adapted.nbytes)
         if compiled is not None and self._device.type == "cpu":
             # Little is left to torch, and its threads spin after each parallel op, on cores that the step wants next.
             torch.set_num_threads(1)
