@@ -2,8 +2,9 @@
 
 A real `octavo serve` with the real small model. More clients than it may run and queue keep its queue full, one in four
 with a prompt almost as long as the context; meanwhile each probe, on a connection of its own as an orchestrator's are,
-asks ten times a second. At the end the engine is stopped (SIGSTOP) under the same load, and the time until the probes
-say so is taken.
+asks ten times a second. Clients and probes share the replica's cores: how late their own event loops wake is told, for
+that is part of every time here. At the end the engine is stopped (SIGSTOP) under the same load, and the time until the
+probes say so is taken.
 
     python benchmarks/health_under_load.py [--minutes 10] [--output benchmarks/results/health_under_load.md]
 """
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -42,6 +44,8 @@ CONTEXT, LONG_PROMPT = 8_192, 7_500  # tokens
 RUNNING, QUEUED, CLIENTS = 16, 32, 64
 PROBE_INTERVAL_S = 0.1
 PROBE_TIMEOUT_S = 10.0
+LAG_INTERVAL_S = 0.02
+BODIES = 64  # of each length, made beforehand
 PATHS = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 GRPC = "grpc.health.v1"
 
@@ -58,10 +62,11 @@ class Probed:
 
 @dataclass
 class Load:
-    """What became of the clients' requests; refusal_s: how long each 429 took."""
+    """What became of the clients' requests; refusal_s: how long each 429 took; lag_s: see `watch_lag`."""
 
     counts: Counter[str] = field(default_factory=Counter)
     refusal_s: list[float] = field(default_factory=list)
+    lag_s: list[float] = field(default_factory=list)
 
 
 def main() -> None:
@@ -86,13 +91,17 @@ async def measure(seconds: float) -> str:
             await queue_is_full(url)
             probes = {path: Probed() for path in (*PATHS, GRPC)}
             depths: list[float] = []
+            lag_s: list[float] = []
+            tokens_before = await computed(url)
             memory_before = resident_mib(process.pid, engine_before)
             stop = time.monotonic() + seconds
             await asyncio.gather(
                 *(probe_http(url + path, probes[path], stop) for path in PATHS),
                 probe_grpc(grpc_target, probes[GRPC], stop),
                 watch_queue(url, depths, stop),
+                watch_lag(lag_s, stop),
             )
+            tokens_a_second = (await computed(url) - tokens_before) / seconds
             memory_after = resident_mib(process.pid, engine_before)
             same_engine = engine_of(process.pid) == engine_before
             noticed_s = await stopped_engine(engine_before, url)
@@ -100,7 +109,9 @@ async def measure(seconds: float) -> str:
             loading.terminate()
             load: Load = await asyncio.to_thread(told.recv)
             loading.join()
-    return report(seconds, probes, depths, load, (memory_before, memory_after), same_engine, noticed_s)
+    lags = {"the clients'": load.lag_s, "the probes'": lag_s}
+    memory = (memory_before, memory_after)
+    return report(seconds, probes, depths, load, lags, tokens_a_second, memory, same_engine, noticed_s)
 
 
 # ------------------------------------------------------------------ the replica
@@ -160,10 +171,14 @@ def load_main(url: str, tell: Connection) -> None:
 async def press(url: str) -> Load:
     """All clients until SIGTERM."""
     load = Load()
+    rng = random.Random(0)
+    short = [request_body(rng, rng.randrange(8, 200), 200) for _ in range(BODIES)]
+    long = [request_body(rng, LONG_PROMPT, 32) for _ in range(BODIES)]
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()) as http:
-        clients = [asyncio.create_task(client(http, url, random.Random(n), load)) for n in range(CLIENTS)]
+        clients = [asyncio.create_task(client(http, url, short, long, random.Random(n), load)) for n in range(CLIENTS)]
+        clients.append(asyncio.create_task(watch_lag(load.lag_s, float("inf"))))
         await stop.wait()
         for each in clients:
             each.cancel()
@@ -171,15 +186,23 @@ async def press(url: str) -> Load:
     return load
 
 
-async def client(http: aiohttp.ClientSession, url: str, rng: random.Random, load: Load) -> None:
+def request_body(rng: random.Random, num_tokens: int, max_tokens: int) -> bytes:
+    """A body but for its prompt's first token, `%d`: with another one it shares no prefix with those before."""
+    prompt = [rng.randrange(100, 40_000) for _ in range(num_tokens - 1)]
+    rest = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True})
+    return rest.replace("[", "[%d, ", 1).encode()
+
+
+async def client(
+    http: aiohttp.ClientSession, url: str, short: list[bytes], long: list[bytes], rng: random.Random, load: Load
+) -> None:
     """One request after the other; a refused one is sent again after a moment."""
+    headers = {"content-type": "application/json"}
     for number in itertools.count():
-        long = (number + rng.randrange(4)) % 4 == 0
-        prompt = [rng.randrange(100, 40_000) for _ in range(LONG_PROMPT if long else rng.randrange(8, 200))]
-        body = {"prompt": prompt, "max_tokens": 32 if long else 200, "ignore_eos": True, "stream": True}
+        body = rng.choice(long if (number + rng.randrange(4)) % 4 == 0 else short) % rng.randrange(100, 40_000)
         began = time.monotonic()
         try:
-            async with http.post(f"{url}/v1/completions", json=body) as response:
+            async with http.post(f"{url}/v1/completions", data=body, headers=headers) as response:
                 text = await response.text()
                 whole = response.status == 200 and text.endswith("data: [DONE]\n\n") and '"error"' not in text
                 refused = response.status == 429 and "retry-after" in response.headers
@@ -231,23 +254,37 @@ async def probe(ask: Ask, probed: Probed, stop: float) -> None:
         await asyncio.sleep(max(began + PROBE_INTERVAL_S - time.monotonic(), 0))
 
 
+async def watch_lag(late_s: list[float], stop: float) -> None:
+    """How much later than asked for this process's event loop goes on."""
+    while (due := time.monotonic() + LAG_INTERVAL_S) < stop:
+        await asyncio.sleep(LAG_INTERVAL_S)
+        late_s.append(time.monotonic() - due)
+
+
 async def watch_queue(url: str, depths: list[float], stop: float) -> None:
     async with aiohttp.ClientSession() as http:
         while time.monotonic() < stop:
-            depths.append(await waiting(http, url))
+            depths.append(await metric(http, url, "vllm:num_requests_waiting"))
             await asyncio.sleep(1)
 
 
-async def waiting(http: aiohttp.ClientSession, url: str) -> float:
+async def computed(url: str) -> float:
+    """Tokens of prompts and answers so far."""
+    names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    async with aiohttp.ClientSession() as http:
+        return sum([await metric(http, url, name) for name in names])
+
+
+async def metric(http: aiohttp.ClientSession, url: str, name: str) -> float:
     async with http.get(f"{url}/metrics") as response:
-        found = re.search(r"^vllm:num_requests_waiting(?:{[^}]*})? (\S+)$", await response.text(), re.MULTILINE)
+        found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", await response.text(), re.MULTILINE)
         assert found is not None
         return float(found[1])
 
 
 async def queue_is_full(url: str) -> None:
     async with asyncio.timeout(120), aiohttp.ClientSession() as http:
-        while await waiting(http, url) < QUEUED - 2:  # noqa: ASYNC110 - it is another process's queue
+        while await metric(http, url, "vllm:num_requests_waiting") < QUEUED - 2:  # noqa: ASYNC110 - it is another process's queue
             await asyncio.sleep(0.2)
 
 
@@ -274,6 +311,8 @@ def report(
     probes: dict[str, Probed],
     depths: list[float],
     load: Load,
+    lags: dict[str, list[float]],
+    tokens_a_second: float,
     memory: tuple[float, float],
     same_engine: bool,
     noticed_s: float,
@@ -294,14 +333,15 @@ def report(
         for name, probed in probes.items()
     ]
     lines.append(f"| a request that gets 429 | {len(load.refusal_s):,} | | {spread(load.refusal_s)} |")
+    lines += [f"| {whose} own event loop, late by | {len(lag):,} | | {spread(lag)} |" for whose, lag in lags.items()]
     told = ", ".join(f"{count:,} {name}" for name, count in load.counts.most_common())
     lines += [
         "",
         f"Waiting while it was probed: {statistics.mean(depths):.1f} on average, {min(depths):.0f} to "
         f"{max(depths):.0f} (free places of the batch count as none). Requests in that time and around it: {told}; "
-        "each refusal had a Retry-After. Server and engine together held "
-        f"{memory[0]:,.0f} MiB before and {memory[1]:,.0f} MiB after, of it up to 1,024 of "
-        "KV cache that were used by then. The engine's process "
+        f"each refusal had a Retry-After. {tokens_a_second:.0f} tokens a second, prompts and answers, were computed. "
+        f"Server and engine together held {memory[0]:,.0f} MiB before and {memory[1]:,.0f} MiB after, of it up to "
+        "1,024 of KV cache that were used by then. The engine's process "
         f"{'stayed the same' if same_engine else 'was replaced'}. Stopped with SIGSTOP, it was not ready after "
         f"{noticed_s:.1f} s.",
     ]

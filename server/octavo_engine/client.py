@@ -30,6 +30,9 @@ class EngineClient(Protocol):
     def check_health(self) -> None:
         """Raise `EngineDeadError` with the cause if the process is gone or its step counter stands still under load."""
 
+    def check_room(self) -> None:
+        """Raise at once what `generate` would raise at once, whatever the request: `QueueFullError` and the like."""
+
     def generate(
         self,
         *,

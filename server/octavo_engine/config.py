@@ -60,7 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     distributed_backend: str = "auto"  # auto: NCCL on GPUs, else gloo | nccl | gloo
     num_threads: int = 0
     seed: int = 0
-    step_timeout_s: float = 30.0  # a step longer than this makes the replica unhealthy
+    step_timeout_s: float = 25.0  # a step longer than this makes the replica unhealthy
 
     @property
     def num_ranks(self) -> int:

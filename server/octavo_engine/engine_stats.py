@@ -30,6 +30,8 @@ def engine_stats(
         time=time.time(),
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting + len(intake.embeddings) + len(intake.grammars),
+        queue_room=scheduler.queue_room - len(intake.embeddings) - len(intake.grammars),
+        num_taken=intake.num_taken,
         num_waiting_tokens=scheduler.num_waiting_tokens + intake.embeddings.num_tokens,
         kv_blocks_total=pool.num_blocks,
         kv_blocks_used=pool.num_used,

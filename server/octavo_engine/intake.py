@@ -38,11 +38,13 @@ class Intake:
         self._scheduler = scheduler
         self._adapters = adapters
         self._eos = frozenset(model.eos_token_ids)
+        self.num_taken = 0
         self.embeddings = EmbeddingQueue(runner, scheduler.limits.max_num_batched_tokens)
         self.grammars = GrammarQueue(tokenizer, model.vocab_size, self._eos)
 
     def add(self, request: AddRequest, now: float) -> None:
         """Queue a sequence. Raises `InvalidRequestError` or `QueueFullError`."""
+        self.num_taken += 1
         self._check_id(request.request_id)
         check_prompt(request.prompt_token_ids, self._model, room=1)
         request.sampling.validate(self._model.vocab_size)
@@ -61,6 +63,7 @@ class Intake:
 
     def add_embedding(self, request: EmbedRequest) -> None:
         """Queue a text to pool. Raises `InvalidRequestError` or `QueueFullError`."""
+        self.num_taken += 1
         self._check_id(request.request_id)
         check_prompt(request.prompt_token_ids, self._model, room=0)
         self._check_room(len(self.embeddings))

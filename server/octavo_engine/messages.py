@@ -194,6 +194,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     num_waiting_tokens: int = 0  # prompt tokens still to be computed by waiting sequences
+    queue_room: int = 0  # how many more requests may come
+    num_taken: int = 0  # requests that came so far, refused ones among them
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     prefix_queries: int = 0  # tokens

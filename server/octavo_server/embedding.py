@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from octavo_engine.client import EngineClient
@@ -13,7 +13,6 @@ from octavo_server.caller import Caller
 from octavo_server.errors import ApiError, bad_request, from_engine_error
 from octavo_server.judging import judge_prompt
 from octavo_server.served_model import ServedModel
-from octavo_server.text_pool import TextPool
 
 # Texts of one request on their way to the engine at a time; the engine batches them with everyone else's.
 _CONCURRENCY = 64
@@ -35,13 +34,17 @@ class _Prompt:
     second_start: int = 0
 
 
+Prepare = Callable[[Callable[[], list[_Prompt]]], Awaitable[list[_Prompt]]]
+"""`Replica.prepare`: runs text work off the event loop."""
+
+
 class Embedder:
     """Vectors, or scores, of one loaded model."""
 
-    def __init__(self, engine: EngineClient, served: ServedModel, text: TextPool) -> None:
+    def __init__(self, engine: EngineClient, served: ServedModel, prepare: Prepare) -> None:
         self._engine = engine
         self._served = served
-        self._text = text
+        self._prepare = prepare
 
     async def embed_texts(
         self,
@@ -62,7 +65,7 @@ class Embedder:
                 "model",
             )
         many = len(texts) > 1
-        prompts = await self._text.run(
+        prompts = await self._prepare(
             lambda: [
                 self._single(text, f"{param}[{i}]" if many else param, truncate, add_special_tokens)
                 for i, text in enumerate(texts)
@@ -88,7 +91,7 @@ class Embedder:
             )
         if instruction is not None and not info.judges_by_yes:
             raise bad_request("instruction: this model takes none", "instruction")
-        prompts = await self._text.run(
+        prompts = await self._prepare(
             lambda: [
                 self._pair(query, document, f"{param}[{i}]", truncate, instruction)
                 for i, (query, document) in enumerate(pairs)

@@ -6,15 +6,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from octavo_engine.client import EngineClient
-from octavo_engine.errors import EngineDeadError
+from octavo_engine.errors import EngineDeadError, OctavoError
 from octavo_engine.tokenizer.interface import Tokenizer
 from octavo_server.batches.service import Batches
 from octavo_server.beams import BeamSearcher
 from octavo_server.embedding import Embedder
-from octavo_server.errors import unavailable
+from octavo_server.errors import from_engine_error, unavailable
 from octavo_server.generation import Generator
 from octavo_server.generation_config import SamplingDefaults, read_sampling_defaults
 from octavo_server.lifecycle import Lifecycle, Phase
@@ -27,6 +27,7 @@ from octavo_server.text_pool import TextPool
 from octavo_server.usage_log import UsageLog
 
 VERSION = version("octavo")
+P = ParamSpec("P")
 T = TypeVar("T")
 TokenizerLoader = Callable[[str], Tokenizer]
 
@@ -72,7 +73,7 @@ class Replica:
         )
         latencies = self.metrics.for_model(self._served.name)
         self._generator = Generator(self.engine, tokenizer, latencies, self.telemetry, self._served.name)
-        self._embedder = Embedder(self.engine, self._served, self.text)
+        self._embedder = Embedder(self.engine, self._served, self.prepare)
         self.lifecycle.become_ready()
         if self.batches is not None:
             self.batches.runner.resume()
@@ -96,6 +97,17 @@ class Replica:
     def embedder(self) -> Embedder:
         """Makes vectors; raises a retryable 503 while no model is loaded."""
         return _loaded(self._embedder)
+
+    async def prepare(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run the text work of a request that is about to be queued; refused before it when there is no room.
+
+        Raises `ApiError`.
+        """
+        try:
+            self.engine.check_room()
+        except OctavoError as error:
+            raise from_engine_error(error) from error
+        return await self.text.run(function, *args, **kwargs)
 
     def health_problem(self) -> str | None:
         """Why the process should be restarted, or None while it is well (loading counts as well)."""

@@ -102,6 +102,10 @@ class FakeEngine:
         if self.dead is not None:
             raise EngineDeadError(self.dead)
 
+    def check_room(self) -> None:
+        if len(self.running) >= self.max_queued:
+            raise QueueFullError("the queue is full (1000 requests wait)", 3.2)
+
     async def generate(
         self,
         *,
@@ -118,8 +122,7 @@ class FakeEngine:
     ) -> AsyncIterator[SequenceOutput]:
         assert request_id not in self.received, "request ids must be unique"
         check_resumed(prompt_token_ids, output_token_ids, sampling, self.model)
-        if len(self.running) >= self.max_queued:
-            raise QueueFullError("the queue is full (1000 requests wait)", 3.2)
+        self.check_room()
         self.received[request_id] = Received(
             prompt_token_ids, sampling, tenant, cache_salt, priority, deadline_s, adapter, prefix_labels
         )

@@ -8,9 +8,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -50,6 +48,7 @@ from octavo_engine.messages import (
     TakeSnapshot,
     UnloadAdapter,
 )
+from octavo_engine.process.private_folder import PrivateFolder, remove_abandoned
 from octavo_engine.process.stream import OutputStream
 from octavo_engine.process.worker import run_worker
 from octavo_engine.prompt import check_prompt, check_resumed
@@ -83,6 +82,7 @@ class EngineProcessClient:
         self._stats = EngineStats()
         self._progress: LoadProgress | None = LoadProgress(phase="resolve", fraction=0.0)
         self._streams: dict[str, OutputStream] = {}
+        self._num_sent = 0  # requests, to compare with `EngineStats.num_taken`
         self._dead: EngineDeadError | None = None
         self._draining = False
         self._last_event_s = 0.0
@@ -113,7 +113,7 @@ class EngineProcessClient:
     @property
     def socket_directory(self) -> str:
         """Where the private sockets lie, readable by this user alone."""
-        return self._directory
+        return self._folder.path
 
     async def start(self) -> None:
         if self._process is not None:
@@ -146,6 +146,10 @@ class EngineProcessClient:
         silent_s = time.monotonic() - self._last_event_s
         if silent_s > self._config.step_timeout_s:
             raise EngineDeadError(self._describe_silence(silent_s))
+
+    def check_room(self) -> None:
+        self._check_open()
+        self._check_queue()
 
     async def generate(
         self,
@@ -259,14 +263,15 @@ class EngineProcessClient:
             raise self._dead
 
     def _check_queue(self) -> None:
-        """Refuse at once what the engine would refuse; the engine itself has the last word."""
-        config = self._config
-        too_many = len(self._streams) >= config.max_queued_requests + config.max_num_seqs
-        if too_many or self._stats.num_waiting >= config.max_queued_requests:
-            rate = self._stats.retry_after_s
-            raise QueueFullError(
-                f"the waiting queue is full ({config.max_queued_requests} requests); try again in {rate:.0f} s", rate
-            )
+        """Refuse at once what the engine would refuse after the step it is in; it has the last word itself.
+
+        What was sent since it last told of its queue has taken some of the room that it told of.
+        """
+        stats, limit = self._stats, self._config.max_queued_requests
+        too_many = len(self._streams) >= limit + self._config.max_num_seqs
+        if too_many or self._num_sent - stats.num_taken >= stats.queue_room:
+            rate = stats.retry_after_s
+            raise QueueFullError(f"the waiting queue is full ({limit} requests); try again in {rate:.0f} s", rate)
 
     def _open_stream(
         self, request: AddRequest | EmbedRequest | LoadAdapter | UnloadAdapter | TakeSnapshot
@@ -279,6 +284,7 @@ class EngineProcessClient:
             message = self._encoder.encode(request)
         except (OverflowError, UnicodeEncodeError) as error:
             raise InvalidRequestError(f"a field of the request cannot be sent to the engine: {error}") from error
+        self._num_sent += isinstance(request, AddRequest | EmbedRequest)
         stream = self._streams[request.request_id] = OutputStream()
         self._send_encoded(message)
         return stream
@@ -291,8 +297,9 @@ class EngineProcessClient:
     # ------------------------------------------------------------ the process
 
     def _open_sockets(self) -> None:
-        # mkdtemp makes the directory 0700: only this user can reach the sockets in it.
-        self._directory = tempfile.mkdtemp(prefix="octavo-engine-")
+        for abandoned in remove_abandoned():
+            logger.info("removed %s, which a killed server left behind", abandoned)
+        self._folder = PrivateFolder()
         self._context = zmq.asyncio.Context()
         # With one peer only: of several, each would get a part of the commands, whoever they are.
         self._commands: zmq.Socket[bytes] = zmq.Context.shadow(self._context.underlying).socket(zmq.PAIR)
@@ -303,7 +310,7 @@ class EngineProcessClient:
         self._events.bind(self._address("events"))
 
     def _address(self, name: str) -> str:
-        return f"ipc://{self._directory}/{name}"
+        return f"ipc://{self._folder.path}/{name}"
 
     def _send(self, command: Command) -> None:
         self._send_encoded(self._encoder.encode(command))
@@ -403,7 +410,7 @@ class EngineProcessClient:
         self._commands.close(linger=0)
         self._events.close(linger=0)
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._folder.remove()
 
 
 def _raise_rejection(output: SequenceOutput) -> None:

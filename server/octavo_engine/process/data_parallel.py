@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import ConfigError
+from octavo_engine.errors import ConfigError, QueueFullError
 from octavo_engine.messages import AdapterStats, EngineStats, LoadProgress, ModelInfo, SchedulerSnapshot, SequenceOutput
 from octavo_engine.process.client import EngineProcessClient
 from octavo_engine.runner.machine import choose_device, usable_cpus
@@ -78,6 +78,17 @@ class DataParallelClient:
     def check_health(self) -> None:
         for engine in self._engines:
             engine.check_health()
+
+    def check_room(self) -> None:
+        """Room in one engine is enough."""
+        for index, engine in enumerate(self._engines):
+            try:
+                engine.check_room()
+            except QueueFullError:
+                if index + 1 == len(self._engines):
+                    raise
+            else:
+                return
 
     async def generate(
         self,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from octavo_engine.engine import EngineCore
 
 HEARTBEAT_MS = 1_000
+NICENESS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,18 @@ class Worker:
 
     def run(self, config: EngineConfig, load: object) -> None:
         """Start up, then step until `Shutdown`."""
+        from octavo_engine.runner.machine import choose_device
         from octavo_engine.startup import build_engine
 
+        if choose_device(config.device).type == "cpu":
+            # It takes every core for long: probes and refusals, a moment's work of the server's, go first. Threads
+            # inherit this when they are made, so it comes before the first of them.
+            os.nice(NICENESS)
         core = build_engine(config, self.send, load)  # type: ignore[arg-type]
         # What start-up left alive stays alive: collecting it again and again would only stop the loop.
         gc.collect()
         gc.freeze()
+        self.send(StepOutput(outputs=[], stats=core.stats()))  # whoever knows that it is ready knows its room
         self.send(Ready(model=core.model))
         publisher = _publisher(config)
         try:

@@ -48,7 +48,7 @@ class SchedulerLimits:
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     min_prefill_tokens: int = 4
     first_prefill_tokens: int = 64
-    max_step_s: float = 7.5
+    max_step_s: float = 6.25
     max_overtakes: int = 32
     overtake_window: int = 8
     watermark: float = 0.01

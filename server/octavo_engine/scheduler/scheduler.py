@@ -102,6 +102,12 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def queue_room(self) -> int:
+        """How many more sequences may come: up to the queue's bound, and for the free places of the batch."""
+        places = 0 if self._head_blocked else self.limits.max_num_seqs - len(self._running)
+        return self.limits.max_queued_requests + places - len(self._waiting)
+
+    @property
     def queued_work_s(self) -> float:
         """Seconds of work that wait, by the step-time model."""
         return self._forecast.queued_work_s(len(self._waiting), self._waiting.num_tokens, len(self._running))
@@ -247,9 +253,7 @@ class Scheduler:
     def _check_queue(self, num_tokens: int) -> None:
         limits = self.limits
         retry_after_s = self.retry_after_s
-        places = 0 if self._head_blocked else limits.max_num_seqs - len(self._running)
-        queued = len(self._waiting) - places
-        if queued >= limits.max_queued_requests:
+        if self.queue_room <= 0:
             raise QueueFullError(
                 f"the waiting queue is full ({limits.max_queued_requests} requests); "
                 f"try again in {retry_after_s:.0f} s, or raise max_queued_requests",

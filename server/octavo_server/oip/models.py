@@ -179,7 +179,7 @@ class ServedV2Model:
     async def _generate(self, request: InferRequest, caller: Caller) -> AsyncGenerator[InferResponse, None]:
         options = _Options.read(request.inputs)
         replica, served = self._replica, self.served
-        sequence = await replica.text.run(self._sequence, request, options, caller)
+        sequence = await replica.prepare(self._sequence, request, options, caller)
         collected = _Collected(len(sequence.prompt_token_ids), options)
         deltas = await replica.generator.start([sequence])
         async with contextlib.aclosing(deltas):

@@ -120,7 +120,7 @@ async def start_chat(
         if by_choice is not None and constraint is not None:
             raise bad_request(f"{constraint.param}: cannot be combined with tool_choice", constraint.param)
         constraint = constraint or by_choice
-    prompt, rendered = await replica.text.run(prepare, served, request, constraint)
+    prompt, rendered = await replica.prepare(prepare, served, request, constraint)
     identity = ResponseIdentity.new(prefix, served, model, request)
     usage = UsageCounter([prompt], n, log_fields)
     sequences = sequence_requests(

@@ -67,7 +67,7 @@ def router(replica: Replica) -> APIRouter:
         caller = caller_of(http)
         check_resume(request, _num_prompts(request) * best_of)
         constraint = requested_constraint(request)
-        prompts = await replica.text.run(_prepare, served, request, constraint)
+        prompts = await replica.prepare(_prepare, served, request, constraint)
         identity = ResponseIdentity.new("cmpl", served, model, request)
         log_fields = http.scope["state"].setdefault("log_fields", {"model": model})
         usage = UsageCounter(prompts, best_of, log_fields)

@@ -186,6 +186,23 @@ async def test_a_full_queue_refuses_and_names_a_time() -> None:
         client.check_health()
 
 
+async def test_what_the_queue_cannot_hold_is_refused_while_the_engine_is_in_a_step() -> None:
+    async with running(max_num_seqs=1, max_queued_requests=2) as client:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)  # a step that takes as long as this test wants
+        try:
+            tasks = [asyncio.create_task(collect(client, f"r{i}", [i + 1])) for i in range(5)]
+            done, waiting = await asyncio.wait(tasks, timeout=2.0)
+            assert [type(task.exception()) for task in done] == [QueueFullError] * 2
+            with pytest.raises(QueueFullError):
+                client.check_room()
+        finally:
+            os.kill(client.pid, signal.SIGCONT)
+        assert len(await asyncio.gather(*waiting)) == 3  # two of the queue, one of the batch
+        await until(lambda: not client.stats.num_running)
+        client.check_room()
+
+
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_request_the_engine_refuses_raises_and_names_the_field(client: EngineProcessClient) -> None:
     with pytest.raises(InvalidRequestError) as caught:

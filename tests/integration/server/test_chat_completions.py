@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from fakes.fake_engine import FakeEngine
+from fakes.fake_engine import MODEL_NAME, FakeEngine
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 Serve = Callable[..., Any]
@@ -202,6 +202,23 @@ async def test_full_queue_answers_429_with_retry_after_even_for_a_stream(serve: 
         assert status == 429
         assert headers["retry-after"] == "4"
         assert body["error"]["type"] == "RateLimitError"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 5_000}]}),
+        ("/v1/completions", {"prompt": "x" * 5_000}),
+        ("/v1/responses", {"input": "x" * 5_000}),
+        (f"/v2/models/{MODEL_NAME}/generate", {"text_input": "x" * 5_000}),
+    ],
+)
+async def test_a_full_queue_refuses_before_a_prompt_is_tokenized(serve: Serve, path: str, body: object) -> None:
+    """Tokenized, this prompt is too long, and that would be the answer."""
+    busy, idle = await serve(FakeEngine(max_queued=0)), await serve()
+
+    assert (await busy.post(path, body))[0] == 429
+    assert (await idle.post(path, body))[0] == 400
 
 
 async def test_failure_under_way_is_an_error_event_and_done(serve: Serve) -> None:
