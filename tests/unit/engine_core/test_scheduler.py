@@ -1,4 +1,4 @@
-"""The scheduler on a simulated clock: budget, order, fairness, latency target and memory."""
+"""The scheduler on a simulated clock: budget, fairness, latency target and memory."""
 
 from __future__ import annotations
 
@@ -10,43 +10,14 @@ from hypothesis import strategies as st
 
 from octavo_engine.kv.block_manager import BlockManager
 from octavo_engine.kv.block_pool import BlockPool
-from octavo_engine.messages import AddRequest
-from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler.batch import Batch
 from octavo_engine.scheduler.fairness import OUTPUT_TOKEN_COST, VirtualTokens
 from octavo_engine.scheduler.limits import ITL_STRETCH, SchedulerLimits
 from octavo_engine.scheduler.prefill import STEPS_BETWEEN_PAUSES
 from octavo_engine.scheduler.scheduler import Scheduler
-from octavo_engine.scheduler.sequence import Sequence
 from octavo_engine.scheduler.simulation import SimulatedRequest, Simulation, SimulationResult
-from octavo_engine.scheduler.step_time import StepLoad, StepTimeModel
-from octavo_engine.scheduler.waiting_queue import WaitingQueue
-
-
-def true_cost(load: StepLoad) -> float:
-    return 0.004 + 20e-6 * load.num_tokens + 30e-9 * load.decode_context + 1.5e-9 * load.prefill_pairs
-
-
-def limits(**changes: object) -> SchedulerLimits:
-    return SchedulerLimits(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, **changes})  # type: ignore[arg-type]
-
-
-def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(2, 30_000) for _ in range(count))
-
-
-def sequence(name: str, arrival_s: float = 0.0, prompt: int = 4, **fields: object) -> Sequence:
-    message = AddRequest(
-        request_id=name,
-        prompt_token_ids=[1] * prompt,
-        sampling=SamplingParams(),
-        **fields,  # type: ignore[arg-type]
-    )
-    return Sequence(message, arrival_s)
-
-
-# ---------------------------------------------------------------- the step
-
+from octavo_engine.scheduler.step_time import StepLoad
+from scheduler_examples import limits, sequence, tokens, true_cost
 
 TRACE = st.lists(
     st.builds(
@@ -295,108 +266,6 @@ def test_deadlines_of_requests_that_have_ended_are_forgotten() -> None:
     assert len(scheduler._deadlines) < 2_000
 
 
-# ---------------------------------------------------------------- the queue
-
-
-def order(queue: WaitingQueue, now: float = 0.0) -> list[str]:
-    names = []
-    while (seq := queue.pop()) is not None:
-        queue.admitted(seq, now)
-        names.append(seq.request_id)
-    return names
-
-
-def queue(**settings: float) -> WaitingQueue:
-    return WaitingQueue(VirtualTokens(), **settings)  # type: ignore[arg-type]
-
-
-def test_better_priority_goes_first_and_equals_in_order_of_arrival() -> None:
-    waiting = queue()
-    for name, arrival, priority in (("c", 0.0, 1), ("b", 2.0, 0), ("a", 1.0, 0), ("d", 3.0, -1)):
-        waiting.push(sequence(name, arrival, priority=priority))
-    assert order(waiting) == ["d", "a", "b", "c"]
-
-
-def test_the_earliest_deadline_of_a_tenant_goes_first() -> None:
-    waiting = queue()
-    for name, deadline in (("none", None), ("late", 30.0), ("soon", 5.0)):
-        waiting.push(sequence(name, deadline_s=deadline))
-    assert order(waiting) == ["soon", "late", "none"]
-
-
-def test_a_preempted_sequence_goes_before_new_ones_of_its_priority() -> None:
-    waiting = queue()
-    resumed = sequence("resumed", 5.0)
-    resumed.num_preemptions = 1
-    for seq in (sequence("new", 0.0), resumed, sequence("urgent", 9.0, priority=-1)):
-        waiting.push(seq)
-    assert order(waiting) == ["urgent", "resumed", "new"]
-
-
-def test_a_worse_priority_gets_its_share_once_it_has_waited() -> None:
-    waiting = queue(ageing_s=10.0, max_passes=3)
-    waiting.push(sequence("patient", 0.0, priority=5))
-    for i in range(12):
-        waiting.push(sequence(f"urgent{i}", 1.0))
-    assert order(waiting, now=5.0).index("patient") == 12
-    waiting.push(sequence("patient", 0.0, priority=5))
-    for i in range(12):
-        waiting.push(sequence(f"urgent{i}", 1.0))
-    assert order(waiting, now=20.0).index("patient") == 3
-
-
-def test_the_turn_of_a_worse_priority_that_cannot_run_is_skipped() -> None:
-    waiting = queue(ageing_s=0.0, max_passes=1)
-    for name, priority in (("patient", 5), ("patient too", 5), ("urgent0", 0), ("urgent1", 0)):
-        waiting.push(sequence(name, priority=priority))
-    first = waiting.pop()
-    assert first is not None
-    waiting.admitted(first, now=1.0)
-    turn = waiting.pop()
-    following = waiting.pop(best_band=True)
-    assert turn is not None
-    assert following is not None
-    assert [first.request_id, turn.request_id, following.request_id] == ["urgent0", "patient", "urgent1"]
-
-
-def test_removed_sequences_are_skipped_and_not_counted() -> None:
-    waiting = queue()
-    seqs = [sequence(f"r{i}", float(i)) for i in range(5)]
-    for seq in seqs:
-        waiting.push(seq)
-    waiting.remove(seqs[0])
-    waiting.remove(seqs[3])
-    assert (len(waiting), waiting.num_tokens) == (3, 12)
-    assert order(waiting) == ["r1", "r2", "r4"]
-
-
-def test_requests_that_come_and_go_behind_others_leave_no_trace() -> None:
-    waiting = queue(ageing_s=0.0, max_passes=2)
-    waiting.push(sequence("first", 0.0))
-    waiting.push(sequence("second", 1.0, priority=1))
-    for i in range(5_000):
-        seq = sequence(f"r{i}", 2.0, priority=i % 3)
-        waiting.push(seq)
-        waiting.remove(seq)
-    assert sum(len(band._arrivals) for band in waiting._bands.values()) < 600
-    assert order(waiting) == ["first", "second"]
-
-
-def test_pushing_a_blocked_head_again_and_again_keeps_the_queue_small() -> None:
-    waiting = queue()
-    for i in range(3):
-        waiting.push(sequence(f"r{i}", float(i)))
-    for _ in range(100):
-        blocked = [waiting.pop() for _ in range(3)]
-        for seq in blocked:
-            assert seq is not None
-            waiting.push(seq)
-    assert order(waiting) == ["r0", "r1", "r2"]
-
-
-# ---------------------------------------------------------------- fairness
-
-
 def test_a_flooding_tenant_does_not_delay_a_quiet_one() -> None:
     rng = random.Random(4)
     flood = [SimulatedRequest(f"flood{i}", 0.0, tokens(rng, 100), 30, "flood") for i in range(300)]
@@ -444,78 +313,6 @@ def test_a_tenant_cannot_shed_its_debt_by_leaving() -> None:
     counters.leave("a")
     counters.enter("a")
     assert counters.service("a") == 50 * OUTPUT_TOKEN_COST
-
-
-# ---------------------------------------------------------------- the forecast
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1_000), noise=st.floats(0.0, 0.1))
-def test_the_step_time_model_learns_the_cost_despite_noise_and_outliers(seed: int, noise: float) -> None:
-    rng = random.Random(seed)
-    model = StepTimeModel()
-    for step in range(400):
-        load = StepLoad(rng.randint(1, 2_000), rng.randint(0, 100_000), rng.randint(0, 1_000_000))
-        seconds = true_cost(load) * rng.uniform(1 - noise, 1 + noise)
-        model.observe(load, seconds * (20 if step > 20 and rng.random() < 0.01 else 1))
-    for load in (StepLoad(8, 4_000), StepLoad(512, 10_000, 100_000), StepLoad(2_000, 0, 900_000)):
-        assert model.predict(load) == pytest.approx(true_cost(load), rel=0.25, abs=0.004)
-
-
-@pytest.mark.parametrize("quiet_steps", [10, 250, 5_000])
-def test_a_load_of_a_new_kind_is_learned_in_a_few_steps_after_a_long_quiet_time(quiet_steps: int) -> None:
-    model = StepTimeModel()
-    for step in range(quiet_steps):
-        load = StepLoad(16, 16 * (60 + step))
-        model.observe(load, true_cost(load))
-    alone = StepLoad(16, 16 * (60 + quiet_steps))
-    for chunk in range(20):
-        load = StepLoad(16 + 200, alone.decode_context, 200 * (200 * chunk + 100))
-        model.observe(load, true_cost(load))
-    assert model.predict(load) == pytest.approx(true_cost(load), rel=0.05)
-    assert model.predict(alone) == pytest.approx(true_cost(alone), rel=0.02)
-
-
-def test_the_model_says_by_how_much_steps_with_prefills_outlast_their_prediction() -> None:
-    rng = random.Random(3)
-    model = StepTimeModel()
-    for step in range(600):
-        load = StepLoad(rng.randint(20, 500), rng.randint(0, 10_000), rng.randint(1, 100_000) * (step % 2))
-        model.observe(load, true_cost(load) * rng.uniform(0.9, 1.1))
-    assert 1.05 < model.prefill_overrun < 1.18
-    for step in range(300):
-        load = StepLoad(rng.randint(20, 500), rng.randint(0, 10_000), rng.randint(1, 100_000) * (step % 2))
-        model.observe(load, true_cost(load))
-    assert model.prefill_overrun < 1.03
-    for step in range(300):
-        load = StepLoad(rng.randint(20, 500), rng.randint(0, 10_000), rng.randint(1, 100_000) * (step % 2))
-        model.observe(load, true_cost(load) * rng.uniform(0.2, 1.8))
-    assert model.prefill_overrun == 1.4
-
-
-def test_the_model_follows_a_machine_that_becomes_slower() -> None:
-    rng = random.Random(0)
-    model = StepTimeModel()
-    for factor, steps in ((1.0, 200), (3.0, 600)):
-        for _ in range(steps):
-            load = StepLoad(rng.randint(1, 500), rng.randint(0, 10_000), rng.randint(0, 100_000))
-            model.observe(load, factor * true_cost(load))
-    assert model.predict(StepLoad(256)) == pytest.approx(3 * true_cost(StepLoad(256)), rel=0.2)
-
-
-def test_chunks_are_cut_to_the_time_that_is_left() -> None:
-    rng = random.Random(0)
-    model = StepTimeModel()
-    assert model.prefill_tokens_within(0.02, StepLoad(1), 0) is None
-    for _ in range(300):
-        load = StepLoad(rng.randint(1, 2_000), rng.randint(0, 50_000), rng.randint(0, 1_000_000))
-        model.observe(load, true_cost(load))
-    decode = StepLoad(8, 8_000)
-    chunk = model.prefill_tokens_within(0.02, decode, 5_000)
-    assert chunk is not None
-    taken = true_cost(StepLoad(8 + chunk, 8_000, chunk * 5_000 + chunk * chunk // 2))
-    assert taken == pytest.approx(0.02, rel=0.1)
-    assert model.prefill_tokens_within(0.001, decode, 0) == 0
 
 
 def test_queued_work_and_the_time_to_come_back_grow_with_the_queue() -> None:
