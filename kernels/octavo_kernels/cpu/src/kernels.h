@@ -96,6 +96,10 @@ struct KernelTable {
 
 constexpr int kPrefillRows = 96;     // query heads times queries that a prefill task aims at
 constexpr int kPrefillKeys = 64;     // keys scored at once by a prefill task
+// Floats of scratch that a prefill task of so many rows takes.
+constexpr int64_t prefill_scratch(int64_t rows, int64_t head_dim) {
+  return rows * (2 * head_dim + kPrefillKeys) + 2 * ((rows + 15) & ~15) + 2 * head_dim * kPrefillKeys;
+}
 constexpr int kDecodeKeys = 64;      // keys scored at once by a decode task
 constexpr int kMaxGroup = 64;        // query heads that share a KV head
 constexpr int kMaxHeadDim = 512;

@@ -132,7 +132,7 @@ extern "C" int oct_paged_attention(const oct_attention* attention, const oct_bat
     Buffer<float> partials;
     partials.ensure(plan.num_partials * group * (dim + 2));
     std::vector<Buffer<float>> scratch(threads);
-    int64_t needed = plan.max_rows * (2 * dim + kPrefillKeys + 2) + 2 * dim * kPrefillKeys;
+    int64_t needed = prefill_scratch(plan.max_rows, dim);
     for (auto& own : scratch) own.ensure(plan.max_rows ? needed : 1);
     auto body = [&](Member& member) {
       member.each((int64_t)plan.tasks.size(), [&](int64_t i) {

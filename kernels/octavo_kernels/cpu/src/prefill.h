@@ -154,21 +154,53 @@ static void load_pairs(const oct_attention& a, const oct_kv_cache& cache, const 
 }
 #endif
 
-// Scores of one query row: capped, hidden where the query may not look, then softened; and the row's new weights in
-// `acc` rescaled. `first`: position of the first key.
-OCT_INLINE void finish_row(const oct_attention& a, int64_t position, int64_t first, int64_t padded, float* row,
-                           float* maximum, float* sum, float* acc) {
-  if (a.soft_cap > 0)
-    for (int64_t i = 0; i < padded; i += 16) f_store(row + i, f_capped(f_load(row + i), a.soft_cap));
-  int64_t seen = position + 1 - first;  // keys of this stretch at or before the query
-  for (int64_t i = seen < 0 ? 0 : seen; i < padded; i++) row[i] = -INFINITY;
-  if (a.sliding_window) {
-    int64_t hidden = position - a.sliding_window + 1 - first;
-    for (int64_t i = 0; i < hidden && i < padded; i++) row[i] = -INFINITY;
+// Scores of `num` rows, `group` for each query from `position` on, beside `padded` keys from `first` on: capped, hidden
+// where a query may not look, then replaced by exp(score - new maximum), in bfloat16 (at the row's beginning) if asked
+// for; what the rows have in `acc` and `sum` is rescaled. Sixteen rows at a time: their maxima and sums lie side by side.
+template <bool kBf16>
+static void soften_rows(const oct_attention& a, int64_t position, int64_t group, int64_t num, int64_t first,
+                        int64_t padded, float* scores, float* maximum, float* sum, float* acc) {
+  constexpr float kLog2E = 1.44269504f;
+  for (int64_t begin = 0; begin < num; begin += 16) {
+    int64_t rows = num - begin < 16 ? num - begin : 16;
+    VF folded[16];
+    for (int64_t r = 0; r < 16; r++) {
+      folded[r] = f_set(-INFINITY);
+      if (r >= rows) continue;
+      float* row = scores + (begin + r) * kPrefillKeys;
+      if (a.soft_cap > 0)
+        for (int64_t i = 0; i < padded; i += 16) f_store(row + i, f_capped(f_load(row + i), a.soft_cap));
+      int64_t at = position + (begin + r) / group, seen = at + 1 - first;  // keys of this stretch at or before the query
+      for (int64_t i = seen < 0 ? 0 : seen; i < padded; i++) row[i] = -INFINITY;
+      if (a.sliding_window)
+        for (int64_t i = 0; i < at - a.sliding_window + 1 - first && i < padded; i++) row[i] = -INFINITY;
+      for (int64_t i = 0; i < padded; i += 16) folded[r] = f_max(folded[r], f_load(row + i));
+    }
+    VF before = f_load(maximum + begin), now = f_max(before, f_max16(folded));
+    VF base = f_max(now, f_set(-1e30f));  // of a row that sees nothing yet: its weights become 0, not NaN
+    VF factor = f_exp(f_sub(before, base));
+    f_store(maximum + begin, now);
+    float bases[16], factors[16];
+    f_store(bases, base);
+    f_store(factors, factor);
+    for (int64_t r = 0; r < 16; r++) {
+      folded[r] = f_zero();
+      if (r >= rows) continue;
+      float* row = scores + (begin + r) * kPrefillKeys;
+      VF least = f_set(kBf16 ? -kLog2E * bases[r] : bases[r]);
+      for (int64_t i = 0; i < padded; i += 16) {
+        VF score = f_load(row + i);
+        VF weight = kBf16 ? f_exp2_coarse(f_fma(score, f_set(kLog2E), least)) : f_exp(f_sub(score, least));
+        if constexpr (kBf16) f_store_bf16((uint16_t*)row + i, weight);
+        else f_store(row + i, weight);
+        folded[r] = f_add(folded[r], weight);
+      }
+      if (factors[r] == 1.0f) continue;
+      float* own = acc + (begin + r) * a.head_dim;
+      for (int64_t c = 0; c < a.head_dim; c += 16) f_store(own + c, f_mul(f_load(own + c), f_set(factors[r])));
+    }
+    f_store(sum + begin, f_fma(f_load(sum + begin), factor, f_sum16(folded)));
   }
-  float factor = soften(row, padded, maximum, sum);
-  if (factor == 1.0f) return;
-  for (int64_t c = 0; c < a.head_dim; c += 16) f_store(acc + c, f_mul(f_load(acc + c), f_set(factor)));
 }
 
 template <int DType>
@@ -180,8 +212,8 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
   float* acc = queries + num * dim;
   float* scores = acc + num * dim;
   float* maximum = scores + num * kPrefillKeys;
-  float* sum = maximum + num;
-  float* transposed = sum + num;
+  float* sum = maximum + ((num + 15) & ~15);
+  float* transposed = sum + ((num + 15) & ~15);
   float* values = transposed + dim * kPrefillKeys;
   int64_t rows[kPrefillKeys];
   constexpr bool kPairs = kHasBf16Dot && (DType == OCT_KV_BF16 || DType == OCT_KV_INT8);
@@ -192,7 +224,7 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
     for (int64_t r = 0; r < num; r++)
       for (int64_t c = 0; c < dim; c += 16) f_store_bf16((uint16_t*)(queries + r * dim) + c, f_load(queries + r * dim + c));
   memset(acc, 0, sizeof(float) * num * dim);
-  for (int64_t r = 0; r < num; r++) maximum[r] = -INFINITY, sum[r] = 0;
+  for (int64_t r = 0; r < num; r += 16) f_store(maximum + r, f_set(-INFINITY)), f_store(sum + r, f_zero());
   int64_t start = batch.seq_lens[task.seq] - batch.query_start_loc[task.seq + 1];  // position = start + token
   for (int64_t first = task.key_begin; first < task.key_end; first += kPrefillKeys) {
     int64_t count = task.key_end - first < kPrefillKeys ? task.key_end - first : kPrefillKeys;
@@ -206,11 +238,7 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
         load_pairs<DType>(a, cache, rows, count, key_pairs, value_pairs);
         product_bf16((uint16_t*)queries, 2 * dim, num, key_pairs, kPrefillKeys, dim / 2, scores, kPrefillKeys, padded,
                      false);
-        for (int64_t r = 0; r < num; r++) {
-          float* row = scores + r * kPrefillKeys;
-          finish_row(a, start + task.first + r / group, first, padded, row, maximum + r, sum + r, acc + r * dim);
-          for (int64_t i = 0; i < padded; i += 16) f_store_bf16((uint16_t*)row + i, f_load(row + i));
-        }
+        soften_rows<true>(a, start + task.first, group, num, first, padded, scores, maximum, sum, acc);
         product_bf16((uint16_t*)scores, 2 * kPrefillKeys, num, value_pairs, dim, padded / 2, acc, dim, dim, true);
 #endif
         continue;
@@ -218,9 +246,7 @@ static void prefill_of(const oct_attention& a, const oct_batch& batch, const oct
     }
     load_keys<DType>(a, cache, rows, count, transposed, values);
     product(queries, dim, num, transposed, kPrefillKeys, dim, scores, kPrefillKeys, padded, false);
-    for (int64_t r = 0; r < num; r++)
-      finish_row(a, start + task.first + r / group, first, padded, scores + r * kPrefillKeys, maximum + r, sum + r,
-                 acc + r * dim);
+    soften_rows<false>(a, start + task.first, group, num, first, padded, scores, maximum, sum, acc);
     product(scores, kPrefillKeys, num, values, dim, count, acc, dim, dim, true);
   }
   for (int64_t r = 0; r < num; r++) {

@@ -202,6 +202,11 @@ OCT_INLINE VF f_sum16(VF* x) {
   for (int i = 0; i < 16; i++) sums[i] = f_sum(x[i]);
   return f_load(sums);
 }
+OCT_INLINE VF f_max16(VF* x) {
+  alignas(32) float largest[16];
+  for (int i = 0; i < 16; i++) largest[i] = f_largest(x[i]);
+  return f_load(largest);
+}
 OCT_INLINE void f_transpose16(VF* x) {
   alignas(32) float rows[16][16];
   for (int i = 0; i < 16; i++) f_store(rows[i], x[i]);

@@ -132,20 +132,27 @@ OCT_INLINE VB bf16_interleave(const uint16_t* even, const uint16_t* odd) {
 // Into the second cache: the first has too few misses in flight to keep memory busy, and what it holds is needed.
 OCT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
-// Lane j of the result is the sum of x[j]'s lanes.
-OCT_INLINE VF f_sum16(VF* x) {
+// Lane j of the result is all lanes of x[j] folded by `op`, which adds or takes the larger.
+template <class Op>
+OCT_INLINE VF f_fold16(VF* x, Op op) {
   for (int i = 0; i < 8; i++) {  // halves of 256 bits
     VF low = _mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), high = _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee);
-    x[i] = f_add(low, high);  // [x_i (8 lanes) | x_{i+8} (8 lanes)]
+    x[i] = op(low, high);  // [x_i (8 lanes) | x_{i+8} (8 lanes)]
   }
   for (int i = 0; i < 4; i++) {  // quarters: [x_i | x_{i+8}] and [x_{i+4} | x_{i+12}]
     VF even = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), odd = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
-    x[i] = f_add(even, odd);  // lanes of 4: x_i, x_{i+8}, x_{i+4}, x_{i+12}
+    x[i] = op(even, odd);  // lanes of 4: x_i, x_{i+8}, x_{i+4}, x_{i+12}
   }
-  VF a = f_add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));  // per 4: (0,1,0,1) partial sums
-  VF b = f_add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-  VF sums = f_add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  return _mm512_shuffle_f32x4(sums, sums, 0xd8);  // quarters stand for 0, 8, 4, 12: put them in order
+  VF a = op(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));  // per 4: (0,1,0,1) of partial results
+  VF b = op(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  VF all = op(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  return _mm512_shuffle_f32x4(all, all, 0xd8);  // quarters stand for 0, 8, 4, 12: put them in order
+}
+OCT_INLINE VF f_sum16(VF* x) {
+  return f_fold16(x, [](VF a, VF b) __attribute__((always_inline)) { return f_add(a, b); });
+}
+OCT_INLINE VF f_max16(VF* x) {
+  return f_fold16(x, [](VF a, VF b) __attribute__((always_inline)) { return f_max(a, b); });
 }
 // 16 x 16 transpose in place.
 OCT_INLINE void f_transpose16(VF* x) {

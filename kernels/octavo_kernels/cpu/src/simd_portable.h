@@ -187,6 +187,11 @@ OCT_INLINE VF f_sum16(VF* x) {
   OCT_LANES r[i] = f_sum(x[i]);
   return r;
 }
+OCT_INLINE VF f_max16(VF* x) {
+  VF r;
+  OCT_LANES r[i] = f_largest(x[i]);
+  return r;
+}
 OCT_INLINE void f_transpose16(VF* x) {
   float rows[16][16];
   memcpy(rows, x, sizeof rows);

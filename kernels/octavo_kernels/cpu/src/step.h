@@ -134,7 +134,7 @@ class Step {
       adapted_.ensure(adapted, adapted_columns, adapters_.kinds());
     }
     if ((int64_t)private_.size() < threads) private_.resize(threads);
-    int64_t scratch = plan_.max_rows * (2 * a.head_dim + kPrefillKeys + 2) + 2 * a.head_dim * kPrefillKeys;
+    int64_t scratch = prefill_scratch(plan_.max_rows, a.head_dim);
     for (Private& own : private_) {
       own.acts.ensure(std::min(rows, kPrivateTokens), widest, hidden_kinds_);
       own.scratch.ensure(std::max(scratch, group * a.head_dim));

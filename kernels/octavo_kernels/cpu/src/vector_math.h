@@ -19,6 +19,16 @@ OCT_INLINE VF f_exp(VF x) {
   p = f_fma(f_mul(r, r), p, f_add(r, f_set(1.0f)));
   return f_scale2(p, n);
 }
+// 2^x for x <= 0 within 3e-6 of the value, finer than a bfloat16 by two orders: least squares on [-0.5, 0.5].
+OCT_INLINE VF f_exp2_coarse(VF x) {
+  x = f_max(x, f_set(1.44269504f * kLeastExponent));
+  VF n = f_whole(x), r = f_sub(x, n);
+  VF p = f_fma(r, f_set(9.5605105e-3f), f_set(5.5917040e-2f));
+  p = f_fma(p, r, f_set(2.4024981e-1f));
+  p = f_fma(p, r, f_set(6.9312197e-1f));
+  p = f_fma(p, r, f_set(9.9999917e-1f));
+  return f_scale2(p, n);
+}
 OCT_INLINE VF f_tanh(VF x) {  // 1 - 2 / (exp(2x) + 1)
   VF e = f_exp(f_add(x, x));
   return f_sub(f_set(1.0f), f_div(f_set(2.0f), f_add(e, f_set(1.0f))));
