@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ from octavo_engine.parallel.host import RankHost, read_nodes
 from octavo_engine.parallel.joining import failure, join, open_store, wait_for_ranks
 from octavo_engine.parallel.processes import RankProcesses
 from octavo_engine.parallel.steps import Numbers, Order, encode_adapter, encode_lists, encode_slices, encode_transfer
+from octavo_engine.process.private_folder import PrivateFolder
 from octavo_engine.runner.batch_builder import check_slices
 from octavo_engine.runner.interface import SequenceSlice, with_sampled
 from octavo_engine.runner.machine import usable_cpus
@@ -46,8 +45,8 @@ def lead(config: EngineConfig, path: Path, phases: Phases) -> ParallelRunner:
         config, model=str(path), num_threads=config.num_threads or max(1, usable_cpus() // len(ranks))
     )
     torch.set_num_threads(config.num_threads)
-    folder = tempfile.mkdtemp(prefix="octavo-ranks-")  # 0700: only this user can join
-    rendezvous = f"{folder}/store" if nodes.count == 1 else ""
+    folder = PrivateFolder()  # only this user can join
+    rendezvous = f"{folder.path}/store" if nodes.count == 1 else ""
     store = open_store(config, nodes, rendezvous, 0)
     processes = RankProcesses(config, ranks[1:], len(ranks), rendezvous)
     others = range(1, config.num_ranks)
@@ -187,9 +186,9 @@ class ParallelRunner:
         return f"a step failed on one of the ranks, which cannot go on alone: {type(error).__name__}: {error}"
 
 
-def _clean_up(processes: RankProcesses, folder: str) -> None:
+def _clean_up(processes: RankProcesses, folder: PrivateFolder) -> None:
     processes.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.remove()
 
 
 def _let_go(host: RankHost) -> None:

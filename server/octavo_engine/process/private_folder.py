@@ -1,4 +1,4 @@
-"""Folders for the sockets of one engine: readable by their user alone, and removed even when their owner was killed."""
+"""Private folders of an engine, for sockets and for ranks to meet: removed even when their owner was killed."""
 
 from __future__ import annotations
 
