@@ -37,8 +37,14 @@ void wake_all(std::atomic<uint32_t>& word) {
 }
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kPatience = std::chrono::milliseconds(1);  // longer than any item of a decode step
+// How long a worker may not run before the others go on without it. On a calm machine longer than one turn of another
+// program, or of the host's: such pauses come and go, and a long step alone costs far more. Shortly after one that did
+// last, no longer than any item of a decode step.
+constexpr auto kPatience = std::chrono::milliseconds(4);
+constexpr auto kPatienceInTrouble = std::chrono::milliseconds(1);
+constexpr auto kTrouble = std::chrono::milliseconds(250);
 constexpr auto kLook = std::chrono::microseconds(500);
+constexpr auto kFirstRest = std::chrono::milliseconds(5);
 constexpr auto kLeastRest = std::chrono::milliseconds(25);
 constexpr auto kMostRest = std::chrono::milliseconds(1000);
 
@@ -65,7 +71,9 @@ struct Team {
   std::atomic<bool> held_up{false};          // member 0 saw that a worker does not get to run
   std::atomic<uint32_t> dismissed{~0u};      // the generation whose workers were sent home
   Clock::time_point alone_until{};           // until then member 0 works alone
+  Clock::time_point trouble_until{};         // until then the machine is not calm
   Clock::duration rest = kLeastRest;
+  bool in_trouble() const { return Clock::now() < trouble_until; }
 };
 
 namespace {
@@ -122,9 +130,10 @@ int64_t worked(Team& t) {
 // Watches the workers while member 0 waits for them: a long item keeps them running, another program does not.
 class Watch {
  public:
+  explicit Watch(const Team& t) : patience_(t.in_trouble() ? kPatienceInTrouble : kPatience) {}
   void look(Team& t) {
     auto now = Clock::now();
-    if (now - since_ < (sampled_ ? Clock::duration(kLook) : Clock::duration(kPatience))) return;
+    if (now - since_ < (sampled_ ? Clock::duration(kLook) : patience_)) return;
     int64_t total = worked(t);
     if (sampled_) {
       double elapsed = std::chrono::duration<double, std::nano>(now - since_).count();
@@ -137,6 +146,7 @@ class Watch {
   }
 
  private:
+  Clock::duration patience_;
   Clock::time_point since_ = Clock::now();
   bool sampled_ = false;
   int64_t before_ = 0;
@@ -200,7 +210,7 @@ void Member::barrier() {
     if (t.held_up.load(std::memory_order_relaxed)) t.dismissed.store(generation_, std::memory_order_relaxed);
     t.phase.store(phase + 1, std::memory_order_release);
   } else {
-    Watch watch;
+    Watch watch(t);
     for (int spins = 0; t.phase.load(std::memory_order_acquire) == phase; spins++) {
       if (spins < kSpinsBeforeYielding) relax();
       else sched_yield();
@@ -234,7 +244,9 @@ void run_team(void (*function)(void*, Member&), void* argument) {
   if (!together) return;
   bool alone = member.size == 1;  // sent the others home on the way: rest, longer each time it happens again
   t.rest = alone ? std::min<Clock::duration>(2 * t.rest, kMostRest) : std::max<Clock::duration>(t.rest / 2, kLeastRest);
-  if (alone) t.alone_until = Clock::now() + t.rest;
+  if (!alone) return;
+  t.alone_until = Clock::now() + (t.in_trouble() ? t.rest : kFirstRest);
+  t.trouble_until = t.alone_until + kTrouble;
 }
 
 void set_team_size(int threads, bool pin) {
