@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -131,17 +132,14 @@ async def run_load(
     http: aiohttp.ClientSession, base_url: str, load: Load, *, show_progress: bool
 ) -> tuple[list[Sample], float]:
     """Send everything at its time; returns one sample per request and the seconds it took."""
-    gate = asyncio.Semaphore(load.max_concurrency) if load.max_concurrency else None
+    gate = asyncio.Semaphore(load.max_concurrency) if load.max_concurrency else contextlib.nullcontext()
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         bar = progress.add_task("requests", total=load.num_prompts)
 
         async def one(prompt: str) -> Sample:
-            if gate is None:
+            async with gate:
                 sample = await send(http, base_url, load, prompt, started)
-            else:
-                async with gate:
-                    sample = await send(http, base_url, load, prompt, started)
             progress.advance(bar)
             return sample
 

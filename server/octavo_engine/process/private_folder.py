@@ -25,10 +25,10 @@ class PrivateFolder:
             self._lock = None
 
 
-def remove_abandoned(parent: str | None = None) -> list[str]:
-    """Delete the folders of this user that no living process holds, and name them. parent: None for the usual one."""
+def remove_abandoned() -> list[str]:
+    """Delete the folders of this user that no living process holds, and name them."""
     removed = []
-    for path in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # gone meanwhile, in use, somebody else's, or no folder
             lock = _locked(str(path))
             try:
